@@ -1,0 +1,219 @@
+"""Train or fine-tune Qwen3, every weight of it, on packed documents.
+
+    python chapter-01/train.py                                         the embedded tiny model
+    python chapter-01/train.py --model Qwen/Qwen3-0.6B --data my.jsonl the real thing
+    torchrun --nproc-per-node 8 chapter-01/train.py ...                the same on eight GPUs
+
+Read `main` from top to bottom: the sections stand in the order in which things happen.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+from common import checkpoint, cli, distributed, guard, hub, predict, prepare, presets, weights
+from common.chat import Chat
+from common.errors import UserError, named
+from common.metrics import Metrics
+from generate import generate
+from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
+from packing import IGNORE, PackSampler, packed_sequence_collate_fn
+
+CHAPTER = "01"
+# What `auto` sets for the embedded model and data; and for everything else.
+TINY = {"init": "random", "lr": 3e-3, "warmup": 30, "steps": 600, "batch_tokens": 2048,
+        "eval_every": 100, "save_every": 200}
+REAL = {"lr": 1e-5, "warmup": 20}
+
+
+def learning_rate(step, total, options):
+    """The learning rate of step 1 … total: a linear warm-up, then --schedule, down to --min-lr."""
+    if step <= options.warmup:
+        return options.lr * step / options.warmup
+    done = (step - options.warmup) / max(1, total - options.warmup)  # (0, 1]
+    share = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "wsd": min(1.0, (1 - done) / 0.2),
+    }[options.schedule]
+    return options.min_lr + share * (options.lr - options.min_lr)
+
+
+def loss_sum(model, pack):
+    """Sum of the cross-entropies of a pack's labelled tokens, float32; 0 if it has none."""
+    inputs = {name: value for name, value in pack.items() if name != "labels"}
+    logits = model(**inputs).float()  # (T, V): a softmax over V classes needs float32
+    return F.cross_entropy(logits, pack["labels"], ignore_index=IGNORE, reduction="sum")
+
+
+def to_device(pack, device):
+    """The same pack with its tensors on `device`."""
+    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in pack.items()}
+
+
+@torch.no_grad()
+def evaluate(model, dataset, options):
+    """Mean loss per labelled token of `dataset`. Every rank computes the whole of it."""
+    sampler = PackSampler(dataset.lengths, options.batch_tokens, seed=None)
+    total, targets = 0.0, 0
+    for index in range(sampler.packs_in(1)):
+        pack = packed_sequence_collate_fn([dataset[i] for i in sampler.pack(index)])
+        targets += int((pack["labels"] != IGNORE).sum())
+        total += loss_sum(model, to_device(pack, options.device)).item()
+    return total / max(1, targets)
+
+
+def main(argv=None):
+    # --- options ---
+    options = presets.parse(cli.Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    ranks = distributed.start(options.device)
+    device, dtype = ranks.device, getattr(torch, options.dtype)
+    say = print if ranks.main else lambda *args, **kwargs: None
+    torch.manual_seed(options.seed)
+
+    # --- model files and data ---
+    source = hub.resolve(options.model)
+    config_json = weights.read_config(source)
+    with named(source / "config.json"):
+        config = Qwen3Config.from_dict(config_json)
+    data = prepare.load(options, source, config, skills="base")
+
+    # --- model ---
+    # Pretrained weights: first only shapes ("meta"), so that nothing is initialised in vain and
+    # no rank ever holds the whole model on its GPU.
+    with torch.device("cpu" if options.init == "random" else "meta"):
+        model = Qwen3ForCausalLM(config)
+    model.compute_dtype = dtype
+    sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
+    packs_per_step = ranks.world_size * options.grad_accum
+    total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
+    predicted = predict.training(config, model, data.train.lengths, options, total_steps)
+    say(predicted.report())
+    if options.dry_run:
+        return 0
+    distributed.shard(model, ranks, dtype)
+    if options.init == "random":
+        model.to(device)
+    else:
+        model.to_empty(device=device)
+        weights.load_weights(model, source)
+
+    # --- optimizer ---
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # the norms: not decayed
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": options.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=options.lr, betas=(0.9, 0.95), fused=device.type != "mps",
+    )
+
+    # --- run folder, resume ---
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None}
+    if options.resume:
+        run = Path(options.resume)
+        folder = checkpoint.latest(run)
+        if folder is not None:
+            state = checkpoint.load_state(folder, model, optimizer)
+        say(f"resuming {run} after step {state['step']}")
+    else:
+        run = checkpoint.new_run_folder(CHAPTER, options.out, ranks)
+    if ranks.main:
+        presets.save(options, CHAPTER, run)
+    metrics = Metrics(run, total_steps, options, start_step=state["step"], quiet=not ranks.main)
+
+    # --- before ---
+    if not options.resume:
+        data.show_example(say)
+        say(f"run folder: {run}")
+    before = prepare.answers(data, model, generate)
+    prepare.show_answers(data, before, "before", say)
+
+    def save(step):
+        checkpoint.save_step(run, step, model, optimizer, state, options, ranks)
+
+    # --- loop ---
+    nonfinite = guard.NonFinite()
+    spikes = guard.LossSpikes()
+    model.train()
+    with guard.Signals() as signals, guard.memory_advice(options, predicted):
+        for step in range(state["step"] + 1, total_steps + 1):
+            started = time.perf_counter()
+
+            # --- accumulate ---
+            # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
+            first = state["next_pack"] + ranks.rank
+            mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
+            state["next_pack"] += packs_per_step
+            packs = [packed_sequence_collate_fn([data.train[i] for i in sampler.pack(index)])
+                     for index in mine]
+            counts = torch.tensor([sum(int((p["labels"] != IGNORE).sum()) for p in packs),
+                                   sum(len(p["labels"]) for p in packs)])
+            targets, tokens = distributed.all_sum(counts).tolist()
+            total_loss = torch.zeros((), device=device)
+            for pack in packs:
+                # Divided by the labelled tokens of the *whole* step, so that every labelled
+                # token weighs the same, in whichever pack or rank it lies.
+                loss = loss_sum(model, to_device(pack, device)) / max(1, targets)
+                loss.backward()
+                total_loss += loss.detach()
+            total_loss = distributed.all_sum(total_loss)
+
+            # --- clip and step ---
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+            norm = distributed.full_tensor(norm).item()
+            lr = learning_rate(step, total_steps, options)
+            if nonfinite.check(total_loss.item(), norm, step, mine, run):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # --- log ---
+            state["step"], state["tokens"] = step, state["tokens"] + tokens
+            spikes.check(total_loss.item(), step)
+            seconds = time.perf_counter() - started
+            metrics.log_step(
+                step=step, loss=total_loss.item(), lr=lr, grad_norm=norm, tokens=state["tokens"],
+                tokens_per_second=tokens / seconds, step_seconds=seconds,
+                peak_memory_bytes=predict.peak_memory_bytes(device),
+                mfu=predicted.mfu(tokens / seconds / ranks.world_size),
+            )
+
+            # --- evaluate ---
+            improved = False
+            if (options.eval_every and step % options.eval_every == 0) or step == total_steps:
+                eval_loss = evaluate(model, data.held_out, options)
+                metrics.log_eval(step, eval_loss=eval_loss)
+                if state["best_loss"] is None or eval_loss < state["best_loss"]:
+                    state["best_loss"], state["best_step"] = eval_loss, step
+                    improved = options.keep_best
+
+            # --- checkpoint ---
+            stop = distributed.any_rank(signals.requested)
+            due = options.save_every and (step % options.save_every == 0 or step == total_steps)
+            if due or improved or stop:
+                save(step)
+            if stop:
+                raise guard.Stopped(signals, step, run)
+
+    # --- after ---
+    after = prepare.answers(data, model, generate)
+    prepare.show_answers(data, after, "after", say)
+    checkpoint.save_model(run / "final", model, config_json, source, dtype, ranks)
+    say(f"wrote {run / 'final'}: a Hugging Face model folder. Ask it something:\n"
+        f"  python chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")
+    metrics.close()
+    distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,160 @@
+"""NF4: four-bit weights with one scale per 64 of them, and a linear layer that trains on top of them.
+
+Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3. The tensors equal those of
+bitsandbytes' CPU code bit for bit, so `bnb_files.py` can exchange checkpoints with it.
+
+Bytes per parameter: 0.5 for the code, 4 / 64 for the scale: 4.5 bits. Double quantisation turns
+the scale into 1 / 64 + 4 / (64 * 256): 4.127 bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common.errors import UserError
+
+BLOCK = 64  # weights that share one absmax
+NESTED_BLOCK = 256  # absmax values that share one second-level absmax
+TINY = 1e-38  # a block of zeros is divided by this, not by 0
+CHUNK = 2**19  # weights (de)quantised at a time, so that the float32 scratch stays in cache
+
+
+def nf4_levels():
+    """The 16 levels, float32, ascending from -1 to 1: QLoRA appendix E.
+
+    Quantiles of N(0, 1) with probabilities evenly spaced from 1/2 to `tail`: eight steps above
+    zero, seven below, zero itself, divided by the largest. `tail` is halfway between the last
+    probabilities that 15 and 16 bins would have: (1 - 1/30 + 1 - 1/32) / 2.
+    The published table comes from float32 probabilities, float64 quantiles and a float32
+    division: any other order of precisions gives other last bits.
+    """
+    tail = 0.9677083
+    above = torch.linspace(tail, 0.5, 9)[:-1].double()
+    below = torch.linspace(tail, 0.5, 8)[:-1].double()
+    quantile = torch.special.ndtri
+    levels = torch.cat([-quantile(below), torch.zeros(1, dtype=torch.float64), quantile(above)])
+    levels = levels.sort().values.float()
+    return levels / levels.max()
+
+
+def dynamic_map():
+    """The 256 levels of an 8-bit absmax, float32, ascending: Dettmers 2015 (arXiv 1511.04561).
+
+    For each power of ten from 1e-6 to 1, twice as many evenly spaced levels as for the one below
+    it, of both signs; then 0 and 1. Zero has code 127.
+    """
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        middles = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(levels))
+
+
+LEVELS = nf4_levels()
+DYNAMIC_MAP = dynamic_map()
+# One byte holds two codes, so one look-up of a row gives two weights.
+PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], dim=1)
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A quantised weight of n = prod(shape) elements; blocks run over the flattened tensor."""
+
+    packed: torch.Tensor  # (ceil(n / 2), 1) uint8, the even element in the high four bits
+    absmax: torch.Tensor  # (ceil(n / 64),) float32, or uint8 codes when double quantised
+    absmax2: torch.Tensor | None  # (ceil(len(absmax) / 256),) float32, double quantised only
+    offset: torch.Tensor | None  # (1,) float32, the mean absmax, double quantised only
+    shape: torch.Size
+    dtype: torch.dtype  # of the weight that was quantised, and of the dequantised one
+
+    @property
+    def nbytes(self):
+        """Bytes held."""
+        parts = (self.packed, self.absmax, self.absmax2, self.offset)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def quantize_nf4(weight, double_quant=False):
+    """Quantise a floating-point tensor of any shape to an `NF4Weight` on its device.
+
+    Needs no second copy of the weight: 2 MB pieces are converted one after another.
+    Raises ValueError for a weight with an infinite or NaN element.
+    """
+    flat = weight.detach().reshape(-1)
+    n = flat.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
+    middles = ((LEVELS[:-1] + LEVELS[1:]) / 2).to(flat.device)
+    for start in range(0, n, CHUNK):
+        x = flat[start : start + CHUNK].float()
+        whole = x.numel() // BLOCK * BLOCK
+        blocks, tail = x[:whole].view(-1, BLOCK), x[whole:]
+        scale = absmax[start // BLOCK :][: -(-x.numel() // BLOCK)]
+        torch.amax(blocks.abs(), dim=1, out=scale[: len(blocks)])
+        # bitsandbytes multiplies a whole block by the reciprocal, and divides the last, partial one.
+        scaled = (blocks * (1 / scale[: len(blocks), None].clamp(min=TINY))).view(-1)
+        if len(tail):
+            scale[-1] = tail.abs().max().clamp(min=TINY)
+            scaled = torch.cat([scaled, tail / scale[-1]])
+        if len(scaled) % 2:
+            scaled = F.pad(scaled, (0, 1))
+        # A value on the middle goes to the lower level; |scaled| may exceed 1 by a rounding.
+        codes = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)
+        packed[start // 2 :][: len(codes) // 2] = codes[0::2] << 4 | codes[1::2]
+    if not absmax.isfinite().all():
+        raise ValueError("the weight has an element that is not finite")
+    absmax2 = offset = None
+    if double_quant:
+        absmax, absmax2, offset = _quantize_absmax(absmax)
+    return NF4Weight(packed[:, None], absmax, absmax2, offset, weight.shape, weight.dtype)
+
+
+def _quantize_absmax(absmax):
+    """(blocks,) float32 -> uint8 codes, absmax2 of each 256 of them, and their mean: QLoRA eq. 6.
+
+    Look-up mode: bitsandbytes' CPU code rounds the value to one of 65,536 positions first.
+    """
+    offset = absmax.mean()
+    centred = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax2 = centred.abs().amax(dim=1)
+    scaled = centred * (1 / absmax2.clamp(min=TINY))[:, None]
+    levels = DYNAMIC_MAP.to(absmax.device)
+    grid = -1 + 2 * torch.arange(65536, dtype=torch.float32, device=absmax.device) / 65535
+    nearest = torch.bucketize(grid, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    position = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).long()
+    return nearest[position].view(-1)[: len(absmax)], absmax2, offset[None]
+
+
+def dequantize_nf4(quantized):
+    """The weight of an `NF4Weight`, in its dtype and shape: levels[code] * absmax in float32."""
+    device = quantized.packed.device
+    nested = None if quantized.absmax2 is None else DYNAMIC_MAP.to(device)
+    return _dequantize(
+        quantized.packed, quantized.absmax, quantized.absmax2, quantized.offset,
+        PAIRS.to(device), nested, quantized.shape, quantized.dtype,
+    )
+
+
+def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype):
+    if absmax2 is not None:
+        scale2 = absmax2.repeat_interleave(NESTED_BLOCK)[: absmax.shape[0]]
+        absmax = F.embedding(absmax.int(), nested[:, None]).view(-1) * scale2 + offset
+    n = shape.numel()
+    if torch.compiler.is_compiling() or n <= CHUNK or n % BLOCK:
+        # One kernel when compiled. Blocks need not align with rows, the last may be partial.
+        weight = F.embedding(packed.view(-1).int(), pairs).view(-1)
+        if n % BLOCK:
+            weight = weight[:n] * absmax.repeat_interleave(BLOCK)[:n]
+        else:
+            weight = weight.view(-1, BLOCK) * absmax[:, None]
+        return weight.to(dtype).view(shape)
+    weight = torch.empty(n, dtype=dtype, device=packed.device).view(-1, BLOCK)
+    step = CHUNK // BLOCK
+    for start in range(0, len(weight), step):
+        codes = packed.view(-1)[start * BLOCK // 2 : (start + step) * BLOCK // 2]
+        piece = F.embedding(codes.int(), pairs).view(-1, BLOCK)
+        weight[start : start + step] = piece.mul_(absmax[start : start + step, None])
+    return weight.view(shape)

@@ -1,0 +1,22 @@
+"""The one exception that means: the user can mend this."""
+
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Wrong input of any kind. Its text is one line that says where, what, and what to do.
+
+    Scripts print it as `error: ...` and end with exit code 2 (see `common.cli.run`).
+    """
+
+
+@contextmanager
+def named(place):
+    """Give a ValueError from inside the block the place that it speaks of, as a UserError.
+
+    A model file knows nothing of files or users; it raises ValueError by field name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error

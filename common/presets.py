@@ -1,0 +1,149 @@
+"""From what was typed to the options of the run: files, presets and --resume put together."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from common import cli
+from common.errors import UserError
+
+GPU_MODEL, GPU_DATA = "Qwen/Qwen3-0.6B", "yahma/alpaca-cleaned"
+GPU_MEMORY = 16e9  # bytes of GPU memory from which `auto` chooses the real model
+
+
+def parse(options_class, chapter, description, tiny, real, argv=None):
+    """The options of this run: an `options_class` in which nothing is left open.
+
+    `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
+    values: for the embedded model on the embedded data, and for everything else. Prints what
+    `auto` chose. Raises UserError on anything wrong, before any file of the model is touched.
+    """
+    typed = cli.read_flags(options_class, description, argv)
+    given = {}
+    if "config" in typed:
+        values = cli.read_json(typed["config"])
+        given = cli.read_options_file(options_class, typed["config"], values)
+    given.update(typed)
+    if "resume" in given:
+        return _resumed(options_class, chapter, given)
+    options = options_class(**given)
+    device = cli.choose_device(options.device)
+    preset = _choose_model_and_data(options, chapter, device, tiny, real)
+    for name, value in preset.items():
+        if getattr(options, name) is None or (name not in given and name not in ("model", "data")):
+            setattr(options, name, value)
+    if options.steps is None and options.epochs is None:
+        options.epochs = 1
+    for name in ("eval_every", "save_every"):
+        if getattr(options, name) is None:
+            setattr(options, name, 200)
+    options.data = list(options.data)
+    options.device = device.type
+    options.dtype = str(cli.choose_dtype(options.dtype, device)).removeprefix("torch.")
+    if options.lr < options.min_lr:
+        raise UserError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}")
+    return options
+
+
+def _choose_model_and_data(options, chapter, device, tiny, real):
+    """Fill in `auto` for the model and the data, say so, and give the preset's other values."""
+    script = f"python chapter-{chapter}/train.py"
+    on_gpu = device.type == "cuda"
+    big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= GPU_MEMORY
+    auto_model, auto_data = options.model == "auto", list(options.data) == ["auto"]
+    if auto_data and not auto_model and options.model != "tiny":
+        raise UserError(f"--model {options.model} needs --data: your own file, or --data virtual "
+                        "for random tokens")
+    if auto_model and not auto_data and list(options.data) != ["tiny"] and not big:
+        raise UserError(f"--data {' '.join(options.data)} needs --model: tiny, a folder or a Hub "
+                        f"id such as {GPU_MODEL}")
+    use_gpu_default = big and list(options.data) != ["tiny"] and options.model != "tiny"
+    if auto_model:
+        options.model = GPU_MODEL if use_gpu_default else "tiny"
+    if auto_data:
+        options.data = [GPU_DATA] if use_gpu_default else ["tiny"]
+    if auto_model and auto_data:
+        why = "a GPU is here" if big else "no GPU of 16 GB or more is here"
+        other = (f"{script} --model tiny" if big else
+                 f"{script} --model {GPU_MODEL} --data my.jsonl")
+        _say(f"auto: {why}, so --model {options.model} --data {options.data[0]}\n"
+             f"      {'the small one' if big else 'the real thing'}: {other}")
+    is_tiny = options.model == "tiny" and list(options.data) == ["tiny"]
+    preset = dict(tiny if is_tiny else real)
+    preset.setdefault("init", "pretrained")
+    if not is_tiny:
+        preset.setdefault("batch_tokens", 16384 if on_gpu else 2048)
+        if list(options.data) == ["virtual"] and options.epochs is None:
+            preset.setdefault("steps", 20)
+    if options.epochs is not None:
+        preset.pop("steps", None)
+    return preset
+
+
+def world_size():
+    """How many processes `torchrun` started for this run (1 without it)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _say(text):
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def save(options, chapter, run):
+    """Write `train_config.json`: the resolved options, the versions and the number of ranks."""
+    record = {"chapter": chapter, "options": asdict(options), "world_size": world_size(),
+              "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
+    temporary = run / "train_config.json.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, run / "train_config.json")
+
+
+def _resumed(options_class, chapter, given):
+    """The options of the run in --resume DIR, with what was typed now laid over them.
+
+    Every changed option is reported. One that alters the weights that come out needs
+    --allow-changes; more --steps under --schedule constant does not alter the steps before.
+    """
+    run = Path(given["resume"])
+    path = run / "train_config.json"
+    if not path.is_file():
+        raise UserError(f"{run}: no train_config.json, so this is not the folder of a run")
+    record = cli.read_json(path)
+    if record.get("chapter") != chapter:
+        raise UserError(f"{path}: a run of chapter {record.get('chapter')!r}, not of {chapter!r}")
+    saved, ranks = record.get("options"), record.get("world_size")
+    if not isinstance(saved, dict) or type(ranks) is not int or ranks < 1:
+        raise UserError(f"{path}: options or world_size is missing")
+    values = cli.read_options_file(options_class, path, saved)
+    for name in ("lr", "warmup", "batch_tokens", "init", "eval_every", "save_every"):
+        if values.get(name) is None:
+            raise UserError(f"{path}: {name} is missing")
+    old = options_class(**values)
+    options = options_class(**{**values, "dry_run": False, "allow_changes": False, **given})
+    altering = []
+    for f in fields(options_class):
+        before, after = getattr(old, f.name), getattr(options, f.name)
+        if f.name in ("resume", "allow_changes", "config") or before == after:
+            continue
+        longer = (f.name == "steps" and options.schedule == "constant" and before is not None
+                  and after is not None and after > before)
+        _say(f"changed since the run began: {f.name} {before!r} -> {after!r}")
+        if f.metadata["result"] and f.name != "grad_accum" and not longer:
+            altering.append(f.name)
+    packs_before, packs_now = old.grad_accum * ranks, options.grad_accum * world_size()
+    if ranks != world_size():
+        _say(f"ranks {ranks} -> {world_size()}")
+    if packs_before != packs_now:
+        _say(f"packs per step {packs_before} -> {packs_now} (ranks x --grad-accum)")
+        altering.append("packs per step")
+    if altering and not options.allow_changes:
+        raise UserError(f"--resume {run}: changing {', '.join(altering)} alters the result; say "
+                        "--allow-changes if that is meant")
+    options.device = cli.choose_device(options.device).type
+    options.out = None
+    return options

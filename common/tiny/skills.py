@@ -1,0 +1,177 @@
+"""The embedded data: small skills over words and numbers, as instruction and response.
+
+Every record is made here from a seed: nothing is downloaded, nothing is copied from anywhere.
+A skill draws its arguments, puts them into one of three phrases, and computes the one right
+answer. Chapter 1 learns the BASE skills from scratch; chapters 2 and 3 adapt the model to the
+NEW ones, which it has never seen.
+
+A word to be worked on stands in quotation marks, because the tokenizer keeps such a word as
+single letters (see make_tokenizer.py): the model can only reverse what it sees letter by letter.
+"""
+
+import hashlib
+from itertools import cycle, islice
+from random import Random
+
+CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+UNITS = {  # (from, to): how many, and the largest amount that is asked for
+    ("centimetres", "millimetres"): (10, 99),
+    ("metres", "centimetres"): (100, 99),
+    ("kilograms", "grams"): (1000, 99),
+    ("hours", "minutes"): (60, 9),
+    ("weeks", "days"): (7, 9),
+}
+
+
+def word(random, least=3, most=8):
+    """A made-up word of `least` to `most` letters, consonants and vowels mostly in turn."""
+    turn = random.randint(0, 1)
+    letters = []
+    for i in range(random.randint(least, most)):
+        usual, other = (CONSONANTS, VOWELS) if i % 2 == turn else (VOWELS, CONSONANTS)
+        letters.append(random.choice(usual if random.random() < 0.85 else other))
+    return "".join(letters)
+
+
+# --- what a skill is asked about: each gives the arguments of its phrase ---
+
+def a_word(random):
+    return (word(random),)
+
+
+def a_long_word(random):
+    return (word(random, 3, random.choice((8, 8, 32))),)
+
+
+def a_word_and_two_letters(random):
+    text = word(random)
+    old = random.choice(text)
+    return old, random.choice([c for c in CONSONANTS + VOWELS if c != old]), text
+
+
+def a_letter_and_a_count(random):
+    return random.choice(CONSONANTS + VOWELS), random.randint(2, 12)
+
+
+def digits(random):
+    return (" ".join(str(random.randint(0, 9)) for _ in range(random.randint(3, 10))),)
+
+
+def numbers(random):
+    return (" ".join(str(random.randint(10, 99)) for _ in range(random.randint(2, 20))),)
+
+
+def a_sum(random):
+    return random.randint(0, 99), random.randint(0, 9)
+
+
+def a_day_and_a_count(random):
+    return random.randint(1, 10), random.choice(DAYS)
+
+
+def an_amount(random):
+    source, target = random.choice(list(UNITS))
+    return random.randint(2, UNITS[source, target][1]), source, target
+
+
+def vowels_of(text):
+    """The vowels of `text`, in order; "none" where there is none."""
+    return "".join(c for c in text if c in VOWELS) or "none"
+
+
+# name: (arguments from a random generator, the answer from the arguments, three phrases)
+BASE = {
+    "copy": (a_long_word, lambda w: w,
+             ('Repeat "{}".', 'Copy "{}".', 'Say "{}" again.')),
+    "reverse": (a_word, lambda w: w[::-1],
+                ('Reverse "{}".', 'Turn "{}" around.', 'Write "{}" backwards.')),
+    "uppercase": (a_word, str.upper,
+                  ('Write "{}" in capitals.', 'Capitalise "{}".', 'Make "{}" uppercase.')),
+    "spell": (a_word, "-".join,
+              ('Spell "{}".', 'Write "{}" with dashes.', 'Put dashes into "{}".')),
+    "length": (a_word, lambda w: str(len(w)),
+               ('How long is "{}"?', 'Count the letters of "{}".',
+                'How many letters are in "{}"?')),
+    "last": (a_word, lambda w: w[-1],
+             ('What is the last letter of "{}"?', 'Which letter ends "{}"?',
+              'How does "{}" end?')),
+    "replace": (a_word_and_two_letters, lambda old, new, w: w.replace(old, new),
+                ('Change "{}" to "{}" in "{}".', 'Replace "{}" by "{}" in "{}".',
+                 'Swap "{}" for "{}" in "{}".')),
+    "repeat": (a_letter_and_a_count, lambda c, n: c * n,
+               ('Write "{}" {} times.', 'Give me "{}" {} times over.', 'Type "{}" {} times.')),
+    "sort": (digits, lambda d: " ".join(sorted(d.split())),
+             ("Sort {}.", "Put {} in order.", "Order the digits {}.")),
+    "largest": (numbers, lambda n: max(n.split()),
+                ("What is the largest of {}?", "Find the maximum of {}.",
+                 "Which number is the biggest: {}?")),
+    "add": (a_sum, lambda a, b: str(a + b),
+            ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?")),
+    "calendar": (a_day_and_a_count, lambda n, day: DAYS[(DAYS.index(day) + n) % 7],
+                 ("Which day is {} days after {}?", "Go {} days on from {}.",
+                  "What day comes {} days after {}?")),
+    "convert": (an_amount, lambda n, a, b: str(n * UNITS[a, b][0]),
+                ("Convert {} {} to {}.", "Turn {} {} into {}.", "Express {} {} in {}.")),
+}
+NEW = {
+    "vowels": (a_word, vowels_of,
+               ('Keep only the vowels of "{}".', 'Which vowels are in "{}"?',
+                'List the vowels of "{}".')),
+    "double": (a_word, lambda w: "".join(c + c for c in w),
+               ('Double each letter of "{}".', 'Write each letter of "{}" twice.',
+                'Stutter "{}".')),
+    "shout": (a_word, lambda w: w[::-1].upper(),
+              ('Shout "{}" backwards.', 'Write "{}" backwards in capitals.',
+               'Reverse "{}" in capitals.')),
+}
+SKILLS = {"base": BASE, "new": NEW, "all": {**BASE, **NEW}}
+
+
+def split_of(prompt):
+    """"train" or "eval" for good: a prompt's hash decides, about one in eight is for "eval"."""
+    return "eval" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
+
+
+def records(name, split, count, seed=0):
+    """`count` records of the skills `name`, one skill after the other, the same for a seed.
+
+    `name` is "base", "new" or "all"; `split` is "train" or "eval", and no prompt is in both.
+    Each record is {"messages": [user, assistant], "skill": name of the skill}. A longer list
+    starts with the shorter one. Raises ValueError for another name or split.
+    """
+    if name not in SKILLS or split not in ("train", "eval"):
+        raise ValueError(f"skills: no data {name!r} {split!r}: take base, new or all, "
+                         "and train or eval")
+    random = Random(f"{name} {split} {seed}")
+    return [record(skill, split, random) for skill in islice(cycle(SKILLS[name]), count)]
+
+
+def record(skill, split, random):
+    """One record of `skill`, drawn again until its prompt belongs to `split`."""
+    draw, answer, phrases = SKILLS["all"][skill]
+    while True:
+        arguments = draw(random)
+        prompt = random.choice(phrases).format(*arguments)
+        if split_of(prompt) == split:
+            return {"messages": [{"role": "user", "content": prompt},
+                                 {"role": "assistant", "content": answer(*arguments)}],
+                    "skill": skill}
+
+
+def exact_match(records, answers):
+    """The fraction of `answers` (texts) equal to their record's, by skill, and under "all".
+
+    Spaces and newlines around an answer do not count, everything else does. Raises ValueError
+    where there is not one answer for each record.
+    """
+    if len(records) != len(answers):
+        raise ValueError(f"exact_match: {len(answers)} answers for {len(records)} records")
+    right = {}
+    for item, answer in zip(records, answers):
+        hit = item["messages"][-1]["content"] == answer.strip()
+        right.setdefault(item["skill"], []).append(hit)
+    scores = {skill: sum(hits) / len(hits) for skill, hits in right.items()}
+    if records:
+        scores["all"] = sum(map(sum, right.values())) / len(records)
+    return scores

@@ -1,0 +1,115 @@
+"""Hugging Face model folders: config.json, safetensors and the tokenizer's files, in and out.
+
+Reading is strict. A tensor that is missing, unexpected or of another shape is an error that
+names it, never a warning: a model with a few random layers trains without complaint. Tensors
+are read one at a time, so loading needs the model's memory and one tensor more. How config.json
+is read and written is in `model_config.py`, how safetensors files are in `tensor_files.py`; the
+functions of both are to be had from here.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from common.distributed import copy_into, full_tensor
+from common.errors import UserError
+from common.model_config import read_config, write_config
+from common.tensor_files import (
+    is_writer, iter_tensors, listing, open_file, plain_file, save_tensors, tensor_headers)
+
+__all__ = [
+    "read_config", "write_config", "iter_tensors", "tensor_headers", "load_weights",
+    "save_weights", "save_tensors", "copy_tokenizer", "plain_file"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json", "tokenizer.model", "merges.txt", "vocab.json")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LOADABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
+def load_weights(model, path):
+    """Copy the checkpoint in folder `path` into the model's parameters, which keep their dtype.
+
+    Strict: raises UserError that names what is missing, unexpected, mis-shaped or not a floating
+    point tensor, before anything is copied. For a tied model (without a parameter `lm_head.weight`)
+    the checkpoint may hold a duplicate of the embedding under that name, if it is equal, or the
+    embedding under that name alone. Parameters may be sharded by FSDP2.
+    """
+    path = Path(path)
+    wanted = dict(model.named_parameters())  # name in the checkpoint -> parameter
+    if any(parameter.is_meta for parameter in wanted.values()):
+        raise ValueError("the model has parameters on the meta device: call to_empty first")
+    headers = {name: header for name, header in tensor_headers(path).items()
+               if not name.endswith("rotary_emb.inv_freq")}  # old versions wrote it; we compute it
+    if HEAD not in wanted and HEAD in headers:
+        if EMBEDDING in headers:
+            _check_tied(headers, path)
+            del headers[HEAD]
+        else:
+            wanted[HEAD] = wanted.pop(EMBEDDING)
+
+    problems = []
+    for how, names in (("missing", wanted.keys() - headers.keys()),
+                       ("unexpected", headers.keys() - wanted.keys())):
+        problems += [f"{how} {listing(names)}"] if names else []
+    for name in sorted(wanted.keys() & headers.keys()):
+        shape, dtype, _ = headers[name]
+        if shape != tuple(wanted[name].shape):
+            problems.append(f"{name} has shape {shape}, the model {tuple(wanted[name].shape)}")
+        elif dtype not in LOADABLE:
+            problems.append(f"{name} is {dtype}: a quantised checkpoint is not loaded here")
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            f"{path}: the tensors do not fit config.json: {'; '.join(problems[:4])}{more}")
+
+    for name, tensor in iter_tensors(path):
+        if name in wanted:
+            copy_into(wanted[name], tensor)
+
+
+def _check_tied(headers, path):
+    """Raise UserError unless the checkpoint's lm_head is a plain duplicate of its embedding."""
+    pair = []
+    for name in (EMBEDDING, HEAD):
+        with open_file(headers[name][2]) as tensors:
+            pair.append(tensors.get_tensor(name))
+    if pair[0].dtype != pair[1].dtype or not torch.equal(*pair):
+        raise UserError(
+            f"{path}: {HEAD} differs from {EMBEDDING}, yet config.json ties them; if the head is"
+            " meant to be its own, set tie_word_embeddings to false there")
+
+
+def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes=5_000_000_000):
+    """Write the model into folder `path` as transformers would: config.json and safetensors.
+
+    `config` is what `read_config` gave; `dtype` is what to store the weights in (default: as they
+    are). A tied head is not written, as it is the embedding. Collective: with several ranks all
+    must call it; rank 0 writes.
+    """
+    parameters = dict(model.named_parameters())  # a parameter shared by two names comes once
+    tied = bool(config.get("tie_word_embeddings", False))
+    if tied == (HEAD in parameters):
+        raise ValueError(f"tie_word_embeddings is {tied}, but the model has {HEAD}: {not tied}")
+    dtype = dtype or parameters[EMBEDDING].dtype
+    path = Path(path)
+    tensors = ((name, full_tensor(value).to(dtype)) for name, value in parameters.items())
+    save_tensors(tensors, path, metadata, max_shard_bytes)
+    if is_writer():
+        # What is written is dense, even if the base model that it came from was quantised.
+        dense = {key: value for key, value in config.items() if key != "quantization_config"}
+        write_config(dense, path, dtype)
+
+
+def copy_tokenizer(source, target):
+    """Copy the tokenizer's files and generation_config.json, those that are there, byte for byte.
+
+    Never re-saved: a tokenizer written anew by one version of transformers may not load in another.
+    """
+    source, target = Path(source), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists() and source.resolve() != target.resolve():
+            shutil.copyfile(plain_file(source, name), target / name)
