@@ -127,7 +127,8 @@ def main(argv=None):
         run = checkpoint.new_run_folder(CHAPTER, options.out, ranks)
     if ranks.main:
         presets.save(options, CHAPTER, run)
-    metrics = Metrics(run, total_steps, options, start_step=state["step"], quiet=not ranks.main)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every,
+                      quiet=not ranks.main, start_step=state["step"])
 
     # --- before ---
     if not options.resume:
@@ -181,10 +182,8 @@ def main(argv=None):
             spikes.check(total_loss.item(), step)
             seconds = time.perf_counter() - started
             metrics.log_step(
-                step=step, loss=total_loss.item(), lr=lr, grad_norm=norm, tokens=state["tokens"],
-                tokens_per_second=tokens / seconds, step_seconds=seconds,
-                peak_memory_bytes=predict.peak_memory_bytes(device),
-                mfu=predicted.mfu(tokens / seconds / ranks.world_size),
+                step, total_loss.item(), lr, norm, tokens, seconds,
+                predict.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
             )
 
             # --- evaluate ---

@@ -104,9 +104,9 @@ def quantize_nf4(weight, double_quant=False):
         # A value on the middle goes to the lower level; |scaled| may exceed 1 by a rounding.
         codes = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)
         packed[start // 2 :][: len(codes) // 2] = codes[0::2] << 4 | codes[1::2]
+    absmax2 = offset = None
     if not absmax.isfinite().all():
         raise ValueError("the weight has an element that is not finite")
-    absmax2 = offset = None
     if double_quant:
         absmax, absmax2, offset = _quantize_absmax(absmax)
     return NF4Weight(packed[:, None], absmax, absmax2, offset, weight.shape, weight.dtype)
@@ -118,9 +118,12 @@ def _quantize_absmax(absmax):
     Look-up mode: bitsandbytes' CPU code rounds the value to one of 65,536 positions first.
     """
     offset = absmax.mean()
+    if not offset.isfinite():
+        raise ValueError("the mean absmax overflows float32, so it cannot be double quantised")
     centred = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax2 = centred.abs().amax(dim=1)
-    scaled = centred * (1 / absmax2.clamp(min=TINY))[:, None]
+    # Where all 256 are equal this is 0 * inf: bitsandbytes gives code 0, and any code times 0 is 0.
+    scaled = (centred * (1 / absmax2)[:, None]).nan_to_num(nan=-1)
     levels = DYNAMIC_MAP.to(absmax.device)
     grid = -1 + 2 * torch.arange(65536, dtype=torch.float32, device=absmax.device) / 65535
     nearest = torch.bucketize(grid, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)

@@ -7,12 +7,10 @@ file, the file over the run that is resumed, and that over the preset.
 
 import argparse
 import difflib
-import json
 import os
 import signal
 import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 
@@ -125,21 +123,6 @@ def check(options_class, name, value, source):
         raise UserError(f"{where} is none of {known}{nearest(str(value), meta['choices'])}")
     if meta["least"] is not None and not (meta["least"] <= value < float("inf")):
         raise UserError(f"{where} is below {meta['least']} or not a number")
-    return value
-
-
-def read_json(path):
-    """The JSON object in file `path`, or a UserError with the line of the mistake."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, like {{\"lr\": 1e-4}}")
     return value
 
 

@@ -6,8 +6,8 @@ to type. Downloads go through huggingface_hub, with its cache and its progress b
 
 import difflib
 import errno
-import os
 import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,8 +69,9 @@ def resolve_data(name):
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in DATA_SUFFIXES)
         if not files:
-            found = _check_suffix(next(path.glob("*.parquet"), path / "x.json"))
-            raise UserError(f"{found.parent}: no .json, .jsonl or .txt file in this folder")
+            for parquet in path.glob("*.parquet"):
+                _check_suffix(parquet)
+            raise UserError(f"{path}: no .json, .jsonl or .txt file in this folder")
         return files
     if path.exists():
         return [_check_suffix(path)]
@@ -151,7 +152,8 @@ def _page(repo, kind):
 def _plain_words(repo, kind, file=None):
     """Turn huggingface_hub's errors about `repo` into UserErrors. The order matters: a gated
     repository is a kind of missing one for it, and a missing cache entry a kind of missing file."""
-    tiny = "to do without the Hub: --model tiny --data tiny"
+    script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
+    tiny = f"to do without the Hub: {script}--model tiny --data tiny"
     try:
         yield
     except GatedRepoError as error:

@@ -10,6 +10,7 @@ import torch
 
 from common import cli
 from common.errors import UserError
+from common.model_config import read_json
 
 GPU_MODEL, GPU_DATA = "Qwen/Qwen3-0.6B", "yahma/alpaca-cleaned"
 GPU_MEMORY = 16e9  # bytes of GPU memory from which `auto` chooses the real model
@@ -25,7 +26,7 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     typed = cli.read_flags(options_class, description, argv)
     given = {}
     if "config" in typed:
-        values = cli.read_json(typed["config"])
+        values = read_json(typed["config"])
         given = cli.read_options_file(options_class, typed["config"], values)
     given.update(typed)
     if "resume" in given:
@@ -113,7 +114,7 @@ def _resumed(options_class, chapter, given):
     path = run / "train_config.json"
     if not path.is_file():
         raise UserError(f"{run}: no train_config.json, so this is not the folder of a run")
-    record = cli.read_json(path)
+    record = read_json(path)
     if record.get("chapter") != chapter:
         raise UserError(f"{path}: a run of chapter {record.get('chapter')!r}, not of {chapter!r}")
     saved, ranks = record.get("options"), record.get("world_size")

@@ -1,0 +1,191 @@
+"""How a folder appears at once and whole, whenever the machine may stop.
+
+`commit` writes `name.tmp/`, flushes every file, writes manifest.json last, flushes the folder,
+renames it to `name/` and flushes the parent. A folder of that name is swapped with the new one in
+one step where the system can; elsewhere it is `name.replaced/` for a moment, and `recover` puts it
+back. What a stopped commit leaves behind, the next one removes.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import safetensors
+import torch
+
+from common import manifest
+from common.distributed import any_rank
+from common.errors import UserError
+from common.metrics import readable_bytes
+from common.tensor_files import is_writer
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+LEFTOVER = (".tmp", ".replaced")
+
+
+def together(action):
+    """`action()` on every rank; where it fails on one, all raise, so that none waits for ever."""
+    answer = failure = None
+    try:
+        answer = action()
+    except Exception as error:
+        failure = error
+    if any_rank(failure is not None):
+        raise failure or UserError("another rank failed: its own message says why")
+    return answer
+
+
+def commit(folder, write, extra=None, bytes_needed=0):
+    """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
+
+    `extra` (JSON; say step and config_hash) goes into the manifest, beside world_size and versions.
+    A `folder` that is there is replaced: readers see the old one or the new one. Raises UserError
+    where space (`bytes_needed`) or permission lacks, or where what is there is not ours: then
+    nothing half-written stays, and what was there before does. All ranks call `write`, which may
+    gather tensors; rank 0's files count.
+    """
+    folder = Path(os.path.abspath(folder))
+    tmp = beside(folder, ".tmp")
+    alone = is_writer()
+    try:
+        together(lambda: _prepare(folder, tmp, bytes_needed) if alone else None)
+        together(lambda: write(tmp))
+        together(lambda: _publish(folder, tmp, extra or {}) if alone else None)
+    except BaseException as error:
+        if not alone:
+            raise
+        message = _plain_words(error, folder, tmp, bytes_needed)
+        try:
+            if tmp.is_dir() and _is_ours(tmp):
+                remove(tmp)
+            recover(folder)
+        except OSError as second:
+            print(f"{tmp}: could not be cleaned up: {second}", file=sys.stderr)
+        if message is None:
+            raise
+        raise UserError(message) from error
+
+
+def check_space(path, bytes_needed):
+    """Raise UserError unless the disk of `path`, which need not exist, has that many bytes free."""
+    place = Path(os.path.abspath(path))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < bytes_needed:
+        raise UserError(
+            f"{path}: not enough disk space: {readable_bytes(bytes_needed)} needed,"
+            f" {readable_bytes(free)} free; free some, lower --keep, or choose another --out")
+
+
+def recover(folder):
+    """Put `folder` back where a replacement was cut short between its two renames."""
+    folder = Path(os.path.abspath(folder))
+    old = beside(folder, ".replaced")
+    if old.is_dir() and _is_ours(old) and not folder.exists():
+        os.rename(old, folder)
+        print(f"{folder}: put back after a replacement that was cut short", file=sys.stderr)
+
+
+def _prepare(folder, tmp, bytes_needed):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    leftovers = {tmp, beside(folder, ".replaced")}
+    if in_run(folder.name):
+        leftovers |= {path for path in folder.parent.iterdir()
+                      if path.suffix in LEFTOVER and in_run(path.name)}
+    for path in sorted(path for path in leftovers if path.is_dir()):
+        if not _is_ours(path):
+            raise UserError(f"{path}: is in the way, and not ours to delete: move it away")
+        if manifest.read_manifest(path) is None:
+            print(f"{path}: half-written and left over: deleted", file=sys.stderr)
+        remove(path)
+    if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+        raise UserError(f"{folder}: is there and not ours to replace: choose another name")
+    check_space(folder.parent, bytes_needed)
+    tmp.mkdir()
+    (tmp / manifest.MANIFEST).touch()  # empty: says that the folder is ours, and half-written
+
+
+def _publish(folder, tmp, extra):
+    paths = sorted(path for path in tmp.iterdir() if path.name != manifest.MANIFEST)
+    for path in paths:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path}: only plain files can be committed")
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "safetensors": safetensors.__version__}
+    extra = {"world_size": world, "versions": versions, **extra}
+    files = {path.name: manifest.fingerprint(path, flush=True) for path in paths}
+    manifest.write_manifest(tmp, files, extra)
+    flush_names(tmp)
+    if not folder.exists():
+        os.rename(tmp, folder)
+    elif not _exchange(tmp, folder):
+        os.rename(folder, beside(folder, ".replaced"))
+        os.rename(tmp, folder)
+        flush_names(folder.parent)
+        os.rename(beside(folder, ".replaced"), tmp)
+    flush_names(folder.parent)
+    _hashed[str(folder)] = _looks(folder)
+    if tmp.exists():  # what `folder` was before
+        remove(tmp)
+
+
+def _exchange(first, second):
+    """Swap two folders in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(
+        here, os.fsencode(first), here, os.fsencode(second), swap) == 0
+
+
+def _is_ours(folder):
+    """True if we may delete `folder`: it is empty, has a manifest, or is a part of a run."""
+    run = folder.name.startswith("step-") or (folder.parent / "train_config.json").exists()
+    return (not any(folder.iterdir()) or (folder / manifest.MANIFEST).exists()
+            or run and in_run(folder.name))
+
+
+def remove(folder):
+    """Delete a folder, the manifest last: until then it can be told as ours."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == manifest.MANIFEST):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.rmdir()
+
+
+def beside(folder, suffix):
+    return folder.with_name(folder.name + suffix)
+
+
+def flush_names(folder):
+    """Have the names in `folder` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain_words(error, folder, tmp, bytes_needed):
+    """The message for a write that failed, or None where `error` is of another kind."""
+    number = None
+    while error is not None and number is None:  # safetensors' errors carry it as text
+        text = re.search(r"os error (\d+)", str(error))
+        number = getattr(error, "errno", None) or (int(text[1]) if text else None)
+        error = error.__cause__
+    if number is None:
+        return None
+    if number not in FULL:
+        return f"{folder}: cannot be written: {os.strerror(number)}"
+    written = sum(p.stat().st_size for p in tmp.iterdir()) if tmp.is_dir() else 0
+    needed = max(bytes_needed, written)
+    return (f"{folder}: {os.strerror(number)}: {readable_bytes(written)} written of"
+            f" {'' if bytes_needed else 'at least '}{readable_bytes(needed)} needed,"
+            f" {readable_bytes(shutil.disk_usage(folder.parent).free)} free; what was saved before"
+            " is intact: free some space or lower --keep, then go on with --resume")
