@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from common import checkpoint, cli, distributed, guard, hub, predict, prepare, presets, weights
-from common.chat import Chat
-from common.errors import UserError, named
+from common import checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs, weights
+from common.errors import named
 from common.metrics import Metrics
 from generate import generate
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -124,7 +123,7 @@ def main(argv=None):
             state = checkpoint.load_state(folder, model, optimizer)
         say(f"resuming {run} after step {state['step']}")
     else:
-        run = checkpoint.new_run_folder(CHAPTER, options.out, ranks)
+        run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
     if ranks.main:
         presets.save(options, CHAPTER, run)
     metrics = Metrics(run, total_steps, options.tensorboard, options.log_every,
@@ -137,14 +136,11 @@ def main(argv=None):
     before = prepare.answers(data, model, generate)
     prepare.show_answers(data, before, "before", say)
 
-    def save(step):
-        checkpoint.save_step(run, step, model, optimizer, state, options, ranks)
-
     # --- loop ---
     nonfinite = guard.NonFinite()
     spikes = guard.LossSpikes()
     model.train()
-    with guard.Signals() as signals, guard.memory_advice(options, predicted):
+    with guard.Signals() as signals, runs.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
 
@@ -188,25 +184,26 @@ def main(argv=None):
 
             # --- evaluate ---
             improved = False
-            if (options.eval_every and step % options.eval_every == 0) or step == total_steps:
+            if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 eval_loss = evaluate(model, data.held_out, options)
                 metrics.log_eval(step, eval_loss=eval_loss)
-                if state["best_loss"] is None or eval_loss < state["best_loss"]:
+                improved = eval_loss < (state["best_loss"] or math.inf)
+                if improved:
                     state["best_loss"], state["best_step"] = eval_loss, step
-                    improved = options.keep_best
 
             # --- checkpoint ---
             stop = distributed.any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or improved or stop:
-                save(step)
+            if due or (improved and options.keep_best) or stop:
+                metrics.sync()
+                runs.save_step(run, model, optimizer, state, options)
             if stop:
-                raise guard.Stopped(signals, step, run)
+                return runs.stopped(run, state, signals, ranks)
 
     # --- after ---
     after = prepare.answers(data, model, generate)
     prepare.show_answers(data, after, "after", say)
-    checkpoint.save_model(run / "final", model, config_json, source, dtype, ranks)
+    runs.save_model(run / "final", model, config_json, source, dtype, ranks)
     say(f"wrote {run / 'final'}: a Hugging Face model folder. Ask it something:\n"
         f"  python chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")
     metrics.close()

@@ -1,4 +1,4 @@
-"""NF4: four-bit weights with one scale per 64 of them, and a linear layer that trains on top of them.
+"""NF4: four-bit weights with one scale per 64 of them, and a frozen linear layer of them.
 
 Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3. The tensors equal those of
 bitsandbytes' CPU code bit for bit, so `bnb_files.py` can exchange checkpoints with it.
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from common.errors import UserError
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
@@ -94,7 +92,7 @@ def quantize_nf4(weight, double_quant=False):
         blocks, tail = x[:whole].view(-1, BLOCK), x[whole:]
         scale = absmax[start // BLOCK :][: -(-x.numel() // BLOCK)]
         torch.amax(blocks.abs(), dim=1, out=scale[: len(blocks)])
-        # bitsandbytes multiplies a whole block by the reciprocal, and divides the last, partial one.
+        # bitsandbytes multiplies whole blocks by the reciprocal, and divides a partial last one.
         scaled = (blocks * (1 / scale[: len(blocks), None].clamp(min=TINY))).view(-1)
         if len(tail):
             scale[-1] = tail.abs().max().clamp(min=TINY)
@@ -161,3 +159,87 @@ def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype):
         piece = F.embedding(codes.int(), pairs).view(-1, BLOCK)
         weight[start : start + step] = piece.mul_(absmax[start : start + step, None])
     return weight.view(shape)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x Wᵀ + b where W is dequantised twice, forward and backward, and never kept between."""
+
+    @staticmethod
+    def forward(ctx, x, bias, shape, dtype, *parts):
+        ctx.save_for_backward(*parts)  # the layer's own buffers: nothing is added to memory
+        ctx.shape, ctx.dtype = shape, dtype
+        weight = _dequantize(*parts, shape, dtype).to(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        # W is frozen, so all that is asked for is dL/dx = dL/dy W, and dL/db if b is trained.
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            packed, absmax, *rest = ctx.saved_tensors
+            if torch.compiler.is_compiling():
+                # Or the compiler sees two equal computations and keeps the first one's result, W.
+                packed, absmax = packed.clone(), absmax.clone()
+            weight = _dequantize(packed, absmax, *rest, ctx.shape, ctx.dtype)
+            grad_x = grad @ weight.to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
+        return grad_x, grad_bias, *[None] * (2 + len(ctx.saved_tensors))
+
+
+class NF4Linear(nn.Module):
+    """A linear layer on a frozen NF4 weight: y = x deq(W)ᵀ + b, in the dtype of x (QLoRA eq. 5).
+
+    Takes the place of `nn.Linear` under an adapter: `in_features`, `out_features`, `bias`, and
+    `weight`, dequantised anew at each use. The quantised parts are buffers. They move with
+    `.to(device)`, but `.to(dtype)` leaves them as they are: a scale cast to bfloat16 would be a
+    different weight.
+    """
+
+    def __init__(self, quantized, bias=None):
+        super().__init__()
+        self.out_features, self.in_features = quantized.shape
+        self.shape, self.dtype = quantized.shape, quantized.dtype
+        for name in ("packed", "absmax", "absmax2", "offset"):
+            self.register_buffer(name, getattr(quantized, name))
+        device = quantized.packed.device
+        nested = None if quantized.absmax2 is None else DYNAMIC_MAP.to(device)
+        self.register_buffer("pairs", PAIRS.to(device), persistent=False)
+        self.register_buffer("nested", nested, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_weight(cls, weight, bias=None, double_quant=False):
+        """Quantise a weight (out, in); the bias (out,), if any, stays as it is."""
+        return cls(quantize_nf4(weight, double_quant), bias)
+
+    @classmethod
+    def from_linear(cls, linear, double_quant=False):
+        """Quantise the weight of an `nn.Linear`."""
+        return cls.from_weight(linear.weight, linear.bias, double_quant)
+
+    @property
+    def quantized(self):
+        """The weight as an `NF4Weight` that shares this layer's memory."""
+        return NF4Weight(
+            self.packed, self.absmax, self.absmax2, self.offset, self.shape, self.dtype)
+
+    @property
+    def weight(self):
+        """The dequantised weight (out, in), in the dtype that was quantised: a new tensor."""
+        return dequantize_nf4(self.quantized)
+
+    def forward(self, x):
+        return _FrozenLinear.apply(
+            x, self.bias, self.shape, self.dtype, self.packed, self.absmax, self.absmax2,
+            self.offset, self.pairs, self.nested)
+
+    def _apply(self, fn, recurse=True):
+        """What `.to`, `.cuda` and `.half` call. As bytes, float32 scales move but are not cast."""
+        fixed = {id(buffer) for buffer in self.buffers()}
+        return super()._apply(
+            lambda t: fn(t.view(torch.uint8)).view(t.dtype) if id(t) in fixed else fn(t), recurse)
+
+    def extra_repr(self):
+        return (f"in_features={self.in_features}, out_features={self.out_features},"
+                f" bias={self.bias is not None}, double_quant={self.absmax2 is not None}")

@@ -1,40 +1,37 @@
-"""Folders that are whole or not there: how checkpoints and results are written, found, deleted.
+"""A run's folder and the checkpoints in it: made, found again, pruned. Never a half-written one.
 
-A commit writes `step-000200.tmp/`, flushes every file, writes manifest.json with the size and
-SHA-256 of each last, flushes the folder, renames it to `step-000200/` and flushes the parent.
-Only then may an older one go. So whenever the machine stops, the last whole folder is there.
+Writing is `commit` (common/commit.py), which makes a folder appear at once and whole; checking is
+`verify` (common/manifest.py), which notices any changed byte; what is inside a step folder is
+`save_state` and `load_state` (common/state.py). All of them can be imported from here.
 
     python -m common.checkpoint verify DIR      check a folder against its manifest
     python -m common.checkpoint seal DIR        write the manifest anew after an edit by hand
 
-Under torchrun all ranks call these functions: rank 0 alone touches the disk, all get its answer,
-and where it fails all raise. What is inside a step folder: `common/state.py`.
+Under torchrun all ranks call `new_run_folder`, `commit`, `latest` and `prune`: rank 0 alone
+touches the disk, all get its answer, and where it fails all raise.
 """
 
 import argparse
-import ctypes
 import errno
 import os
-import platform
 import re
-import shutil
 import sys
 from pathlib import Path
 
-import safetensors
 import torch
 
 from common import manifest
-from common.distributed import all_sum, any_rank
+from common.commit import (
+    beside, check_space, commit, in_run, recover, remember, remembered, remove, together)
+from common.distributed import all_sum
 from common.errors import UserError
-from common.manifest import MANIFEST, MARK, CheckpointError, read_manifest, seal
-from common.metrics import readable_bytes
+from common.manifest import MANIFEST, MARK, CheckpointError, seal
+from common.state import load_state, save_state, state_bytes
 from common.tensor_files import is_writer
 
-__all__ = ["MARK", "CheckpointError", "check_space", "commit", "latest", "new_run_folder",
-           "prune", "recover", "seal", "step_folder", "together", "verify"]
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_hashed = {}  # folder -> what `_looks` gave when this process last knew it to be whole
+__all__ = ["MARK", "CheckpointError", "check_space", "commit", "latest", "load_state",
+           "new_run_folder", "prune", "recover", "save_state", "seal", "state_bytes",
+           "step_folder", "verify"]
 
 
 def _on_main(action):
@@ -42,8 +39,6 @@ def _on_main(action):
     number = together(lambda: action() if is_writer() else 0)
     return int(all_sum(torch.tensor([number or 0], dtype=torch.int64)).item())
 
-
-# --- run folders ---
 
 def new_run_folder(chapter, out=None):
     """Make the folder of a new run and give its path.
@@ -88,12 +83,7 @@ def step_folder(run, step):
 
 def _is_run(folder):
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return any(name in ("train_config.json", "metrics.jsonl") or _in_run(name) for name in names)
-
-
-def _in_run(name):
-    """True for the folders that a run makes, whole or left over: step-000200, final, *.tmp, *.old."""
-    return re.fullmatch(r"(step-\d{6,}|final)(\.tmp|\.old)?", name) is not None
+    return any(name in ("train_config.json", "metrics.jsonl") or in_run(name) for name in names)
 
 
 def _steps(run):
@@ -102,15 +92,15 @@ def _steps(run):
         names = [path.name for path in Path(run).iterdir()]
     except OSError as error:
         raise UserError(f"{run}: not a run folder: {error.strerror}") from error
-    steps = sorted((int(name[5:]) for name in names if re.fullmatch(r"step-\d{6,}", name)))
-    return [step_folder(run, step) for step in reversed(steps)]
+    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{6,12}", name)]
+    return [step_folder(run, step) for step in sorted(steps, reverse=True)]
 
 
 def latest(run):
     """The newest whole step-N/ of a run folder, or None; says on stderr which it had to skip."""
     def find():
-        for old in Path(run).glob("*.old"):
-            if _in_run(old.name):
+        for old in Path(run).glob("*.replaced"):
+            if in_run(old.name):
                 recover(old.with_suffix(""))
         return next((int(folder.name[5:]) for folder in _steps(run) if _is_whole(folder)), -1)
 
@@ -128,12 +118,19 @@ def prune(run, keep, best=None):
         for folder in _steps(run):
             if whole >= max(keep, 1):
                 if best is None or folder.name != Path(best).name:
-                    os.rename(folder, _beside(folder, ".tmp"))  # stopped midway: a leftover
-                    _remove(_beside(folder, ".tmp"))
-            elif _hashed.get(str(folder.absolute())) == _looks(folder) or _is_whole(folder):
+                    _delete(folder)
+            elif remembered(folder) or _is_whole(folder):
                 whole += 1
 
     together(lambda: delete() if is_writer() else None)
+
+
+def _delete(folder):
+    try:
+        os.rename(folder, beside(folder, ".tmp"))  # stopped midway, it is a leftover
+        remove(beside(folder, ".tmp"))
+    except OSError as error:  # no reason to end a run
+        print(f"{folder}: an old checkpoint that cannot be deleted: {error}", file=sys.stderr)
 
 
 def verify(folder):
@@ -145,18 +142,12 @@ def verify(folder):
 def _is_whole(folder):
     try:
         if verify(folder):
-            _hashed[str(folder.absolute())] = _looks(folder)
+            remember(folder)
             return True
         print(f"skipped {folder}: it has no {MANIFEST}", file=sys.stderr)
     except CheckpointError as error:
         print(f"skipped a damaged checkpoint: {error}", file=sys.stderr)
     return False
-
-
-def _looks(folder):
-    """Name, inode, size and time of each file: equal while nobody has touched them."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
-    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 if __name__ == "__main__":
@@ -170,7 +161,7 @@ if __name__ == "__main__":
         if arguments.action == "seal":
             print(f"{arguments.folder}: {seal(arguments.folder)} files sealed")
         else:
-            found = manifest.verify(arguments.folder)
+            found = verify(arguments.folder)
             print(f"{arguments.folder}: " + (f"{len(found['files'])} files, all as written" if found
                                              else "no manifest: not written by bareloop"))
 

@@ -137,7 +137,8 @@ def read_flags(options_class, description, argv):
             default = " ".join(f.default) if meta["many"] else f.default
             text += f" (default: {default})"
         if meta["kind"] is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            action = argparse.BooleanOptionalAction if f.default else "store_true"
+            parser.add_argument(flag, action=action, help=text)
         else:
             parser.add_argument(flag, type=meta["kind"], nargs="+" if meta["many"] else None,
                                 metavar="|".join(meta["choices"] or [f.name.upper()]), help=text)

@@ -26,6 +26,7 @@ from common.tensor_files import is_writer
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LEFTOVER = (".tmp", ".replaced")
+_hashed = {}  # folder -> what `_looks` gave when this process knew it to be whole
 
 
 def together(action):
@@ -51,13 +52,13 @@ def commit(folder, write, extra=None, bytes_needed=0):
     """
     folder = Path(os.path.abspath(folder))
     tmp = beside(folder, ".tmp")
-    alone = is_writer()
+    writer = is_writer()
     try:
-        together(lambda: _prepare(folder, tmp, bytes_needed) if alone else None)
+        together(lambda: _prepare(folder, tmp, bytes_needed) if writer else None)
         together(lambda: write(tmp))
-        together(lambda: _publish(folder, tmp, extra or {}) if alone else None)
+        together(lambda: _publish(folder, tmp, extra or {}) if writer else None)
     except BaseException as error:
-        if not alone:
+        if not writer:
             raise
         message = _plain_words(error, folder, tmp, bytes_needed)
         try:
@@ -73,14 +74,18 @@ def commit(folder, write, extra=None, bytes_needed=0):
 
 def check_space(path, bytes_needed):
     """Raise UserError unless the disk of `path`, which need not exist, has that many bytes free."""
+    if _free(path) < bytes_needed:
+        raise UserError(
+            f"{path}: not enough disk space: {readable_bytes(bytes_needed)} needed,"
+            f" {readable_bytes(_free(path))} free; free some, lower --keep, or choose another"
+            " --out")
+
+
+def _free(path):
     place = Path(os.path.abspath(path))
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < bytes_needed:
-        raise UserError(
-            f"{path}: not enough disk space: {readable_bytes(bytes_needed)} needed,"
-            f" {readable_bytes(free)} free; free some, lower --keep, or choose another --out")
+    return shutil.disk_usage(place).free
 
 
 def recover(folder):
@@ -132,7 +137,7 @@ def _publish(folder, tmp, extra):
         flush_names(folder.parent)
         os.rename(beside(folder, ".replaced"), tmp)
     flush_names(folder.parent)
-    _hashed[str(folder)] = _looks(folder)
+    remember(folder)
     if tmp.exists():  # what `folder` was before
         remove(tmp)
 
@@ -148,8 +153,28 @@ def _exchange(first, second):
 def _is_ours(folder):
     """True if we may delete `folder`: it is empty, has a manifest, or is a part of a run."""
     run = folder.name.startswith("step-") or (folder.parent / "train_config.json").exists()
-    return (not any(folder.iterdir()) or (folder / manifest.MANIFEST).exists()
-            or run and in_run(folder.name))
+    return (not any(folder.iterdir()) or manifest.claims(folder) or run and in_run(folder.name))
+
+
+def in_run(name):
+    """True for the names that a run gives its folders: step-000200, final, and their leftovers."""
+    return re.fullmatch(r"(step-\d{6,}|final)(\.tmp|\.replaced)?", name) is not None
+
+
+def remember(folder):
+    """Note that `folder` is whole as it is now."""
+    _hashed[os.path.abspath(folder)] = _looks(folder)
+
+
+def remembered(folder):
+    """True if `folder` was whole once in this process and nobody has touched it since."""
+    return _hashed.get(os.path.abspath(folder)) == _looks(folder)
+
+
+def _looks(folder):
+    """Name, inode, size and time of each file: equal while nobody has touched them."""
+    stats = [(path.name, path.stat()) for path in sorted(Path(folder).iterdir())]
+    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def remove(folder):
@@ -160,6 +185,7 @@ def remove(folder):
 
 
 def beside(folder, suffix):
+    """`runs/x/final` and ".tmp" give `runs/x/final.tmp`."""
     return folder.with_name(folder.name + suffix)
 
 
@@ -174,18 +200,18 @@ def flush_names(folder):
 
 def _plain_words(error, folder, tmp, bytes_needed):
     """The message for a write that failed, or None where `error` is of another kind."""
-    number = None
-    while error is not None and number is None:  # safetensors' errors carry it as text
-        text = re.search(r"os error (\d+)", str(error))
-        number = getattr(error, "errno", None) or (int(text[1]) if text else None)
-        error = error.__cause__
-    if number is None:
-        return None
-    if number not in FULL:
-        return f"{folder}: cannot be written: {os.strerror(number)}"
-    written = sum(p.stat().st_size for p in tmp.iterdir()) if tmp.is_dir() else 0
-    needed = max(bytes_needed, written)
-    return (f"{folder}: {os.strerror(number)}: {readable_bytes(written)} written of"
-            f" {'' if bytes_needed else 'at least '}{readable_bytes(needed)} needed,"
-            f" {readable_bytes(shutil.disk_usage(folder.parent).free)} free; what was saved before"
-            " is intact: free some space or lower --keep, then go on with --resume")
+    number, cause = None, error
+    while cause is not None and number is None:  # safetensors' errors carry it as text
+        text = re.search(r"os error (\d+)", str(cause))
+        number = getattr(cause, "errno", None) or (int(text[1]) if text else None)
+        cause = cause.__cause__
+    if number in FULL:
+        written = sum(path.stat().st_size for path in tmp.iterdir()) if tmp.is_dir() else 0
+        needed = readable_bytes(max(bytes_needed, written))
+        return (f"{folder}: {os.strerror(number)}: {readable_bytes(written)} written of"
+                f" {needed if bytes_needed else f'at least {needed}'} needed,"
+                f" {readable_bytes(_free(folder))} free; what was saved before is intact: free"
+                " some space or lower --keep, then go on with --resume")
+    if isinstance(error, OSError):
+        return f"{folder}: not written: {error.strerror}: {error.filename or tmp}"
+    return None

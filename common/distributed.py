@@ -13,6 +13,7 @@ Ranks exchange tensors, never objects: PyTorch's object collectives unpickle wha
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -171,7 +172,12 @@ def barrier():
 def stop():
     """Leave the other ranks; call it once at the end of a run. Nothing for a single process."""
     if dist.is_initialized():
+        gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
+        if gloo:
+            # Gloo's threads live on with the sharded model and drop the last collective's tensor a
+            # moment later, for which they need the interpreter: if it is gone, the process aborts.
+            time.sleep(0.2)
 
 
 def _device():

@@ -190,11 +190,15 @@ def _plain_words(repo, kind, file=None):
                 f"no disk space for {repo} in {constants.HF_HUB_CACHE}: make room, or set HF_HOME"
                 " to another disk") from error
         if isinstance(error, PermissionError):
-            raise UserError(f"cannot write to the Hub's cache: {error}; set HF_HOME") from error
+            raise UserError(f"cannot write to the Hub's cache: {_line(error)}; set HF_HOME") from error
         raise UserError(
-            f"the connection to the Hub failed for {repo} ({type(error).__name__}: {error}): try"
+            f"the connection to the Hub failed for {repo} ({type(error).__name__}: {_line(error)}): try"
             f" again (what is there stays), or, {tiny}") from error
 
 
 def _status(error):
     return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _line(error):
+    return " ".join(str(error).split())

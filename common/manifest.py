@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.tensor_files import open_file
 
 MANIFEST = "manifest.json"
+NEW = MANIFEST + ".new"  # while it is being written
 MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
 LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
 LARGEST = 16 * 2**20  # no manifest of ours comes near; a larger file is not read into memory
@@ -67,7 +68,8 @@ def seal(folder):
         extra = json.loads((folder / MANIFEST).read_bytes())["extra"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         extra = {}  # it was lost or damaged: perhaps the very reason for sealing
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+    paths = [path for path in sorted(folder.iterdir())
+             if path.is_file() and path.name not in (MANIFEST, NEW)]
     for path in paths:
         if path.suffix == ".safetensors":
             with open_file(path):
@@ -95,7 +97,7 @@ def read_manifest(folder):
 
 def write_manifest(folder, files, extra):
     """Write manifest.json into `folder`, flushed; one that is there is replaced in one step."""
-    new = Path(folder) / (MANIFEST + ".new")
+    new = Path(folder) / NEW
     with open(new, "wb") as file:
         file.write(encoded(files, extra))
         file.flush()
@@ -139,10 +141,19 @@ def _check(folder, name, expected):
         raise CheckpointError(f"{path}: its content has changed; {_advice(folder)}")
 
 
+def claims(folder):
+    """True if there is a manifest.json that looks like ours: whole, damaged, or still empty."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        text = file.read(LARGEST)
+    return not text or b'"bareloop"' in text
+
+
 def _was_ours(folder):
     """True if what is left of `folder` says that it had a manifest of ours."""
-    path = folder / MANIFEST
-    if path.is_file() and (path.stat().st_size > LARGEST or b'"bareloop"' in path.read_bytes()):
+    if claims(folder):
         return True
     for path in sorted(folder.glob("*.safetensors")):
         try:

@@ -141,10 +141,9 @@ def _number(value, form):
 
 def _plain(value):
     """A number (or one-element tensor) as JSON has it; None for what is unknown or not finite."""
-    if value is None or isinstance(value, (int, str)):
-        return value
-    value = float(value)
-    return value if math.isfinite(value) else None
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cut(path, start_step):

@@ -20,8 +20,8 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     """The options of this run: an `options_class` in which nothing is left open.
 
     `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
-    values: for the embedded model on the embedded data, and for everything else. Prints what
-    `auto` chose. Raises UserError on anything wrong, before any file of the model is touched.
+    values: for the embedded model on the embedded data, and for everything else; a value that
+    depends on --method is itself a dict, with a "default". Prints what `auto` chose. Raises UserError on anything wrong, before any file of the model is touched.
     """
     typed = cli.read_flags(options_class, description, argv)
     given = {}
@@ -35,6 +35,8 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     device = cli.choose_device(options.device)
     preset = _choose_model_and_data(options, chapter, device, tiny, real)
     for name, value in preset.items():
+        if isinstance(value, dict):
+            value = value.get(options.method, value["default"])
         if getattr(options, name) is None or (name not in given and name not in ("model", "data")):
             setattr(options, name, value)
     if options.steps is None and options.epochs is None:

@@ -123,27 +123,41 @@ main(sys.argv[1])
 """
 
 
+def start_ranks(script, world, *arguments):
+    """Start `script` as `world` ranks without torchrun, which would kill a dead rank's peers."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start_process(script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world,
+                      MASTER_ADDR="localhost", MASTER_PORT=port)
+        for rank in range(world)]
+
+
+def start_process(*arguments, **environment):
+    """Start Python with one thread and these environment variables; its text is captured."""
+    environment = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, **environment}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env={**os.environ, **{name: str(value) for name, value in environment.items()}})
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What 1, 2 and 3 processes computed: world size -> name -> tensor."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = {}
-    for world in (1, 2, 3):
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world),
-                    "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        started[world] = subprocess.Popen(
-            [sys.executable, *(launcher if world > 1 else []), str(script),
-             str(folder / f"{world}.safetensors")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    finished = {}
-    for world, process in started.items():
+    out = {world: folder / f"{world}.safetensors" for world in (1, 2, 3)}
+    processes = [
+        start_process(script, out[1]),
+        start_process("-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d",
+                      "--rdzv-endpoint", "localhost:0", script, out[2]),
+        *start_ranks(script, 3, out[3])]
+    for process in processes:
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
-        finished[world] = load_file(folder / f"{world}.safetensors")
-    return finished
+    return {world: load_file(path) for world, path in out.items()}
 
 
 @pytest.mark.parametrize("kind", ["dense", "lora"])
@@ -182,40 +196,28 @@ def test_frozen_parameters_stay(results):
                 assert torch.equal(results[world][name], value), name
 
 
-def run_ranks(tmp_path, body, world=2, timeout=60):
-    """Run `body` as ranks without torchrun, which would kill the survivors; their (code, text)."""
-    script = tmp_path / "script.py"
-    script.write_text("import os, sys, time, torch\nfrom common import distributed\n" + body)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                            "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-        for rank in range(world)]
-    try:
-        texts = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, texts)]
-
-
-@pytest.mark.parametrize("fate", ["os._exit(9)", "time.sleep(8)"], ids=["dies", "hangs"])
+@pytest.mark.parametrize("fate", ["os._exit(9)", "time.sleep(5)"], ids=["dies", "hangs"])
 def test_a_lost_rank_ends_the_others(tmp_path, fate):
     """Rank 1 dies, or answers no more: rank 0 stops with a plain message instead of waiting."""
-    (code, text), _ = run_ranks(tmp_path, f"""
-ranks = distributed.start("cpu", timeout_seconds=3)
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, time, torch
+from common import distributed
+ranks = distributed.start("cpu", timeout_seconds=2)
 distributed.barrier()
 if not ranks.main:
     {fate}
     os._exit(0)
 distributed.all_sum(torch.ones(1))
 """)
-    assert code != 0
+    processes = start_ranks(script, 2)
+    try:
+        text = processes[0].communicate(timeout=60)[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode != 0
     assert "UserError: rank 0: another rank has ended or does not answer" in text
 
 

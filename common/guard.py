@@ -1,0 +1,158 @@
+"""What a run does when things go wrong: signals, non-finite steps, loss spikes, memory.
+
+The loop asks at its step boundaries; nothing here saves or stops by itself, but for an error that
+says why.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import time
+
+from common.errors import UserError
+from common.metrics import readable_bytes
+from common.tensor_files import is_writer
+
+
+class Signals:
+    """Within `with Signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`.
+
+    It is then "SIGTERM" or "SIGINT", else None; the loop looks at each step boundary (with
+    `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
+    KeyboardInterrupt at once. The handlers before come back at the end. Main thread only.
+    """
+
+    def __init__(self, quiet=False):
+        self.quiet = quiet
+        self.requested = None
+        self.interrupted = None  # when the first Ctrl-C came
+        self.before = {}
+        # torchrun gets the terminal's Ctrl-C as we do, and sends every rank another one.
+        self.echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number, frame):
+        # It may run between any two bytecodes, also inside print: so flags, and one bare write.
+        self.requested = self.requested or signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self.interrupted is None:
+            self.interrupted = now
+            if not self.quiet:
+                with contextlib.suppress(OSError):  # a closed terminal is no reason not to save
+                    os.write(2, b"\nCtrl-C: saving at the next step; once more to stop at once\n")
+        elif now - self.interrupted >= self.echo_seconds:
+            raise KeyboardInterrupt
+
+
+class NonFinite:
+    """Counts the steps whose loss or gradient norm is not finite, for the loop to skip.
+
+    `skipped` is how many there were; after `limit` in a row `check` raises UserError.
+    """
+
+    def __init__(self, limit=5):
+        self.limit = limit
+        self.skipped = self.in_a_row = 0
+
+    def check(self, loss, grad_norm, step, documents=(), checkpoint=None):
+        """True if the step may be taken, False if the loop must skip it (no optimizer.step).
+
+        `documents` are the ids of the step's documents, printed so that a bad one can be found;
+        `checkpoint` is the last good one, named when it is time to stop. With several ranks give
+        the loss and norm of all, so that all decide alike.
+        """
+        loss, grad_norm = float(loss), float(grad_norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        shown = ", ".join(map(str, list(documents)[:8]))
+        shown = (shown + (" ..." if len(documents) > 8 else "")) or "not known"
+        message = f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}; documents: {shown}"
+        if self.in_a_row >= self.limit:
+            back = (f"the last good checkpoint is {checkpoint}" if checkpoint
+                    else "no checkpoint was saved before")
+            raise UserError(
+                f"{self.in_a_row} steps in a row were not finite, the last one {message}; {back};"
+                " try a lower --lr or --clip, a longer --warmup, or --dtype float32")
+        if is_writer():
+            print(f"{message}: skipped ({self.in_a_row} in a row, {self.skipped} in all)",
+                  flush=True)
+        return False
+
+
+class LossSpikes:
+    """Says when a loss stands out: more than `sigmas` deviations above its running mean.
+
+    Mean and variance are exponential averages over about `window` steps. Nothing is said in the
+    first `window` steps, when the loss still falls fast.
+    """
+
+    def __init__(self, sigmas=6.0, window=50):
+        self.sigmas, self.window = sigmas, window
+        self.mean = self.variance = 0.0
+        self.seen = 0
+
+    def check(self, loss, step):
+        """True, after printing one line, if this step's loss is a spike. Steps come in order."""
+        loss = float(loss)
+        if not math.isfinite(loss):
+            return False  # NonFinite speaks of these
+        # A spread of at least 1 % of the mean: noise on a flat loss is no news.
+        limit = self.mean + self.sigmas * max(math.sqrt(self.variance), 0.01 * abs(self.mean))
+        spike = self.seen >= self.window and loss > limit
+        if spike:
+            if is_writer():
+                print(f"step {step}: loss {loss:.4f} stands out from {self.mean:.4f} before; if"
+                      " this repeats, try a lower --lr or --clip", flush=True)
+            loss = limit  # so that one spike does not hide the next
+        self.seen += 1
+        share = max(1 / self.seen, 1 / self.window)
+        difference = loss - self.mean
+        self.mean += share * difference
+        self.variance = (1 - share) * (self.variance + share * difference**2)
+        return spike
+
+
+def out_of_memory_advice(error, options, predicted=None):
+    """The message, one line, for an out-of-memory `error`: what was predicted, what to try next.
+
+    `options` has batch_tokens, grad_accum and max_seq_len. `predicted` is bytes by category (or
+    their sum), None if not known.
+    """
+    parts = [f"out of memory: {_first_sentence(error)}"]
+    if predicted is not None:
+        by_size = sorted(predicted.items(), key=lambda item: -item[1]) if isinstance(
+            predicted, dict) else []
+        total = sum(size for _, size in by_size) if by_size else predicted
+        shares = ", ".join(f"{name} {readable_bytes(size)}" for name, size in by_size[:3] if size)
+        parts.append(f"predicted peak {readable_bytes(total)}" + (f" ({shares})" if shares else ""))
+    smaller = options.batch_tokens // 2
+    if smaller >= 128:
+        advice = f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum}"
+        advice += " (as many tokens in a step)"
+        if options.max_seq_len and options.max_seq_len > smaller:
+            advice += f"; documents over {smaller} tokens are then cut"
+        parts.append(advice)
+    else:
+        parts.append("--batch-tokens is small already: take a smaller model, or chapter 3 with"
+                     " --quantize nf4 and --activation-checkpointing")
+    return "; ".join(parts)
+
+
+def _first_sentence(error):
+    """PyTorch's message goes on for a paragraph about its allocator."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". GPU")[0].rstrip(".")[:200] if lines else type(error).__name__

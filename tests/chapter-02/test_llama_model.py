@@ -1,0 +1,249 @@
+"""Chapter 2's model against transformers (goldens), chapter 1 (bitwise) and float64 mathematics."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import GOLDENS, ROOT, load
+from safetensors.torch import load_file
+
+from common import hub, weights
+
+llama = load("chapter-02/modeling_llama.py")
+qwen3 = load("chapter-01/modeling_qwen3.py")
+packing = load("chapter-02/packing.py")
+KVCache = load("chapter-02/kv_cache.py").KVCache
+
+SMALL = dict(
+    model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+    rope_theta=1e4, tie_word_embeddings=True,
+)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+
+
+def small_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict({**SMALL, **changes}))
+    for parameter in model.parameters():  # large enough that every part matters
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def pack_of(documents):
+    pack = packing.packed_sequence_collate_fn([(ids, ids) for ids in documents])
+    return pack, pack.pop("labels")
+
+
+def random_documents(lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(64, (n,), generator=generator) for n in lengths]
+
+
+# --- transformers ---
+
+NAMES = ["llama3_tied", "llama3_untied", "qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_gradients_equal_transformers(name):
+    folder = GOLDENS / "models" / name
+    golden = load_file(folder.with_suffix(".safetensors"))
+    config = llama.LlamaConfig.from_dict(weights.read_config(folder))
+    assert config.tie_word_embeddings == name.endswith("_tied")
+    assert (config.qk_norm, config.qkv_bias, config.rope_scaling is not None) == tuple(
+        name.startswith(family) for family in ("qwen3", "qwen2", "llama3"))
+    model = llama.LlamaForCausalLM(config)
+    weights.load_weights(model, folder)
+    documents = golden["input_ids"].split(golden["lengths"].tolist())
+    targets = golden["labels"].split(golden["lengths"].tolist())
+    pack = packing.packed_sequence_collate_fn(list(zip(documents, targets)))
+    labels = pack.pop("labels")
+    logits = model(**pack)
+    assert (logits - golden["logits"]).abs().max() <= 1e-5
+    loss = F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum()
+    assert abs(loss - golden["loss"]) <= 1e-6
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        expected = golden[f"grad.{name}"]
+        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_on_qwen3_it_is_chapter_1_to_the_bit():
+    small = {**SMALL, "model_type": "qwen3"}
+    one = qwen3.Qwen3ForCausalLM(qwen3.Qwen3Config.from_dict(small))
+    two = small_model(model_type="qwen3")
+    one.load_state_dict(two.state_dict())
+    pack, labels = pack_of(random_documents([7, 1, 20]))
+    logits = [model(**pack) for model in (one, two)]
+    assert torch.equal(*logits)
+    for model, output in zip((one, two), logits):
+        F.cross_entropy(output, labels).backward()
+    for a, b in zip(one.parameters(), two.parameters()):
+        assert torch.equal(a.grad, b.grad)
+
+
+# --- rotary embedding ---
+
+@pytest.mark.parametrize("scaling", [LLAMA3, {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192}])
+def test_llama3_scaling_equals_the_definition_by_cases(scaling):
+    theta, head_dim = 5e5 if scaling["factor"] == 32 else 100.0, 64
+    config = llama.LlamaConfig.from_dict(
+        {**SMALL, "head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling})
+    positions = torch.tensor([0, 1, 2, 63, 300])
+    cos, sin = llama.rotary_tables(positions, config)
+    cases = set()
+    for i in range(head_dim // 2):
+        frequency = theta ** (-2 * i / head_dim)
+        wavelength = 2 * math.pi / frequency
+        length = scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        if wavelength < length / high:
+            case, expected = "kept", frequency
+        elif wavelength > length / low:
+            case, expected = "slowed", frequency / scaling["factor"]
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            case = "blended"
+            expected = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
+        cases.add(case)
+        angle = positions.double() * expected
+        torch.testing.assert_close(cos[:, 0, i].double(), angle.cos(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(sin[:, 0, i].double(), angle.sin(), rtol=0, atol=1e-4)
+    assert cases == {"kept", "slowed", "blended"}
+    assert cos.dtype == torch.float32
+
+
+# --- the cache ---
+
+FAMILIES = [dict(model_type="llama", rope_scaling=LLAMA3), dict(model_type="qwen2"),
+            dict(model_type="qwen3", tie_word_embeddings=False, num_key_value_heads=1),
+            dict(model_type="mistral", sliding_window=None, num_key_value_heads=4)]
+
+
+def test_a_cached_pass_equals_the_whole_pass():
+    for family in FAMILIES:
+        model = small_model(**family)
+        documents = random_documents([9, 4, 1, 6])
+        cache = KVCache(4, 12)
+        with torch.no_grad():
+            for step in range(4):  # the prompts, then three single tokens each
+                begins = [0 if step == 0 else len(d) + step - 1 for d in documents]
+                documents = [torch.cat((d, e)) for d, e in zip(
+                    random_documents([9, 4, 1, 6]), random_documents([step] * 4, seed=2))]
+                new, _ = pack_of([d[begin:] for d, begin in zip(documents, begins)])
+                new["position_ids"] += torch.tensor(begins).repeat_interleave(
+                    new["cu_seqlens"].diff())
+                cached = model(**new, cache=cache)
+                pack, _ = pack_of(documents)
+                whole = model(**pack)[pack["cu_seqlens"][1:].long() - 1]
+                assert cached.shape == (4, 64)
+                torch.testing.assert_close(cached, whole, rtol=0, atol=2e-5)
+
+
+def test_keep_drops_documents_and_leaves_the_others():
+    model = small_model()
+    documents = random_documents([5, 3, 8])
+    with torch.no_grad():
+        cache = KVCache(3, 9)
+        model(**pack_of(documents)[0], cache=cache)
+        cache.keep([2, 0])
+        step = dict(input_ids=torch.tensor([7, 9]), position_ids=torch.tensor([8, 5]),
+                    cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32), max_seqlen=1)
+        cached = model(**step, cache=cache)
+        for row, (document, token) in enumerate(((2, 7), (0, 9))):
+            alone, _ = pack_of([F.pad(documents[document], (0, 1), value=token)])
+            torch.testing.assert_close(cached[row], model(**alone)[-1], rtol=0, atol=2e-5)
+
+
+def test_the_cache_refuses_what_it_would_get_wrong():
+    model = small_model()
+    pack, _ = pack_of(random_documents([5, 3]))
+    with torch.no_grad():
+        for documents, room in ((1, 9), (3, 9), (2, 4)):
+            with pytest.raises(ValueError, match="the cache is for"):
+                model(**pack, cache=KVCache(documents, room))
+        cache = KVCache(2, 9)
+        model(**pack, cache=cache)
+        with pytest.raises(ValueError, match="one token"):
+            model(**pack, cache=cache)
+
+
+# --- configuration and initialisation ---
+
+@pytest.mark.parametrize("name", hub.ARCHITECTURES)
+def test_built_in_architectures_are_accepted(name):
+    config = llama.LlamaConfig.from_dict(weights.read_config(hub.resolve(name)))
+    with torch.device("meta"):
+        count = sum(p.numel() for p in llama.LlamaForCausalLM(config).parameters())
+    assert count == {"qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360,
+                     "llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248}[name]
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    config = {**SMALL, "model_type": "qwen2", "hidden_size": 256}
+    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
+    names = dict(model.named_parameters())
+    assert "model.layers.1.self_attn.q_proj.bias" in names
+    assert "model.layers.1.self_attn.o_proj.bias" not in names
+    for name, parameter in names.items():
+        if name.endswith(("norm.weight", "bias")):
+            assert (parameter == name.endswith("norm.weight")).all()
+        else:
+            assert abs(parameter.std().item() - 0.02) < 0.002, name
+
+
+def test_an_adapter_on_the_head_is_used():
+    """The head is called as a module: whatever wraps it takes part."""
+    model = small_model(tie_word_embeddings=False)
+    pack, _ = pack_of(random_documents([4]))
+    before = model(**pack)
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Hardtanh(-0.1, 0.1))
+    assert torch.equal(model(**pack), before.clamp(-0.1, 0.1))
+
+
+@pytest.mark.parametrize("change", [
+    {"model_type": "gemma"}, {"model_type": None}, {"hidden_act": "gelu"}, {"mlp_bias": True},
+    {"attention_bias": True}, {"attention_bias": True, "model_type": "qwen2"},
+    {"attention_bias": True, "model_type": "qwen3"}, {"attention_dropout": 0.1},
+    {"use_sliding_window": True, "model_type": "qwen2"}, {"pretraining_tp": 2},
+    {"sliding_window": 4096, "model_type": "mistral"}, {"partial_rotary_factor": 0.5},
+    {"layer_types": ["full_attention", "sliding_attention"], "model_type": "qwen3"},
+    {"head_dim": 15}, {"num_attention_heads": 3}, {"hidden_size": "32"}, {"vocab_size": 0},
+    {"num_hidden_layers": None}, {"tie_word_embeddings": 1}, {"rope_theta": None},
+    {"quantization_config": {"load_in_4bit": True}},
+    *({"rope_scaling": {"rope_type": kind, "factor": 4.0}}
+      for kind in ("linear", "dynamic", "yarn", "longrope", "su", None)),
+    {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    *({"rope_scaling": {**LLAMA3, key: value}} for key, value in (
+        ("factor", None), ("factor", "8"), ("low_freq_factor", 0.0), ("high_freq_factor", 1.0),
+        ("original_max_position_embeddings", 32.5), ("partial_rotary_factor", 0.5))),
+])
+def test_config_refuses_by_name(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        llama.LlamaConfig.from_dict({**SMALL, **change})
+
+
+def test_a_mistral_config_without_its_window_is_refused():
+    """Mistral's default is a window of 4096 tokens, so that silence means one."""
+    with pytest.raises(ValueError, match="sliding_window"):
+        llama.LlamaConfig.from_dict({**SMALL, "model_type": "mistral"})
+    llama.LlamaConfig.from_dict({**SMALL, "model_type": "mistral", "sliding_window": None})
+
+
+def test_values_that_leave_a_feature_out_are_accepted():
+    llama.LlamaConfig.from_dict({
+        **SMALL, "model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False,
+        "layer_types": ["full_attention"] * 2, "attention_dropout": 0.0, "pretraining_tp": 1,
+        "attention_bias": False, "mlp_bias": False, "rope_scaling": None})
+
+
+def test_the_model_asks_for_no_family():
+    source = (ROOT / "chapter-02" / "modeling_llama.py").read_text("utf-8")
+    code = source.split('"""', 2)[2]
+    assert "model_type" not in code and '"qwen' not in code

@@ -1,0 +1,573 @@
+"""Model folders against what transformers wrote, and against every way in which they break."""
+
+import json
+import struct
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from common import tensor_files, weights
+from common.errors import UserError
+from common.hub import ARCHITECTURES, COMMON
+from helpers import GOLDENS
+
+MODELS = GOLDENS / "models"
+NAMES = (
+    "qwen3_tied", "qwen3_untied", "llama3_tied", "llama3_untied", "qwen2_tied", "qwen2_untied")
+ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_type": "llama3"}
+
+
+@contextmanager
+def refused(*parts):
+    """A UserError of one line that has all of `parts` in it."""
+    with pytest.raises(UserError) as caught:
+        yield
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in parts:
+        assert str(part) in text, text
+
+
+def tree(shapes, dtype=torch.float32):
+    """A module with parameters of these names and shapes, and NaN in all of them."""
+    root = nn.Module()
+    for name, shape in shapes.items():
+        module, *parts = root, *name.split(".")
+        for part in parts[:-1]:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        values = torch.full(shape, float("nan"), dtype=dtype)
+        module.register_parameter(parts[-1], nn.Parameter(values))
+    return root
+
+
+def golden(name):
+    """The tensors of a golden folder, read without the code under test."""
+    tensors = {}
+    for file in (MODELS / name).glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def model_of(name, **options):
+    return tree({key: value.shape for key, value in golden(name).items()}, **options)
+
+
+def write_folder(path, tensors, config=None):
+    path.mkdir(exist_ok=True)
+    config = config or {"model_type": "qwen3", "tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def tied_tensors():
+    return {"model.embed_tokens.weight": torch.randn(6, 4), "model.norm.weight": torch.randn(4)}
+
+
+def shapes_of(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items() if name != "lm_head.weight"}
+
+
+# --- config.json ---
+
+def config_of(tmp_path, text):
+    text = text if isinstance(text, str) else json.dumps(text)
+    (tmp_path / "config.json").write_text(text)
+    return weights.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("given, theta, scaling", [
+    # transformers 4
+    ({"rope_theta": 1000000, "rope_scaling": None}, 1e6, None),
+    ({"rope_theta": 5e5, "rope_scaling": ROPE}, 5e5, ROPE),
+    ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, 5e5,
+     {"rope_type": "linear", "factor": 2.0}),
+    # transformers 5
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, None),
+    ({"rope_parameters": {"rope_theta": 5e5, **ROPE}}, 5e5, ROPE),
+    # both at once, and neither
+    ({"rope_parameters": {"rope_theta": 5e5, **ROPE}, "rope_theta": 500000,
+      "rope_scaling": ROPE}, 5e5, ROPE),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 1e6,
+      "rope_scaling": None}, 1e6, None),
+    ({}, 1e4, None),
+    # what changes the maths is never dropped
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                          "partial_rotary_factor": 0.5}}, 1e4,
+     {"rope_type": "default", "partial_rotary_factor": 0.5}),
+])
+def test_read_config_knows_both_dialects(tmp_path, given, theta, scaling):
+    config = config_of(tmp_path, {"model_type": "llama", "other": [1], **given})
+    assert config["rope_theta"] == theta and isinstance(config["rope_theta"], float)
+    assert config["rope_scaling"] == scaling
+    assert "rope_parameters" not in config and config["other"] == [1]
+
+
+@pytest.mark.parametrize("given, head_dim", [
+    ({"model_type": "qwen3"}, 128),
+    ({"model_type": "qwen3", "head_dim": 64}, 64),
+    ({"model_type": "llama"}, 16),
+    ({"model_type": "llama", "head_dim": None}, 16),
+    ({"model_type": "llama", "head_dim": 32}, 32),
+    ({"model_type": "qwen2"}, 16),
+])
+def test_head_dim_by_family(tmp_path, given, head_dim):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4}
+    assert config_of(tmp_path, sizes | given)["head_dim"] == head_dim
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("", ["line 1", "not valid JSON"]),
+    ('{"a": 1,\n "b" 2}', ["line 2", "not valid JSON"]),
+    ("[1]", ["JSON object", "list"]),
+    ("[" * 100_000, ["not valid JSON"]),
+    ({"hidden_size": "64"}, ["hidden_size", "positive whole number", "'64'"]),
+    ({"num_hidden_layers": 2.5}, ["num_hidden_layers", "2.5"]),
+    ({"num_hidden_layers": True}, ["num_hidden_layers", "True"]),
+    ({"vocab_size": 0}, ["vocab_size", "0"]),
+    ({"rms_norm_eps": "1e-6"}, ["rms_norm_eps", "positive number"]),
+    ('{"rms_norm_eps": NaN}', ["rms_norm_eps", "nan"]),
+    ({"tie_word_embeddings": "false"}, ["tie_word_embeddings", "true or false"]),
+    ({"model_type": 3}, ["model_type", "text"]),
+    ({"rope_theta": 0}, ["rope_theta", "positive number"]),
+    ({"rope_theta": [1e4]}, ["rope_theta", "positive number"]),
+    ({"rope_scaling": "llama3"}, ["rope_scaling", "'llama3'"]),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["llama3", "low_freq_factor"]),
+    ({"rope_scaling": ROPE | {"factor": "8"}}, ["factor", "'8'"]),
+    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, ["rope_theta", "1000000.0"]),
+    ({"rope_scaling": ROPE, "rope_parameters": ROPE | {"factor": 4.0}}, ["RoPE scaling"]),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["differ between layers"]),
+    ({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}, ["head_dim", "65"]),
+])
+def test_a_broken_config_is_refused(tmp_path, text, parts):
+    with refused(tmp_path / "config.json", *parts):
+        config_of(tmp_path, text)
+
+
+def test_missing_folder_and_missing_config(tmp_path):
+    with refused(tmp_path / "nothing", "no such folder"):
+        weights.read_config(tmp_path / "nothing")
+    with refused(tmp_path, "no config.json"):
+        weights.read_config(tmp_path)
+
+
+def test_a_config_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
+    with refused(tmp_path / "config.json", "not valid JSON"):
+        weights.read_config(tmp_path)
+
+
+def test_write_config_speaks_both_dialects(tmp_path):
+    # What was seen to load with equal logits in transformers 4.57.3 and 5.23.0.
+    config = weights.read_config(MODELS / "llama3_untied")
+    weights.write_config(config, tmp_path, torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 1, "dtype": "bfloat16", "eos_token_id": 2, "head_dim": 6,
+        "hidden_act": "silu", "hidden_size": 24, "initializer_range": 0.02,
+        "intermediate_size": 32, "max_position_embeddings": 64, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2,
+        "num_key_value_heads": 2, "pad_token_id": None, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32, "rope_theta": 100.0, "rope_type": "llama3"},
+        "rope_scaling": {
+            "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32, "rope_type": "llama3"},
+        "rope_theta": 100.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "5.23.0", "use_cache": True, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_round_trip(tmp_path, name):
+    config = weights.read_config(MODELS / name)
+    weights.write_config(config, tmp_path, "float32")
+    written = json.loads((tmp_path / "config.json").read_text())
+    rope = {"rope_type": "default", **(config["rope_scaling"] or {})}
+    assert written["rope_parameters"] == rope | {"rope_theta": config["rope_theta"]}
+    again = weights.read_config(tmp_path)
+    assert again == config | {"dtype": "float32", "torch_dtype": "float32"}
+
+
+def test_architectures_have_their_published_parameter_counts():
+    published = {
+        "qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "llama-3.2-1b": 1_235_814_400,
+        "llama-3.1-8b": 8_030_261_248}
+    assert set(published) == set(ARCHITECTURES)
+    for name, count in published.items():
+        c = weights.read_config(COMMON / "architectures" / name)
+        width, heads, groups = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
+        attention = 2 * width * c["head_dim"] * (heads + groups)
+        norms = 2 * width + (2 * c["head_dim"] if c["model_type"] == "qwen3" else 0)
+        layer = attention + 3 * width * c["intermediate_size"] + norms
+        tables = c["vocab_size"] * width * (1 if c["tie_word_embeddings"] else 2)
+        assert c["num_hidden_layers"] * layer + width + tables == count, name
+
+
+# --- loading ---
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_what_transformers_wrote(name):
+    model = model_of(name)
+    weights.load_weights(model, MODELS / name)
+    expected = golden(name)
+    for key, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, expected[key].float()), key
+
+
+def test_parameters_keep_their_dtype():
+    model = model_of("llama3_untied", dtype=torch.bfloat16)
+    weights.load_weights(model, MODELS / "llama3_untied")
+    expected = golden("llama3_untied")["model.norm.weight"].to(torch.bfloat16)
+    assert torch.equal(model.model.norm.weight, expected)
+
+
+def test_missing_unexpected_and_misshapen_are_named(tmp_path):
+    tensors = tied_tensors()
+    folder = write_folder(tmp_path / "m", tensors)
+    shapes = shapes_of(tensors)
+    with refused(folder, "missing model.layers.0.mlp.up_proj.weight"):
+        weights.load_weights(tree(shapes | {"model.layers.0.mlp.up_proj.weight": (2, 4)}), folder)
+    with refused(folder, "unexpected model.norm.weight"):
+        weights.load_weights(tree({"model.embed_tokens.weight": (6, 4)}), folder)
+    with refused(folder, "model.norm.weight has shape (4,), the model (5,)"):
+        weights.load_weights(tree(shapes | {"model.norm.weight": (5,)}), folder)
+    many = {f"model.layers.{i}.w": (1,) for i in range(9)}
+    with refused("model.layers.0.w, model.layers.1.w, model.layers.2.w and 6 more"):
+        weights.load_weights(tree(shapes | many), folder)
+
+
+def test_nothing_is_copied_when_something_is_wrong(tmp_path):
+    tensors = tied_tensors()
+    model = tree(shapes_of(tensors) | {"model.layers.0.w": (1,)})
+    with refused("missing"):
+        weights.load_weights(model, write_folder(tmp_path / "m", tensors))
+    assert all(parameter.isnan().all() for parameter in model.parameters())
+
+
+def test_tied_duplicate_head(tmp_path):
+    tensors = tied_tensors()
+    model = tree(shapes_of(tensors))
+    embedding = tensors["model.embed_tokens.weight"]
+    same = tensors | {"lm_head.weight": embedding.clone()}
+    weights.load_weights(model, write_folder(tmp_path / "same", same))
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+
+    other = embedding.clone()
+    other[5, 3] += 1e-6
+    for head in (other, embedding[:5].clone(), embedding.bfloat16()):
+        folder = write_folder(tmp_path / "other", tensors | {"lm_head.weight": head})
+        with refused(folder, "lm_head.weight differs from model.embed_tokens.weight"):
+            weights.load_weights(model, folder)
+
+
+def test_head_alone_is_the_tied_embedding(tmp_path):
+    tensors = tied_tensors()
+    model = tree(shapes_of(tensors))
+    head = tensors.pop("model.embed_tokens.weight")
+    weights.load_weights(
+        model, write_folder(tmp_path / "m", tensors | {"lm_head.weight": head}))
+    assert torch.equal(model.model.embed_tokens.weight, head)
+
+
+def test_inv_freq_of_old_checkpoints_is_ignored(tmp_path):
+    tensors = tied_tensors()
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    model = tree(shapes_of(tensors))
+    weights.load_weights(model, write_folder(tmp_path / "m", tensors | old))
+    assert torch.equal(model.model.norm.weight, tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize("dtype, name", [
+    (torch.uint8, "U8"), (torch.int64, "I64"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_quantised_tensors_are_refused_by_name(tmp_path, dtype, name):
+    tensors = tied_tensors() | {"model.norm.weight": torch.ones(4).to(dtype)}
+    folder = write_folder(tmp_path / "m", tensors)
+    with refused(folder, f"model.norm.weight is {name}"):
+        weights.load_weights(tree(shapes_of(tensors)), folder)
+
+
+def test_no_weights_in_the_folder(tmp_path):
+    model = tree({"a": (1,)})
+    with refused(COMMON / "architectures" / "qwen3-8b", "no model.safetensors", "--init random"):
+        weights.load_weights(model, COMMON / "architectures" / "qwen3-8b")
+    with refused("no such folder"):
+        weights.load_weights(model, tmp_path / "nothing")
+    (tmp_path / "pytorch_model.bin").touch()
+    with refused("pickled", "never read"):
+        weights.load_weights(model, tmp_path)
+
+
+def test_parameters_without_memory_are_refused():
+    with torch.device("meta"):
+        model = nn.Module()
+        model.register_parameter("a", nn.Parameter(torch.empty(1)))
+    with pytest.raises(ValueError, match="meta"):  # copying into them would do nothing
+        weights.load_weights(model, MODELS / "qwen3_tied")
+
+
+# --- broken files ---
+
+def good_bytes(tmp_path):
+    save_file({"a": torch.ones(2, 3)}, tmp_path / "good.safetensors")
+    return (tmp_path / "good.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage, part", [
+    (lambda raw: b"", "not a whole safetensors file"),
+    (lambda raw: raw[:5], "not a whole safetensors file"),
+    (lambda raw: raw[:-3], "not a whole safetensors file"),
+    (lambda raw: raw + b"\0\0", "not a whole safetensors file"),
+    (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "not a whole safetensors file"),
+    (lambda raw: struct.pack("<Q", 99_000_000) + raw[8:], "not a whole safetensors file"),
+    (lambda raw: struct.pack("<Q", 3) + raw[8:], "not a whole safetensors file"),
+    (lambda raw: raw.replace(b"[2,3]", b"[9,3]"), "not a whole safetensors file"),
+    (lambda raw: raw.replace(b"F32", b"F37"), "F37"),
+    (lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+])
+def test_a_broken_safetensors_file_is_refused(tmp_path, damage, part):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(damage(good_bytes(tmp_path)))
+    with refused(folder / "model.safetensors", part):
+        list(weights.iter_tensors(folder))
+
+
+def sharded(tmp_path, weight_map=None):
+    """A folder of two shards, and then another weight_map."""
+    folder = tmp_path / "m"
+    tensors = [("a", torch.ones(4)), ("b", torch.zeros(4))]
+    weights.save_tensors(iter(tensors), folder, max_shard_bytes=16)
+    index = folder / "model.safetensors.index.json"
+    contents = json.loads(index.read_text())
+    index.write_text(json.dumps(contents | {"weight_map": contents["weight_map"] | (
+        weight_map or {})}))
+    return folder
+
+
+@pytest.mark.parametrize("weight_map, parts", [
+    ({"a": "../model-00001-of-00002.safetensors"}, ["../model", "plain name"]),
+    ({"a": "/etc/secret.safetensors"}, ["/etc/secret", "plain name"]),
+    ({"a": "..\\secret.safetensors"}, ["secret", "plain name"]),
+    ({"a": "x\0.safetensors"}, ["plain name"]),
+    ({"a": ".safetensors/../b.safetensors"}, ["plain name"]),
+    ({"a": "pytorch_model.bin"}, ["pytorch_model.bin", "not a .safetensors"]),
+    ({"a": ["model-00001-of-00002.safetensors"]}, ["not a .safetensors"]),
+    ({"a": None}, ["not a .safetensors"]),
+    ({"a": "model-00009-of-00009.safetensors"}, ["model-00009", "no such file"]),
+    ({"ghost": "model-00001-of-00002.safetensors"}, ["ghost", "does not match"]),
+    ({"a": "model-00002-of-00002.safetensors"}, ["a", "does not match"]),
+])
+def test_a_hostile_or_wrong_weight_map_is_refused(tmp_path, weight_map, parts):
+    folder = sharded(tmp_path, weight_map)
+    with refused(folder, *parts):
+        list(weights.iter_tensors(folder))
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]", "{"])
+def test_a_broken_index_is_refused(tmp_path, text):
+    folder = sharded(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with refused(folder / "model.safetensors.index.json"):
+        list(weights.iter_tensors(folder))
+
+
+def test_a_tensor_that_the_index_forgets_is_refused(tmp_path):
+    folder = sharded(tmp_path)
+    extra = {"b": torch.zeros(4), "forgotten": torch.zeros(1)}
+    save_file(extra, folder / "model-00002-of-00002.safetensors")
+    with refused(folder, "forgotten", "not in the index"):
+        list(weights.iter_tensors(folder))
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    folder = sharded(tmp_path)
+    shard = folder / "model-00001-of-00002.safetensors"
+    shard.rename(tmp_path / "outside.safetensors")
+    shard.symlink_to(tmp_path / "outside.safetensors")
+    with refused(shard, "link out of its folder"):
+        list(weights.iter_tensors(folder))
+    shard.unlink()
+    (tmp_path / "outside.safetensors").rename(folder / "inside.safetensors")
+    shard.symlink_to("inside.safetensors")
+    assert {name for name, _ in weights.iter_tensors(folder)} == {"a", "b"}
+
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "model.safetensors").symlink_to(folder / "inside.safetensors")
+    with refused(single / "model.safetensors", "link out of its folder"):
+        list(weights.iter_tensors(single))
+    (tmp_path / "linked").symlink_to(folder)  # the user's own link to a whole folder
+    assert len(list(weights.iter_tensors(tmp_path / "linked"))) == 2
+
+
+@pytest.mark.parametrize("blobs", ["hub/models--a--b/blobs", "hub/blobs/ab"])
+def test_the_hub_cache_is_links_and_is_read(tmp_path, blobs):
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / blobs).mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, tmp_path / blobs / "77")
+    (snapshot / "model.safetensors").symlink_to(tmp_path / blobs / "77")
+    assert [name for name, _ in weights.iter_tensors(snapshot)] == ["a"]
+
+
+# --- saving ---
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("limit", [5_000_000_000, 8_000])
+def test_save_and_load_are_bitwise(tmp_path, name, limit):
+    config = weights.read_config(MODELS / name)
+    model, again = model_of(name), model_of(name)
+    weights.load_weights(model, MODELS / name)
+    weights.save_weights(model, config, tmp_path / "m", max_shard_bytes=limit)
+    weights.load_weights(again, tmp_path / "m")
+    expected = dict(model.named_parameters())
+    for key, parameter in again.named_parameters():
+        assert torch.equal(parameter, expected[key]), key
+    written = {key for key, _ in weights.iter_tensors(tmp_path / "m")}
+    assert written == set(golden(name))  # the names, and so no tied lm_head, as transformers has
+    assert ("lm_head.weight" in written) != config["tie_word_embeddings"]
+
+
+def test_saving_casts_and_says_so(tmp_path):
+    model = model_of("qwen3_tied")
+    weights.load_weights(model, MODELS / "qwen3_tied")
+    config = weights.read_config(MODELS / "qwen3_tied") | {"quantization_config": {"x": 1}}
+    weights.save_weights(model, config, tmp_path, torch.bfloat16, {"mark": "1"})
+    written = load_file(tmp_path / "model.safetensors")
+    for key, tensor in golden("qwen3_tied").items():  # it was bfloat16 before: nothing is lost
+        assert tensor.dtype == torch.bfloat16 and torch.equal(written[key], tensor), key
+    saved = weights.read_config(tmp_path)
+    assert saved["torch_dtype"] == saved["dtype"] == "bfloat16"
+    assert "quantization_config" not in saved
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    header = json.loads(raw[8:8 + struct.unpack("<Q", raw[:8])[0]])
+    assert header["__metadata__"] == {"format": "pt", "mark": "1"}
+
+
+def test_a_head_where_config_says_otherwise_is_refused(tmp_path):
+    for name in ("qwen3_tied", "qwen3_untied"):
+        config = weights.read_config(MODELS / name)
+        config["tie_word_embeddings"] = not config["tie_word_embeddings"]
+        with pytest.raises(ValueError, match="lm_head"):
+            weights.save_weights(model_of(name), config, tmp_path)
+
+
+def test_shards_and_their_index(tmp_path):
+    tensors = {name: torch.full((4,), float(i)) for i, name in enumerate("edcba")}
+    weights.save_tensors(iter(tensors.items()), tmp_path, max_shard_bytes=32)
+    files = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index == {"metadata": {"total_size": 80}, "weight_map": {
+        "a": files[2], "b": files[1], "c": files[1], "d": files[0], "e": files[0]}}
+    for name, tensor in weights.iter_tensors(tmp_path):
+        assert torch.equal(tensor, tensors[name])
+    shape, dtype, file = weights.tensor_headers(tmp_path)["a"]
+    assert (shape, dtype, file.name) == ((4,), "F32", files[2])
+
+    # A tensor larger than the limit has a shard of its own; a later save leaves nothing stale.
+    weights.save_tensors(iter(tensors.items()), tmp_path, max_shard_bytes=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+    weights.save_tensors(iter([("z", torch.ones(1))]), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    weights.save_tensors(iter([("y", torch.ones(1))]), tmp_path, stem="adapter_model")
+    assert [name for name, _ in weights.iter_tensors(tmp_path, "adapter_model")] == ["y"]
+    assert [name for name, _ in weights.iter_tensors(tmp_path)] == ["z"]
+
+
+def test_views_and_transposes_are_saved_as_what_they_show(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    views = {"rows": base[1:], "turned": base.t(), "scalar": base[2, 3], "base": base}
+    weights.save_tensors(iter(views.items()), tmp_path)
+    for name, tensor in weights.iter_tensors(tmp_path):
+        assert torch.equal(tensor, views[name]), name
+
+
+def test_saved_files_have_the_usual_permissions(tmp_path):
+    weights.save_tensors(iter([("a", torch.ones(1))]), tmp_path)
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "model.safetensors").stat().st_mode == usual
+
+
+def test_saving_holds_one_shard_at_a_time(tmp_path):
+    import gc
+    most = 0
+
+    def tensors():
+        nonlocal most
+        for i in range(6):
+            yield str(i), torch.zeros(1237)
+            alive = {id(each.untyped_storage()._cdata) and each.data_ptr()
+                     for each in gc.get_objects()
+                     if type(each) is torch.Tensor and each.numel() == 1237}
+            most = max(most, len(alive))
+
+    weights.save_tensors(tensors(), tmp_path, max_shard_bytes=1237 * 4)
+    assert most <= 1
+
+
+def test_only_one_rank_writes_and_the_others_still_gather(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "is_writer", lambda: False)
+    monkeypatch.setattr(weights, "is_writer", lambda: False)
+    gathered = []
+    monkeypatch.setattr(
+        weights, "full_tensor", lambda tensor: gathered.append(tensor) or tensor.detach())
+    model = model_of("qwen3_tied")
+    weights.save_weights(model, weights.read_config(MODELS / "qwen3_tied"), tmp_path / "m")
+    assert len(gathered) == len(list(model.parameters())) and not (tmp_path / "m").exists()
+
+
+def test_sharded_parameters_round_trip(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = model_of("qwen2_untied")
+        for module in list(model.modules()):
+            for name, parameter in list(module._parameters.items()):
+                sharded_parameter = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+                module._parameters[name] = nn.Parameter(sharded_parameter)
+        weights.load_weights(model, MODELS / "qwen2_untied")
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        config = weights.read_config(MODELS / "qwen2_untied")
+        weights.save_weights(model, config, tmp_path, torch.bfloat16)
+    finally:
+        dist.destroy_process_group()
+    written = load_file(tmp_path / "model.safetensors")
+    for key, tensor in golden("qwen2_untied").items():
+        assert torch.equal(written[key], tensor), key
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(tensor_files, "save_file", full)
+    with refused(tmp_path, "cannot be written", "No space left"):
+        weights.save_tensors(iter([("a", torch.ones(1))]), tmp_path)
+
+
+def test_tokenizer_files_are_copied_byte_for_byte(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    contents = {"tokenizer.json": b"{\r\n}", "chat_template.jinja": b"\xff", "merges.txt": b"a b"}
+    for name, raw in {**contents, "config.json": b"{}", "secret.txt": b"x"}.items():
+        (source / name).write_bytes(raw)
+    weights.copy_tokenizer(source, target)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == contents
+    weights.copy_tokenizer(target, target)  # resumed into itself: nothing happens
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == contents
+
+    (source / "vocab.json").symlink_to(__file__)
+    with refused("vocab.json", "link out of its folder"):
+        weights.copy_tokenizer(source, target)
