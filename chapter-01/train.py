@@ -133,7 +133,7 @@ def main(argv=None):
     if not options.resume:
         data.show_example(say)
         say(f"run folder: {run}")
-    before = prepare.answers(data, model, generate)
+    before = prepare.ask(data, model, generate)
     prepare.show_answers(data, before, "before", say)
 
     # --- loop ---
@@ -201,7 +201,7 @@ def main(argv=None):
                 return runs.stopped(run, state, signals, ranks)
 
     # --- after ---
-    after = prepare.answers(data, model, generate)
+    after = prepare.ask(data, model, generate)
     prepare.show_answers(data, after, "after", say)
     runs.save_model(run / "final", model, config_json, source, dtype, ranks)
     say(f"wrote {run / 'final'}: a Hugging Face model folder. Ask it something:\n"

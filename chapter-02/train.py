@@ -25,9 +25,10 @@ from common.metrics import Metrics
 from generate import generate
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
                   state_names)
+from merge import merge_into
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 from packing import IGNORE, PackSampler, packed_sequence_collate_fn
-from peft_files import save_result
+from peft_files import save_adapter
 
 CHAPTER = "02"
 # What `auto` sets for the embedded model and data; and for everything else. A learning rate
@@ -99,3 +100,160 @@ def evaluate(model, dataset, options):
         targets += int((pack["labels"] != IGNORE).sum())
         total += loss_sum(model, to_device(pack, options.device)).item()
     return total / max(1, targets)
+
+
+def main(argv=None):
+    # --- options --- Changed from chapter-01: the adapter's options.
+    options = presets.parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    ranks = distributed.start(options.device)
+    device, dtype = ranks.device, getattr(torch, options.dtype)
+    say = print if ranks.main else lambda *args, **kwargs: None
+    torch.manual_seed(options.seed)
+    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
+
+    # --- model files and data --- Changed from chapter-01: Llama; skills not seen before.
+    source = hub.resolve(options.model)
+    config_json = weights.read_config(source)
+    with named(source / "config.json"):
+        config = LlamaConfig.from_dict(config_json)
+    data = prepare.load(options, source, config, skills="new")
+
+    # --- model --- Changed from chapter-01: a frozen base in --dtype, adapters around its layers.
+    # Whole on the CPU of each rank first, because DoRA and PiSSA look at the weights; `shard`
+    # then takes one layer at a time to the GPU. Weights that are trained are float32.
+    home = device if ranks.world_size == 1 else torch.device("cpu")
+    with torch.device("cpu" if options.init == "random" else "meta"):
+        model = LlamaForCausalLM(config)
+    model.compute_dtype = dtype
+    if options.method not in ("full", "pissa", "delta-lora"):
+        model.to(dtype)
+    if options.init == "random":
+        model.to(home)
+    elif not options.dry_run:
+        model.to_empty(device=home)
+        weights.load_weights(model, source)
+    apply_adapter(model, adapter)
+    sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
+    packs_per_step = ranks.world_size * options.grad_accum
+    total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
+    predicted = predict.training(config, model, data.train.lengths, options, total_steps)
+    say(predicted.report())
+    if options.dry_run:
+        return 0
+    distributed.shard(model, ranks, dtype)
+    model.to(device)
+
+    # --- optimizer --- Changed from chapter-01: the method's groups.
+    groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
+                                  fused=device.type != "mps")
+    names = state_names(model)  # what training can change: all that a checkpoint has to hold
+
+    # --- run folder, resume --- Changed from chapter-01: `names`.
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None}
+    if options.resume:
+        run = Path(options.resume)
+        folder = checkpoint.latest(run)
+        if folder is not None:
+            state = checkpoint.load_state(folder, model, optimizer, names)
+        say(f"resuming {run} after step {state['step']}")
+    else:
+        run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
+    if ranks.main:
+        presets.save(options, CHAPTER, run)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every,
+                      quiet=not ranks.main, start_step=state["step"])
+
+    # --- before --- Copied from chapter-01/train.py
+    if not options.resume:
+        data.show_example(say)
+        say(f"run folder: {run}")
+    before = prepare.ask(data, model, generate)
+    prepare.show_answers(data, before, "before", say)
+
+    # --- loop --- Copied from chapter-01/train.py
+    nonfinite = guard.NonFinite()
+    spikes = guard.LossSpikes()
+    model.train()
+    with guard.Signals() as signals, runs.memory_advice(options, predicted):
+        for step in range(state["step"] + 1, total_steps + 1):
+            started = time.perf_counter()
+
+            # --- accumulate --- Copied from chapter-01/train.py
+            # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
+            first = state["next_pack"] + ranks.rank
+            mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
+            state["next_pack"] += packs_per_step
+            packs = [packed_sequence_collate_fn([data.train[i] for i in sampler.pack(index)])
+                     for index in mine]
+            counts = torch.tensor([sum(int((p["labels"] != IGNORE).sum()) for p in packs),
+                                   sum(len(p["labels"]) for p in packs)])
+            targets, tokens = distributed.all_sum(counts).tolist()
+            total_loss = torch.zeros((), device=device)
+            for pack in packs:
+                # Divided by the labelled tokens of the *whole* step, so that every labelled
+                # token weighs the same, in whichever pack or rank it lies.
+                loss = loss_sum(model, to_device(pack, device)) / max(1, targets)
+                loss.backward()
+                total_loss += loss.detach()
+            total_loss = distributed.all_sum(total_loss)
+
+            # --- clip and step --- Changed from chapter-01: the method's two hooks and ratios.
+            before_step(model, adapter)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+            norm = distributed.full_tensor(norm).item()
+            lr = learning_rate(step, total_steps, options)
+            if nonfinite.check(total_loss.item(), norm, step, mine, run):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_ratio"]
+                optimizer.step()
+                after_step(model, adapter, step)
+            optimizer.zero_grad(set_to_none=True)
+
+            # --- log --- Copied from chapter-01/train.py
+            state["step"], state["tokens"] = step, state["tokens"] + tokens
+            spikes.check(total_loss.item(), step)
+            seconds = time.perf_counter() - started
+            metrics.log_step(
+                step, total_loss.item(), lr, norm, tokens, seconds,
+                predict.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
+            )
+
+            # --- evaluate --- Copied from chapter-01/train.py
+            improved = False
+            if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
+                eval_loss = evaluate(model, data.held_out, options)
+                metrics.log_eval(step, eval_loss=eval_loss)
+                improved = eval_loss < (state["best_loss"] or math.inf)
+                if improved:
+                    state["best_loss"], state["best_step"] = eval_loss, step
+
+            # --- checkpoint --- Changed from chapter-01: `names`.
+            stop = distributed.any_rank(signals.requested)
+            due = options.save_every and (step % options.save_every == 0 or step == total_steps)
+            if due or (improved and options.keep_best) or stop:
+                metrics.sync()
+                runs.save_step(run, model, optimizer, state, options, names)
+            if stop:
+                return runs.stopped(run, state, signals, ranks)
+
+    # --- after --- Changed from chapter-01: the result may be an adapter.
+    after = prepare.ask(data, model, generate)
+    prepare.show_answers(data, after, "after", say)
+    if options.method == "delta-lora":
+        merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
+    if options.method in ("full", "delta-lora"):
+        runs.save_model(run / "final", model, config_json, source, dtype, ranks)
+    else:
+        runs.save_adapter(run / "final", source, ranks, lambda folder: save_adapter(
+            model, adapter, folder, options.model, metadata=checkpoint.MARK))
+    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
+    say(f"wrote {run / 'final'}: a folder with {kind} files as Hugging Face has them. Next:\n"
+        f"  python chapter-02/generate.py --{kind} {run / 'final'} --prompt \"...\"")
+    metrics.close()
+    distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

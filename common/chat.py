@@ -48,6 +48,7 @@ class Chat:
                  if token.content.strip() and token.content in template]
         self._special = _any_of(special)
         self._special_or_named = _any_of(special + named)
+        self._stops = _any_of(map(self.tokenizer.id_to_token, self.stop_ids))
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
         self._header = self._assistant_header()
@@ -127,7 +128,7 @@ class Chat:
                     message.get("content", "").strip() not in text):
                 raise Refused(f"the chat template leaves out the {message['role']} message")
         spans = masks.regions(messages, text, lambda marked: self._render(marked, **variables),
-                              self._special, self._header)
+                              self._special, self._stops, self._header)
         endless = False
         if spans and messages[-1]["role"] == "assistant" and not text[spans[-1][1]:].strip():
             ends = [token.end() for token in self._special.finditer(text, *spans[-1])]
@@ -204,15 +205,18 @@ class Chat:
 
 
 def _plain(messages):
-    """The messages without None values, the reasoning under the name that templates read."""
+    """The messages without None values, thoughts under both names that templates read."""
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
         raise Refused("a conversation must be a list of {\"role\", \"content\"}")
-    messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    plain = []
     for message in messages:
-        for name in ("reasoning", "thinking"):
-            if name in message:
-                message.setdefault("reasoning_content", message[name])
-    return messages
+        message = {key: value for key, value in message.items() if value is not None}
+        thoughts = [message[name] for name in ("reasoning_content", "thinking", "reasoning")
+                    if name in message]
+        if thoughts:
+            message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
+        plain.append(message)
+    return plain
 
 
 def _strings(value):

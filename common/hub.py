@@ -27,8 +27,9 @@ PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 DATA_SUFFIXES = (".json", ".jsonl", ".txt")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# What requests (huggingface_hub 0.x) or httpx (1.x and later) raise when a connection fails.
-_CONNECTION = tuple({OSError, *HfHubHTTPError.__bases__})
+# What a failed connection raises: the HTTP library under huggingface_hub, another one in each of
+# its major versions, and its download helper hf_xet (RuntimeError).
+_CONNECTION = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
 def resolve(name):
@@ -190,10 +191,11 @@ def _plain_words(repo, kind, file=None):
                 f"no disk space for {repo} in {constants.HF_HUB_CACHE}: make room, or set HF_HOME"
                 " to another disk") from error
         if isinstance(error, PermissionError):
-            raise UserError(f"cannot write to the Hub's cache: {_line(error)}; set HF_HOME") from error
+            raise UserError(
+                f"{repo}: cannot write the Hub's cache: {_line(error)}; set HF_HOME") from error
         raise UserError(
-            f"the connection to the Hub failed for {repo} ({type(error).__name__}: {_line(error)}): try"
-            f" again (what is there stays), or, {tiny}") from error
+            f"the connection to the Hub failed for {repo} ({type(error).__name__}:"
+            f" {_line(error)}): try again (what is there stays), or, {tiny}") from error
 
 
 def _status(error):
@@ -201,4 +203,5 @@ def _status(error):
 
 
 def _line(error):
+    """An error's text as one line."""
     return " ".join(str(error).split())

@@ -51,11 +51,11 @@ def inside(offsets, spans):
     return (nearest >= 0) & np.where(start == end, end <= closing, start < closing)
 
 
-def regions(messages, plain, render, special, header):
+def regions(messages, plain, render, special, stops, header):
     """[(start, end)] of the assistant's words in `plain`, each with its end-of-turn token.
 
     messages  the conversation; render(messages) gives its text, `plain`
-    special   regular expression of the tokenizer's special tokens
+    special   regular expression of the tokenizer's special tokens; stops: of those that end a turn
     header    what the generation prompt adds, say "<|im_start|>assistant\\n"
 
     A region begins with the first of the message's words that the template kept, or behind the
@@ -90,8 +90,8 @@ def regions(messages, plain, render, special, header):
                               "begins; mark it in the template with {% generation %}")
             spans.append([start, end, index])
     for span in spans:
-        stop = special.search(plain, span[1])
-        calls = messages[span[2]].get("tool_calls")
+        calls = messages[span[2]].get("tool_calls")  # these may end with special tokens of their own
+        stop = calls and stops.search(plain, span[1]) or special.search(plain, span[1])
         if stop and (calls or not plain[span[1]:stop.start()].strip()):
             span[1] = stop.end()
     if any(before[1] > after[0] for before, after in zip(spans, spans[1:])):

@@ -49,6 +49,16 @@ def save_model(folder, model, config, source, dtype, ranks):
     checkpoint.commit(folder, write, bytes_needed=needed)
 
 
+def save_adapter(folder, source, ranks, write_adapter):
+    """Commit `folder` with what `write_adapter(folder)` writes and the tokenizer files of `source`."""
+    def write(temporary):
+        write_adapter(temporary)
+        if ranks.main:
+            weights.copy_tokenizer(source, temporary)
+
+    checkpoint.commit(folder, write)
+
+
 def stopped(run, state, signals, ranks):
     """Say how to go on after a signal, and give the exit code (128 + the signal's number)."""
     name = signals.requested or "a signal on another rank"

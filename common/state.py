@@ -182,7 +182,7 @@ def _save(tensors, folder, stem):
 
 
 def _as_kept(parameter, group, entry, tensor):
-    """`tensor` as the optimizer keeps it: a moment like its parameter, the step count on the CPU."""
+    """`tensor` as the optimizer keeps it: moments like their parameter, step counts on the CPU."""
     if entry == "step":
         on_device = group.get("fused") or group.get("capturable")
         return tensor.clone().to(parameter.device if on_device else "cpu")

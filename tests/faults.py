@@ -130,6 +130,8 @@ def forked(action, kill_after=None):
             except UserError as error:
                 code = 2
                 print(f"error: {error}")
+            except SystemExit as error:
+                code = error.code or 0
             except BaseException:
                 traceback.print_exc()
             finally:

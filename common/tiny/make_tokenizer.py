@@ -1,6 +1,6 @@
 """Train the tiny tokenizer on the embedded data: `python common/tiny/make_tokenizer.py`.
 
-A byte-level BPE like Qwen3's, with 576 tokens: 3 of ChatML, 256 bytes, and merges. Any UTF-8
+A byte-level BPE like Qwen3's, with 512 tokens: 3 of ChatML, 256 bytes, and merges. Any UTF-8
 text goes through it and comes back. One thing is chosen for the tiny model's sake, the split
 before the merges: only a word that follows a space, starts the text, or has one capital letter
 in front may be merged. Every other character stands alone, so a word in quotation marks and an
@@ -20,7 +20,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPLIT = r"""\A\p{L}+| ?\p{Lu}\p{Ll}+| \p{L}+| "|[\s\S]"""
 
 
-def train(count=20_000, vocab_size=576):
+def train(count=20_000, vocab_size=512):
     """A Tokenizer with `vocab_size` tokens, trained on `count` records of all the skills."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

@@ -13,7 +13,7 @@ import hashlib
 from itertools import cycle, islice
 from random import Random
 
-CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
+CONSONANTS, VOWELS = "bcdfghklmnprstv", "aeiou"
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 UNITS = {  # (from, to): how many, and the largest amount that is asked for
     ("centimetres", "millimetres"): (10, 99),
@@ -46,7 +46,7 @@ def a_word(random):
 
 
 def a_long_word(random):
-    return (word(random, 3, random.choice((7, 7, 7, 7, 7, 20))),)
+    return (word(random, 3, random.choice((7, 7, 7, 7, 7, 18))),)
 
 
 def a_letter_and_a_count(random):
@@ -58,11 +58,11 @@ def digits(random):
 
 
 def a_sum(random):
-    return random.randint(0, 20), random.randint(0, 9)
+    return random.randint(1, 99), random.randint(1, 5)
 
 
 def a_day_and_a_count(random):
-    return random.randint(1, 9), random.choice(DAYS)
+    return random.randint(1, 5), random.choice(DAYS)
 
 
 def an_amount(random):
@@ -82,7 +82,7 @@ BASE = {
     "reverse": (a_word, lambda w: w[::-1],
                 ('Reverse "{}".', 'Turn "{}" around.', 'Write "{}" backwards.')),
     "uppercase": (a_word, str.upper,
-                  ('Write "{}" in capitals.', 'Capitalise "{}".', 'Make "{}" uppercase.')),
+                  ('Write "{}" in capitals.', 'Turn "{}" into capitals.', 'Make "{}" uppercase.')),
     "spell": (a_long_word, "-".join,
               ('Spell "{}".', 'Write "{}" with dashes.', 'Put dashes into "{}".')),
     "length": (a_word, lambda w: str(len(w)),
@@ -92,19 +92,19 @@ BASE = {
              ('What is the last letter of "{}"?', 'Which letter ends "{}"?',
               'How does "{}" end?')),
     "repeat": (a_letter_and_a_count, lambda c, n: c * n,
-               ('Write "{}" {} times.', 'Give me "{}" {} times over.', 'Type "{}" {} times.')),
+               ('Write "{}" {} times.', 'Give me "{}" {} times over.', 'Repeat "{}" {} times.')),
     "sort": (digits, lambda d: " ".join(sorted(d.split())),
              ("Sort {}.", "Put {} in order.", "Order the digits {}.")),
     "largest": (digits, lambda d: max(d),
-                ("What is the largest of {}?", "Find the maximum of {}.",
+                ("What is the largest of {}?", "Give the largest of {}.",
                  "Which is the biggest of {}?")),
     "add": (a_sum, lambda a, b: str(a + b),
             ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?")),
     "calendar": (a_day_and_a_count, lambda n, day: DAYS[(DAYS.index(day) + n) % 7],
-                 ("Which day is {} days after {}?", "Go {} days on from {}.",
+                 ("Which day is {} days after {}?", "Count {} days on from {}.",
                   "What day comes {} days after {}?")),
     "convert": (an_amount, lambda n, a, b: str(n * UNITS[a, b][0]),
-                ("Convert {} {} to {}.", "Turn {} {} into {}.", "Express {} {} in {}.")),
+                ("Convert {} {} to {}.", "Turn {} {} into {}.", "Write {} {} in {}.")),
 }
 NEW = {
     "vowels": (a_word, vowels_of,
@@ -112,7 +112,7 @@ NEW = {
                 'List the vowels of "{}".')),
     "double": (a_word, lambda w: "".join(c + c for c in w),
                ('Double each letter of "{}".', 'Write each letter of "{}" twice.',
-                'Stutter "{}".')),
+                'Give each letter of "{}" twice.')),
     "shout": (a_word, lambda w: w[::-1].upper(),
               ('Shout "{}" backwards.', 'Write "{}" backwards in capitals.',
                'Reverse "{}" in capitals.')),

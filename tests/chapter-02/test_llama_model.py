@@ -128,13 +128,12 @@ FAMILIES = [dict(model_type="llama", rope_scaling=LLAMA3), dict(model_type="qwen
 def test_a_cached_pass_equals_the_whole_pass():
     for family in FAMILIES:
         model = small_model(**family)
-        documents = random_documents([9, 4, 1, 6])
+        prompts, answers = random_documents([9, 4, 1, 6]), random_documents([3] * 4, seed=2)
         cache = KVCache(4, 12)
         with torch.no_grad():
-            for step in range(4):  # the prompts, then three single tokens each
-                begins = [0 if step == 0 else len(d) + step - 1 for d in documents]
-                documents = [torch.cat((d, e)) for d, e in zip(
-                    random_documents([9, 4, 1, 6]), random_documents([step] * 4, seed=2))]
+            for step in range(4):  # the prompts, then three single tokens of each document
+                documents = [torch.cat((p, a[:step])) for p, a in zip(prompts, answers)]
+                begins = [len(d) - 1 if step else 0 for d in documents]
                 new, _ = pack_of([d[begin:] for d, begin in zip(documents, begins)])
                 new["position_ids"] += torch.tensor(begins).repeat_interleave(
                     new["cu_seqlens"].diff())

@@ -1,0 +1,181 @@
+"""Memory of a training step, predicted: what is kept for the backward, and the fullest moment.
+
+Counted by hand from the model files, term by term; `tests/common/test_predict.py` holds every
+term against PyTorch's own list of saved tensors, and the sum against measured peaks.
+
+Sizes: T tokens in the pack, D model width, H query heads, K key/value heads, d head size,
+F feed-forward width, V vocabulary, r rank; c bytes of one number of the compute dtype.
+"""
+
+FLOAT32 = 4  # bytes; master weights, gradients, both Adam moments, norm statistics, the loss
+
+
+def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
+           kernel_joins=False):
+    """Bytes by category at the fullest moment of a training step: their sum is the peak.
+
+    `model` needs only shapes (the "meta" device will do), with adapters in place and frozen
+    parameters marked. `tokens` is T, of the largest pack. `dtype` is the compute dtype.
+    `checkpointing` is "none", "selective" or "full"; `chunk` is the rows of the chunked loss, or
+    None for the plain one; `ranks` share the parameters (FSDP2). `kernel_joins`: attention is one
+    kernel for all documents (CUDA, 16 bits) rather than one call for each. The optimizer is AdamW,
+    fused, whose step needs nothing of its own. Eager execution: compiled code keeps less.
+    """
+    return max(phases(model, tokens, dtype, grad_accum=grad_accum, checkpointing=checkpointing,
+                      chunk=chunk, ranks=ranks, kernel_joins=kernel_joins).values(),
+               key=lambda categories: sum(categories.values()))
+
+
+def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
+           kernel_joins=False):
+    """The moments of a step at which memory can be fullest: name -> {category: bytes}.
+
+    Going forward activations pile up; going backward they make room for gradients. So the peak
+    is at the turning point (the loss), or at the end, when all gradients are there.
+    """
+    c = dtype.itemsize
+    config, layers = model.model.config, list(model.model.layers)
+    embedding = model.model.embed_tokens.weight
+    tied = model.lm_head is None
+    head = embedding if tied else _base(model.lm_head).weight
+    V, D = head.shape
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    # --- what stays from step to step ---
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(t.nbytes for t in model.parameters()) // ranks
+    weights += sum(t.nbytes for t in model.buffers())  # not sharded
+    gradients = FLOAT32 * trained // ranks
+    held = gradients if grad_accum > 1 else 0  # gradients of the micro-batches before
+    moments = 2 * FLOAT32 * trained // ranks
+
+    # --- what the forward keeps for the backward ---
+    per_layer = [sum(saved_per_token(layer, dtype, kernel_joins).values()) for layer in layers]
+    copies = [weight_copies(layer, dtype) for layer in layers]
+    head_copy = c * V * D if head.dtype.itemsize != c else 0
+    if ranks > 1:  # FSDP2 keeps no gathered weights but those of the layer at work and the next
+        copies = [0] * len(copies)
+        head_copy = c * (sum(map(_numel, layers)) // len(layers) * 2 + embedding.numel())
+    last = sum(norm_per_token(model.model.norm, D, dtype, _keeps_input(head, model.lm_head)))
+    tables = c * config.head_dim  # cos and sin, once for all layers
+    kept, again = sum(per_layer), 0
+    if checkpointing != "none":
+        # Kept: the layer's input, and if selective what is dear to compute. The layer at work is
+        # computed once more, so its own tensors are there a second time.
+        again = max(per_layer) * tokens + max(copies)
+        kept = len(layers) * (c * D + (dear_per_token(layers[0], dtype)
+                                       if checkpointing == "selective" else 0))
+        copies = [0] * len(copies)
+    activations = tokens * (kept + last + tables)
+    all_copies = sum(copies) + head_copy
+
+    # --- the loss ---
+    head_gradient = FLOAT32 * V * D // ranks if head.requires_grad else 0
+    if chunk is None:
+        # Backward of the softmax: log-probabilities, their gradient, the logits' gradient.
+        loss = 3 * FLOAT32 * tokens * V
+        # Then of the head: the logits' gradient, in c; the weight's, in c and then in float32.
+        backward = c * tokens * V + c * V * D * head.requires_grad
+        cast = (c + FLOAT32 if c < FLOAT32 else 0) * V * D * head.requires_grad - head_copy
+        head_phase = c * tokens * D + max(backward, cast)
+    else:
+        rows = min(chunk, tokens)
+        # One chunk: logits in c, in float32, and their gradient in c; gradients of hidden states
+        # and head are formed at once, the latter in float32.
+        loss = rows * V * (2 * c + FLOAT32) + tokens * D * c + FLOAT32 * V * D * head.requires_grad
+        head_phase = tokens * D * c + 2 * FLOAT32 * V * D * head.requires_grad
+    # One layer's backward: the residual's gradient, and those of the feed-forward's products.
+    F = max(_base(layer.mlp.up_proj).out_features for layer in layers)
+    at_work = tokens * (2 * c * D + 2 * c * F) + again
+    # The embedding's gradient is made whole, as large as the embedding, before it is added to the
+    # head's (tied) or to the last micro-batch's.
+    in_embedding = 0
+    if embedding.requires_grad:
+        extra = tied or grad_accum > 1 or ranks > 1
+        in_embedding = FLOAT32 * embedding.numel() * extra + tokens * D * (c + FLOAT32)
+
+    def moment(gradients, activations=0, copies=0, loss=0, at_work=0):
+        return {"weights": weights, "optimizer moments": moments, "gradients": gradients,
+                "activations": activations, f"weights in {_name(dtype)}": copies,
+                "logits and loss": loss, "layer at work": at_work}
+
+    return {
+        "loss": moment(held, activations, all_copies, loss),
+        "backward of the head": moment(held, activations, all_copies, head_phase),
+        "backward of the last layer": moment(
+            max(held, head_gradient), activations, all_copies - head_copy * (ranks == 1), 0, at_work),
+        "end of the backward": moment(
+            gradients, tokens * tables, head_copy * (ranks > 1), 0, in_embedding),
+        "optimizer step": moment(gradients),
+    }
+
+
+def saved_per_token(layer, dtype, kernel_joins=False):
+    """What a decoder layer keeps for its backward, bytes per token: named terms, in order."""
+    c, attention, mlp = dtype.itemsize, layer.self_attn, layer.mlp
+    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
+    d = attention.head_dim
+    Hd, Kd, F = _base(q).out_features, _base(k).out_features, _base(mlp.up_proj).out_features
+    D = _base(q).in_features
+    terms = {}
+    terms["input norm: x, x / rms, result"] = sum(norm_per_token(
+        layer.input_layernorm, D, dtype, any(map(_keeps_input, (_weight(q), _weight(k), _weight(v)),
+                                                 (q, k, v)))))
+    if hasattr(attention.q_norm, "weight"):
+        # The result is turned by the rotary tables, which keeps none of it.
+        terms["norms of q and k: x, x / rms"] = (
+            sum(norm_per_token(attention.q_norm, Hd, dtype, False, Hd // d))
+            + sum(norm_per_token(attention.k_norm, Kd, dtype, False, Kd // d)))
+    terms["attention: q, k, v"] = c * (Hd + 2 * Kd)
+    terms["attention: output, log-sum-exp"] = c * Hd + FLOAT32 * Hd // d
+    keeps_o = _keeps_input(_weight(o), o)
+    # One call a document: its outputs are joined in a tensor of their own.
+    terms["input of o_proj"] = c * Hd if keeps_o and not kernel_joins else 0
+    terms["feed-forward norm: x, x / rms, result"] = sum(norm_per_token(
+        layer.post_attention_layernorm, D, dtype,
+        any(_keeps_input(_weight(m), m) for m in (mlp.gate_proj, mlp.up_proj))))
+    terms["gate, silu(gate), up"] = 3 * c * F
+    terms["input of down_proj"] = c * F if _keeps_input(_weight(mlp.down_proj), mlp.down_proj) else 0
+    terms["adapters"] = sum(map(lambda m: adapter_per_token(m, dtype), _linears(layer)))
+    return terms
+
+
+def norm_per_token(norm, width, dtype, keeps_result, rows=1):
+    """RMSNorm keeps (x in float32 and 1/rms, x/rms for its weight's gradient, its result)."""
+    c = dtype.itemsize
+    return (FLOAT32 * (width + rows), c * width if norm.weight.requires_grad else 0,
+            c * width if keeps_result else 0)
+
+
+def dear_per_token(layer, dtype):
+    """Outputs of the matrix products and of attention: what selective checkpointing keeps."""
+    c, d = dtype.itemsize, layer.self_attn.head_dim
+    Hd = _base(layer.self_attn.q_proj).out_features
+    return c * sum(_base(m).out_features for m in _linears(layer)) + c * Hd + FLOAT32 * Hd // d
+
+
+def adapter_per_token(module, dtype):
+    """An adapter keeps x Aᵀ (r); with dropout its own x and the mask; DoRA its unscaled output."""
+    if module is _base(module):
+        return 0
+    c, A = dtype.itemsize, module.factors()[0]
+    dropped = 2 * c * A.shape[1] if module.dropout else 0
+    scaled = c * module.base.out_features if hasattr(module, "lora_magnitude_vector") else 0
+    return c * A.shape[0] + dropped + scaled
+
+
+def weight_copies(layer, dtype):
+    """Bytes of a layer's matrices in the compute dtype, which an eager step keeps until backward.
+
+    A float32 master is cast for its product, and the product keeps what it multiplied by.
+    """
+    c, total = dtype.itemsize, 0
+    for module in _linears(layer):
+        base = _base(module)
+        if isinstance(getattr(base, "_parameters", {}).get("weight"), object) and "weight" in (
+                base._parameters):
+            total += c * base.weight.numel() if base.weight.dtype.itemsize != c else 0
+        if base is not module:
+            A, B = module.factors()
+            total += (c * A.numel() if c != A.dtype.itemsize else 0) + c * B.numel()
+    return total

@@ -1,0 +1,164 @@
+"""Signals, steps that are not finite, loss spikes, and the advice when memory runs out."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from helpers import ROOT
+
+from common.errors import UserError
+from common.guard import LossSpikes, NonFinite, Signals, out_of_memory_advice
+
+
+def send(name):
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_only_sets_a_flag(name):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Signals() as signals:
+        assert signals.requested is None
+        send(name)
+        assert signals.requested == name
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(capfd):
+    with Signals() as signals:
+        send("SIGTERM")
+        send("SIGTERM")
+        send("SIGINT")
+        assert signals.requested == "SIGTERM"  # the first one stays
+        with pytest.raises(KeyboardInterrupt):
+            send("SIGINT")
+    assert capfd.readouterr().err.count("saving at the next step") == 1
+
+
+def test_handlers_come_back_after_an_error():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), Signals():
+        1 / 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_torchrun_sends_every_ctrl_c_twice(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with Signals(quiet=True) as signals:
+        send("SIGINT")
+        send("SIGINT")  # the launcher's echo
+        assert signals.requested == "SIGINT"
+        signals.interrupted -= 2  # two seconds later
+        with pytest.raises(KeyboardInterrupt):
+            send("SIGINT")
+
+
+def test_signals_in_the_middle_of_printing(tmp_path):
+    """A thousand signals at a process that prints all the time: no reentrant call, no loss."""
+    script = """
+from common.guard import Signals
+with Signals(quiet=True) as signals:
+    print("ready", flush=True)
+    lines = 0
+    while signals.requested is None or lines < 20000:
+        print("x" * 50)
+        lines += 1
+print(signals.requested)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(100):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.0005)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.splitlines()[-1] == "SIGTERM" and err == ""
+
+
+# --- steps that are not finite ---
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(capsys):
+    guard, nan, inf = NonFinite(limit=3), float("nan"), float("inf")
+    assert guard.check(1.0, 2.0, 1, [0]) is True
+    assert guard.check(nan, 1.0, 2, [17, 4]) is False
+    assert guard.check(1.0, torch.tensor(inf), 3, range(20)) is False
+    assert guard.check(1.0, 1.0, 4, [5]) is True
+    assert (guard.skipped, guard.in_a_row) == (2, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "step 2: loss nan" in lines[0] and "17, 4: skipped" in lines[0]
+    assert "0, 1, 2, 3, 4, 5, 6, 7 ..." in lines[1] and "2 in a row" in lines[1]
+
+
+def test_after_a_few_in_a_row_it_stops_and_names_the_last_good_checkpoint():
+    guard = NonFinite(limit=3)
+    for step in (1, 2):
+        assert guard.check(float("nan"), 1.0, step, [step], "runs/x/step-000100") is False
+    with pytest.raises(UserError, match="3 steps in a row.*documents: 3.*runs/x/step-000100"):
+        guard.check(1.0, float("-inf"), 3, [3], "runs/x/step-000100")
+    with pytest.raises(UserError, match="no checkpoint was saved"):
+        NonFinite(limit=1).check(float("nan"), 1.0, 1, [])
+
+
+# --- spikes ---
+
+def curve(steps, seed=0, noise=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    return [2 + 3 * 0.97**i + noise * torch.randn(1, generator=generator).item()
+            for i in range(steps)]
+
+
+def test_an_ordinary_curve_has_no_spikes(capsys):
+    for noise in (0.0, 0.01, 0.1, 0.3):
+        for seed in range(5):
+            spikes = LossSpikes()
+            assert not any(spikes.check(loss, i) for i, loss in enumerate(curve(500, seed, noise)))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_spike_is_said_once_with_its_step_and_does_not_hide_the_next(capsys):
+    losses, spikes = curve(300), LossSpikes()
+    losses[200], losses[210] = 9.0, 7.0
+    losses[250] = float("nan")
+    assert [i for i, loss in enumerate(losses) if spikes.check(loss, i)] == [200, 210]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "step 200: loss 9.0000 stands out from 2." in lines[0]
+
+
+def test_a_higher_level_that_stays_becomes_the_ordinary():
+    spikes = LossSpikes()
+    for step, loss in enumerate(curve(200)):
+        spikes.check(loss, step)
+    again = [spikes.check(4 + loss - 2, step) for step, loss in enumerate(curve(200, 1), 200)]
+    assert again[0] and sum(again) < 20 and not any(again[100:])
+
+
+# --- memory ---
+
+OOM = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of"
+       " which 1.2 GiB is free. Including non-PyTorch memory ...")
+
+
+def options(batch_tokens=16384, grad_accum=2, max_seq_len=2048):
+    return types.SimpleNamespace(
+        batch_tokens=batch_tokens, grad_accum=grad_accum, max_seq_len=max_seq_len)
+
+
+def test_advice_keeps_the_tokens_of_a_step():
+    text = out_of_memory_advice(torch.OutOfMemoryError(OOM), options(), {
+        "weights": 2 * 2**30, "activations": 60 * 2**30, "logits": 9 * 2**30, "gradients": 0})
+    assert "--batch-tokens 8192 --grad-accum 4" in text and "\n" not in text
+    assert "71.0 GiB (activations 60.0 GiB, logits 9.0 GiB, weights 2.0 GiB)" in text
+    assert "Tried to allocate 2.00 GiB;" in text and "cut" not in text
+
+
+def test_advice_says_when_documents_will_be_cut_or_nothing_smaller_is_left():
+    assert "documents over 1024 tokens" in out_of_memory_advice(
+        MemoryError(), options(2048, 1), 5 * 2**30)
+    text = out_of_memory_advice(MemoryError(), options(200, 1))
+    assert "out of memory: MemoryError" in text and "--quantize nf4" in text
