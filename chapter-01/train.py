@@ -133,8 +133,11 @@ def main(argv=None):
     if not options.resume:
         data.show_example(say)
         say(f"run folder: {run}")
-    before = prepare.ask(data, model, generate)
-    prepare.show_answers(data, before, "before", say)
+        before = prepare.ask(data, model, generate)
+        prepare.show_answers(data, before, "before", say)
+        if data.scored:
+            metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
+    eval_loss = None
 
     # --- loop ---
     nonfinite = guard.NonFinite()
@@ -203,6 +206,8 @@ def main(argv=None):
     # --- after ---
     after = prepare.ask(data, model, generate)
     prepare.show_answers(data, after, "after", say)
+    if data.scored:
+        metrics.log_eval(total_steps, eval_loss=eval_loss, **prepare.exact_match(after))
     runs.save_model(run / "final", model, config_json, source, dtype, ranks)
     say(f"wrote {run / 'final'}: a Hugging Face model folder. Ask it something:\n"
         f"  python chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")

@@ -168,8 +168,11 @@ def main(argv=None):
     if not options.resume:
         data.show_example(say)
         say(f"run folder: {run}")
-    before = prepare.ask(data, model, generate)
-    prepare.show_answers(data, before, "before", say)
+        before = prepare.ask(data, model, generate)
+        prepare.show_answers(data, before, "before", say)
+        if data.scored:
+            metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
+    eval_loss = None
 
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
@@ -240,6 +243,8 @@ def main(argv=None):
     # --- after --- Changed from chapter-01: the result may be an adapter.
     after = prepare.ask(data, model, generate)
     prepare.show_answers(data, after, "after", say)
+    if data.scored:
+        metrics.log_eval(total_steps, eval_loss=eval_loss, **prepare.exact_match(after))
     if options.method == "delta-lora":
         merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
     if options.method in ("full", "delta-lora"):

@@ -37,12 +37,12 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     config, layers = model.model.config, list(model.model.layers)
     embedding = model.model.embed_tokens.weight
     tied = model.lm_head is None
-    head = embedding if tied else _base(model.lm_head).weight
-    V, D = head.shape
+    head = embedding if tied else matrix(model.lm_head)
+    V, D = embedding.shape
+    head_trained = head is not None and head.requires_grad
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     # --- what stays from step to step ---
-    tensors = [*model.parameters(), *model.buffers()]
     weights = sum(t.nbytes for t in model.parameters()) // ranks
     weights += sum(t.nbytes for t in model.buffers())  # not sharded
     gradients = FLOAT32 * trained // ranks
@@ -52,11 +52,13 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     # --- what the forward keeps for the backward ---
     per_layer = [sum(saved_per_token(layer, dtype, kernel_joins).values()) for layer in layers]
     copies = [weight_copies(layer, dtype) for layer in layers]
-    head_copy = c * V * D if head.dtype.itemsize != c else 0
-    if ranks > 1:  # FSDP2 keeps no gathered weights but those of the layer at work and the next
-        copies = [0] * len(copies)
-        head_copy = c * (sum(map(_numel, layers)) // len(layers) * 2 + embedding.numel())
-    last = sum(norm_per_token(model.model.norm, D, dtype, _keeps_input(head, model.lm_head)))
+    head_copy = c * V * D if head is not None and head.dtype.itemsize != c else 0
+    if ranks > 1:  # FSDP2 gathers in c: embedding and head for the step, two layers at a time
+        copies = [0] * len(layers)
+        head_copy = c * (embedding.numel() * (1 if tied else 2)
+                         + 2 * sum(p.numel() for p in layers[0].parameters()))
+    last = norm_per_token(model.model.norm, D, dtype,
+                          head_trained if tied else keeps_input(model.lm_head))
     tables = c * config.head_dim  # cos and sin, once for all layers
     kept, again = sum(per_layer), 0
     if checkpointing != "none":
@@ -70,22 +72,22 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     all_copies = sum(copies) + head_copy
 
     # --- the loss ---
-    head_gradient = FLOAT32 * V * D // ranks if head.requires_grad else 0
+    head_gradient = FLOAT32 * V * D * head_trained
     if chunk is None:
         # Backward of the softmax: log-probabilities, their gradient, the logits' gradient.
         loss = 3 * FLOAT32 * tokens * V
         # Then of the head: the logits' gradient, in c; the weight's, in c and then in float32.
-        backward = c * tokens * V + c * V * D * head.requires_grad
-        cast = (c + FLOAT32 if c < FLOAT32 else 0) * V * D * head.requires_grad - head_copy
+        backward = c * tokens * V + c * V * D * head_trained
+        cast = (c + FLOAT32) * V * D * head_trained - head_copy if c < FLOAT32 else 0
         head_phase = c * tokens * D + max(backward, cast)
     else:
         rows = min(chunk, tokens)
         # One chunk: logits in c, in float32, and their gradient in c; gradients of hidden states
         # and head are formed at once, the latter in float32.
-        loss = rows * V * (2 * c + FLOAT32) + tokens * D * c + FLOAT32 * V * D * head.requires_grad
-        head_phase = tokens * D * c + 2 * FLOAT32 * V * D * head.requires_grad
+        loss = rows * V * (2 * c + FLOAT32) + tokens * D * c + FLOAT32 * V * D * head_trained
+        head_phase = tokens * D * c + 2 * FLOAT32 * V * D * head_trained
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
-    F = max(_base(layer.mlp.up_proj).out_features for layer in layers)
+    F = base(layers[-1].mlp.up_proj).out_features
     at_work = tokens * (2 * c * D + 2 * c * F) + again
     # The embedding's gradient is made whole, as large as the embedding, before it is added to the
     # head's (tied) or to the last micro-batch's.
@@ -96,7 +98,7 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
 
     def moment(gradients, activations=0, copies=0, loss=0, at_work=0):
         return {"weights": weights, "optimizer moments": moments, "gradients": gradients,
-                "activations": activations, f"weights in {_name(dtype)}": copies,
+                "activations": activations, f"weights in {str(dtype).removeprefix('torch.')}": copies,
                 "logits and loss": loss, "layer at work": at_work}
 
     return {
@@ -115,67 +117,93 @@ def saved_per_token(layer, dtype, kernel_joins=False):
     c, attention, mlp = dtype.itemsize, layer.self_attn, layer.mlp
     q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
     d = attention.head_dim
-    Hd, Kd, F = _base(q).out_features, _base(k).out_features, _base(mlp.up_proj).out_features
-    D = _base(q).in_features
+    Hd, Kd, F = base(q).out_features, base(k).out_features, base(mlp.up_proj).out_features
+    D = base(q).in_features
     terms = {}
-    terms["input norm: x, x / rms, result"] = sum(norm_per_token(
-        layer.input_layernorm, D, dtype, any(map(_keeps_input, (_weight(q), _weight(k), _weight(v)),
-                                                 (q, k, v)))))
+    terms["input norm: x, x / rms, result"] = norm_per_token(
+        layer.input_layernorm, D, dtype, any(map(keeps_input, (q, k, v))))
     if hasattr(attention.q_norm, "weight"):
         # The result is turned by the rotary tables, which keeps none of it.
         terms["norms of q and k: x, x / rms"] = (
-            sum(norm_per_token(attention.q_norm, Hd, dtype, False, Hd // d))
-            + sum(norm_per_token(attention.k_norm, Kd, dtype, False, Kd // d)))
+            norm_per_token(attention.q_norm, Hd, dtype, False, Hd // d)
+            + norm_per_token(attention.k_norm, Kd, dtype, False, Kd // d))
     terms["attention: q, k, v"] = c * (Hd + 2 * Kd)
     terms["attention: output, log-sum-exp"] = c * Hd + FLOAT32 * Hd // d
-    keeps_o = _keeps_input(_weight(o), o)
-    # One call a document: its outputs are joined in a tensor of their own.
-    terms["input of o_proj"] = c * Hd if keeps_o and not kernel_joins else 0
-    terms["feed-forward norm: x, x / rms, result"] = sum(norm_per_token(
-        layer.post_attention_layernorm, D, dtype,
-        any(_keeps_input(_weight(m), m) for m in (mlp.gate_proj, mlp.up_proj))))
+    # One call a document: the outputs are then joined in a tensor of their own.
+    terms["input of o_proj"] = c * Hd * (keeps_input(o) and not kernel_joins)
+    terms["feed-forward norm: x, x / rms, result"] = norm_per_token(
+        layer.post_attention_layernorm, D, dtype, any(map(keeps_input, (mlp.gate_proj, mlp.up_proj))))
     terms["gate, silu(gate), up"] = 3 * c * F
-    terms["input of down_proj"] = c * F if _keeps_input(_weight(mlp.down_proj), mlp.down_proj) else 0
-    terms["adapters"] = sum(map(lambda m: adapter_per_token(m, dtype), _linears(layer)))
+    terms["input of down_proj"] = c * F * keeps_input(mlp.down_proj)
+    terms["adapters"] = sum(adapter_per_token(module, dtype) for module in linears(layer))
     return terms
 
 
 def norm_per_token(norm, width, dtype, keeps_result, rows=1):
-    """RMSNorm keeps (x in float32 and 1/rms, x/rms for its weight's gradient, its result)."""
+    """RMSNorm keeps x and 1/rms in float32, x/rms if its weight is trained, maybe its result.
+
+    The result is kept by the next product, if that needs it for a gradient of its own.
+    """
     c = dtype.itemsize
-    return (FLOAT32 * (width + rows), c * width if norm.weight.requires_grad else 0,
-            c * width if keeps_result else 0)
+    return FLOAT32 * (width + rows) + c * width * (norm.weight.requires_grad + keeps_result)
 
 
 def dear_per_token(layer, dtype):
     """Outputs of the matrix products and of attention: what selective checkpointing keeps."""
     c, d = dtype.itemsize, layer.self_attn.head_dim
-    Hd = _base(layer.self_attn.q_proj).out_features
-    return c * sum(_base(m).out_features for m in _linears(layer)) + c * Hd + FLOAT32 * Hd // d
+    Hd = base(layer.self_attn.q_proj).out_features
+    return c * (sum(base(m).out_features for m in linears(layer)) + Hd) + FLOAT32 * Hd // d
 
 
 def adapter_per_token(module, dtype):
     """An adapter keeps x Aᵀ (r); with dropout its own x and the mask; DoRA its unscaled output."""
-    if module is _base(module):
+    if base(module) is module:
         return 0
     c, A = dtype.itemsize, module.factors()[0]
     dropped = 2 * c * A.shape[1] if module.dropout else 0
-    scaled = c * module.base.out_features if hasattr(module, "lora_magnitude_vector") else 0
-    return c * A.shape[0] + dropped + scaled
+    unscaled = c * module.base.out_features if hasattr(module, "lora_magnitude_vector") else 0
+    return c * A.shape[0] + dropped + unscaled
 
 
 def weight_copies(layer, dtype):
-    """Bytes of a layer's matrices in the compute dtype, which an eager step keeps until backward.
+    """Bytes of a layer's matrices in the compute dtype that an eager step keeps until backward.
 
-    A float32 master is cast for its product, and the product keeps what it multiplied by.
+    A float32 master is cast for its product, and the product keeps what it multiplied by. (An
+    adapter's B is multiplied by its scale first, which is a copy in any dtype.)
     """
     c, total = dtype.itemsize, 0
-    for module in _linears(layer):
-        base = _base(module)
-        if isinstance(getattr(base, "_parameters", {}).get("weight"), object) and "weight" in (
-                base._parameters):
-            total += c * base.weight.numel() if base.weight.dtype.itemsize != c else 0
-        if base is not module:
+    for module in linears(layer):
+        weight = matrix(module)
+        if weight is not None and weight.dtype.itemsize != c:
+            total += c * weight.numel()
+        if base(module) is not module:
             A, B = module.factors()
-            total += (c * A.numel() if c != A.dtype.itemsize else 0) + c * B.numel()
+            total += c * A.numel() * (A.dtype.itemsize != c) + c * B.numel()
     return total
+
+
+def base(module):
+    """The linear layer itself, under an adapter or not."""
+    return getattr(module, "base", module)
+
+
+def linears(module):
+    """The linear layers within `module`, each with its adapter if it has one."""
+    adapted = [m for m in module.modules() if hasattr(m, "base") and hasattr(m, "factors")]
+    inside = {id(m.base) for m in adapted}
+    plain = [m for m in module.modules() if hasattr(m, "in_features") and id(m) not in inside
+             and not hasattr(m, "factors")]
+    return adapted + plain
+
+
+def matrix(module):
+    """The weight of a linear layer as a parameter, None if it is quantised."""
+    return base(module)._parameters.get("weight")
+
+
+def keeps_input(module):
+    """Whether a linear layer needs its input again: for the gradient of its weight, or of A."""
+    weight = matrix(module)
+    if weight is not None and weight.requires_grad:
+        return True
+    return base(module) is not module and not module.dropout and module.factors()[0].requires_grad

@@ -59,9 +59,9 @@ def load(options, source, config, skills):
     if options.data == ["tiny"]:
         train = encoded(tiny.records(skills, "train", 20_000, seed=options.seed))
         held_out = encoded(tiny.records(skills, "eval", 200))
-        quizzes = {f"{skills} skills": held_out}
+        quizzes = {skills: held_out}
         if skills != "base":
-            quizzes["base skills"] = encoded(tiny.records("base", "eval", 200))
+            quizzes["base"] = encoded(tiny.records("base", "eval", 200))
         return Data(train, held_out, chat, quizzes, True)
 
     if "virtual" in options.data or "tiny" in options.data:
@@ -104,16 +104,19 @@ def ask(data, model, generate):
 
 
 def exact_match(results):
-    """{quiz: share of answers that are the expected ones, token for token}."""
-    return {name: sum(expected == answer for _, expected, answer in answers) / len(answers)
+    """{"exact_match_<quiz>": share of answers that are the expected ones, token for token}."""
+    return {f"exact_match_{name}": sum(e == a for _, e, a in answers) / len(answers)
             for name, answers in results.items()}
 
 
 def show_answers(data, results, when, say):
     """Print the first few answers of each quiz and, where it means something, exact match."""
     for name, answers in results.items():
-        score = f", exact match {exact_match({name: answers})[name]:.0%} of {len(answers)}"
-        say(f"\n{name}, {when} training{score if data.scored else ''}:")
+        title = f"\n{name}, {when} training"
+        if data.scored:
+            (score,) = exact_match({name: answers}).values()
+            title = f"\n{name} skills, {when} training: exact match {score:.0%} of {len(answers)}"
+        say(title)
         for prompt, expected, answer in answers[:SHOWN]:
             shown = data.chat.decode(answer).strip().replace("\n", " ")[:72]
             wanted = data.chat.decode(expected).strip().replace("\n", " ")[:72]

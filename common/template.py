@@ -16,13 +16,14 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from common.errors import UserError
 
-SECONDS = 2.0              # processor time for one rendering; a real one takes a millisecond
-MEMORY = 512 * 2**20       # bytes by which a rendering may enlarge the process
-LONGEST_TEMPLATE = 2**18   # characters; real templates have a few thousand
+SECONDS = 2.0             # processor time for one rendering; a real one takes a millisecond
+MEMORY = 256 * 2**20      # bytes by which a rendering may enlarge the process
+LONGEST_TEMPLATE = 2**18  # characters; real templates have a few thousand
 OPENED, CLOSED = "\U0010fff0", "\U0010fff1"  # stand around what {% generation %} marks
 
 
@@ -74,7 +75,7 @@ def _watch_value(context, value):
 
 
 class _Watch(NodeTransformer):
-    """Rewrites a template's syntax tree so that loops, filters and `~` go through `watch`."""
+    """Rewrites a template's syntax tree: loops, and all that makes a value, go through `watch`."""
 
     def wrap(self, node, name):
         wrapped = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
@@ -89,7 +90,17 @@ class _Watch(NodeTransformer):
     def visit_Filter(self, node):
         return self.wrap(self.generic_visit(node), "_watch_value")
 
-    visit_Concat = visit_Filter
+    visit_Concat = visit_List = visit_Dict = visit_Filter
+
+    def visit_Tuple(self, node):  # as a target, `for key, value in ...`, it makes nothing
+        return self.visit_Filter(node) if node.ctx == "load" else node
+
+
+class _Namespace(Namespace):
+    """`namespace()` of a template; printing one would print all that it holds."""
+
+    def __repr__(self):
+        return "<namespace>"
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -98,6 +109,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def start(self, longest):
         """A new rendering begins: no value may be longer than `longest`."""
         self.longest = longest
+        self.sizes = {}  # id -> (size, value) of the lists and dicts seen; keeps them alive
         self.cpu = time.thread_time()
         self.until = time.monotonic() + SECONDS
 
@@ -107,9 +119,29 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if left <= 0:
                 raise _Exceeded(f"it runs longer than {SECONDS:.0f} s")
             self.until = time.monotonic() + left
-        if isinstance(value, (str, list, tuple, dict)) and len(value) > self.longest:
+        if isinstance(value, str):
+            size = len(value)
+        elif isinstance(value, _CONTAINERS):
+            size = self.measure(value)
+        else:
+            return value
+        if size > self.longest:
             raise _Exceeded(f"it builds a value longer than {self.longest:,}")
         return value
+
+    def measure(self, value):
+        """Items of a list or dict and of all within it, as often as they occur: thirty times
+        `x = [x, x]` is small in memory, but not to print or to compare."""
+        if id(value) in self.sizes:
+            return self.sizes[id(value)][0]
+        size = len(value)
+        if size <= self.longest:
+            for part in (value, value.values()) if isinstance(value, dict) else (value,):
+                for item in part:
+                    if isinstance(item, _CONTAINERS):
+                        size += self.measure(item)
+        self.sizes[id(value)] = size, value
+        return size
 
     def call_binop(self, context, operator, left, right):
         sizes = [_bits(left), _bits(right)]
@@ -127,6 +159,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context, function, /, *arguments, **keywords):
         self.watch()
         return self.watch(super().call(context, function, *arguments, **keywords))
+
+
+_CONTAINERS = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
 
 
 def _bits(value):
@@ -162,7 +197,8 @@ class Template:
         sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False,
                            extensions=[_Generation, "jinja2.ext.loopcontrols"])
         sandbox.filters.update(tojson=_tojson, _watch_loop=_watch_loop, _watch_value=_watch_value)
-        sandbox.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        sandbox.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now,
+                               namespace=_Namespace)
         del sandbox.globals["lipsum"]  # random text, as much of it as one asks for
         self.sandbox = sandbox
         self.compiled = self._guarded(self._compile, source)
@@ -190,6 +226,7 @@ class Template:
             length += len(piece)
             if length > longest:
                 raise _Exceeded(f"it writes more than {longest:,} characters")
+        self.sandbox.sizes = {}
         return "".join(pieces)
 
     def _guarded(self, work, *arguments):
@@ -200,8 +237,8 @@ class Template:
         except _Exceeded as error:
             raise UserError(f"{self.where}: chat template stopped: {error}") from None
         except (MemoryError, RecursionError) as error:
-            what = "needs too much memory" if isinstance(error, MemoryError) else "recurses"
-            raise UserError(f"{self.where}: chat template stopped: it {what} without end") from None
+            why = "needs too much memory" if isinstance(error, MemoryError) else "nests too deeply"
+            raise UserError(f"{self.where}: chat template stopped: it {why}") from None
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{self.where}: chat template, line {error.lineno}: "
                             f"{one_line(error)}") from None

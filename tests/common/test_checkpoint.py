@@ -48,6 +48,10 @@ def leftovers(run):
     return [path.name for path in run.iterdir() if path.suffix in (".tmp", ".replaced", ".new")]
 
 
+def steps(run):
+    return [int(path.name[5:]) for path in sorted(run.glob("step-*")) if not path.suffix]
+
+
 # --- commit ---
 
 def test_commit_writes_a_manifest_that_says_everything(tmp_path):
@@ -98,16 +102,19 @@ def test_row_18_a_fault_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypa
 
     def check(where, code, text):
         assert code in (0, 2, KILLED), (where, text)
+        if code != KILLED:  # it had the time to put things right
+            assert (run / "final").is_dir(), where
+            assert not list(run.glob("*.tmp")) or "step-000001.tmp" in leftovers(run), where
         newest = checkpoint.latest(run)
         assert newest and value_of(newest) == int(newest.name[5:]) > 1, where
         assert value_of(run / "final") in (1, 2), where
-        if code != KILLED:  # it had the time to put things right
-            assert not list(run.glob("*.tmp")) or "step-000001.tmp" in leftovers(run), where
+        for step in steps(run):
+            assert value_of(step_folder(run, step)) == step, where
         action()
         assert value_of(step_folder(run, 3)) == 3 and value_of(run / "final") == 2, where
         assert leftovers(run) == [] and not step_folder(run, 1).exists(), where
 
-    faults = (end_process, disk_full, broken_disk) if exchange else (end_process,)
+    faults = (end_process, disk_full, broken_disk) if exchange else (end_process, broken_disk)
     assert sweep(prepare, action, check, faults) > 40 * len(faults)
 
 
@@ -308,10 +315,6 @@ def test_latest_of_nothing(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     with pytest.raises(UserError, match="not a run folder"):
         checkpoint.latest(tmp_path / "nothing")
-
-
-def steps(run):
-    return [int(path.name[5:]) for path in sorted(run.glob("step-*"))]
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):

@@ -118,6 +118,8 @@ def test_an_ordinary_curve_has_no_spikes(capsys):
         for seed in range(5):
             spikes = LossSpikes()
             assert not any(spikes.check(loss, i) for i, loss in enumerate(curve(500, seed, noise)))
+    flat = LossSpikes()
+    assert not any(flat.check(loss, i) for i, loss in enumerate([2.0] * 100 + [2.01, 2.0, 2.05]))
     assert capsys.readouterr().out == ""
 
 

@@ -243,12 +243,13 @@ def test_a_broken_state_file_is_one_clear_line(tmp_path):
 # Saved on 2 ranks, taken up by 1 and 3; a vocabulary and widths that no number of ranks divides;
 # an adapter run with frozen parameters; a disk that fails on rank 0 in the middle of a gather.
 SCRIPT = """
+import functools
 import sys
 from pathlib import Path
 import torch
 from torch import nn
 from faults import Faults, disk_full
-from common import checkpoint, distributed
+from common import checkpoint, distributed, state
 from common.errors import UserError
 
 def build(kind, ranks=None):
@@ -278,12 +279,15 @@ def save(run, kind, ranks):
     checkpoint.commit(checkpoint.step_folder(run, 1), write)
     after = torch.rand(1)
     second = checkpoint.step_folder(run, 2)
-    with Faults(5 if ranks.main else None, disk_full):  # no rank may wait for rank 0
+    whole = state.save_tensors  # below: a shard for each tensor, so that the rest is still to gather
+    state.save_tensors = functools.partial(whole, max_shard_bytes=1)
+    with Faults(6 if ranks.main else None, disk_full):  # no rank may wait for rank 0
         try:
             checkpoint.commit(second, write)
             raise SystemExit("no error")
         except UserError as error:
             print(f"rank {ranks.rank}: {error}\\n", end="", flush=True)
+    state.save_tensors = whole
     checkpoint.commit(second, write)
     checkpoint.prune(run, keep=1, best=checkpoint.step_folder(run, 1))
     assert checkpoint.latest(run) == second

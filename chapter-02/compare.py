@@ -1,0 +1,193 @@
+"""Compare the methods honestly: the same budget, and each at its own best learning rate.
+
+    python chapter-02/compare.py                                  all methods on the embedded task
+    python chapter-02/compare.py --methods lora dora --out mine -- --data my.jsonl --model DIR
+
+Most published wins of one method over another vanish once the learning rate is tuned for both. So
+every method runs over a grid of learning rates with several seeds; the rate with the lowest mean
+loss on held-out data counts. Each run is one call of train.py in a folder of its own under --out,
+so an interrupted comparison goes on where it stopped. Writes results.md and results.json there,
+and pictures if matplotlib is installed. What follows `--` goes to every run.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from common import cli
+from common.errors import UserError
+from common.metrics import readable_bytes
+from common.tensor_files import tensor_headers
+from lora import METHODS
+
+TRAIN = Path(__file__).with_name("train.py")
+# The middle of each grid; its other rates are a factor of three away, on both sides.
+CENTRE = {"full": 1e-3, "vera": 3e-2, "default": 5e-3}
+
+
+def grid(method, factors):
+    """The learning rates that a method is tried with."""
+    centre = CENTRE.get(method, CENTRE["default"])
+    return [float(f"{centre * factor:.2g}") for factor in factors]
+
+
+def run_one(folder, method, rate, seed, extra):
+    """Train once into `folder`, or go on with it; returns at once if it is finished."""
+    if (folder / "final").is_dir():
+        return
+    command = [sys.executable, str(TRAIN)]
+    if (folder / "train_config.json").is_file():
+        command += ["--resume", str(folder)]
+    else:
+        command += ["--out", str(folder), "--method", method, "--lr", f"{rate:g}", "--seed",
+                    str(seed), *extra]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
+        process = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if process.returncode:
+        last = folder.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise UserError(f"{method} at rate {rate:g}: {' '.join(last)} (all of it: "
+                        f"{folder.with_suffix('.log')})")
+
+
+def read_run(folder):
+    """What one finished run measured, from its own files."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "grad_norm" in line]
+    scores = [line for line in lines if any(name.startswith("exact_match") for name in line)]
+    evaluations = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
+    if not evaluations:
+        raise UserError(f"{folder}: nothing was evaluated; leave --eval-every on")
+    checkpoint = max(folder.glob("step-??????"), default=None)
+    if checkpoint is None:
+        raise UserError(f"{folder}: no checkpoint to count parameters in; leave --save-every on")
+    moments = tensor_headers(checkpoint, "optimizer")
+    sizes = {}
+    for name, (shape, _, _) in moments.items():
+        size = 1
+        for dimension in shape:
+            size *= dimension
+        sizes[name] = size
+    return {
+        "loss": evaluations[-1],
+        "curve": [(line["step"], line["loss"]) for line in steps],
+        "trainable": sum(n for name, n in sizes.items() if name.endswith(".exp_avg")),
+        "optimizer_bytes": 4 * sum(sizes.values()),
+        "memory": max((line["peak_memory_bytes"] or 0) for line in steps),
+        "speed": statistics.median(line["tokens_per_second"] for line in steps),
+        "before": {k: v for k, v in scores[0].items() if k.startswith("exact")} if scores else {},
+        "after": {k: v for k, v in scores[-1].items() if k.startswith("exact")} if scores else {},
+    }
+
+
+def summarise(method, runs):
+    """One row of the table, from {rate: [run, ...]}; also the loss of every rate."""
+    means = {rate: statistics.mean(run["loss"] for run in group) for rate, group in runs.items()}
+    best = min(means, key=means.get)
+    group = runs[best]
+    row = {"method": method, "rate": best, "seeds": len(group), "loss_by_rate": means,
+           "loss": means[best], "loss_spread": spread([run["loss"] for run in group]),
+           "edge_of_grid": best in (min(means), max(means)) and len(means) > 1}
+    for name in ("trainable", "optimizer_bytes", "memory"):
+        row[name] = max(run[name] for run in group)
+    row["speed"] = statistics.median(run["speed"] for run in group)
+    for when in ("before", "after"):
+        for name in group[0][when]:
+            values = [run[when][name] for run in group]
+            row[f"{name}_{when}"] = statistics.mean(values)
+            row[f"{name}_{when}_spread"] = spread(values)
+    row["curve"] = group[0]["curve"]
+    return row
+
+
+def spread(values):
+    """Half the range of several values."""
+    return (max(values) - min(values)) / 2
+
+
+def table(rows):
+    """The rows as a Markdown table."""
+    head = ["method", "best rate", "trainable", "optimizer state", "peak memory", "tokens/s",
+            "held-out loss", "new skills", "old skills"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        def score(name):
+            mean = row.get(f"exact_match_{name}_after")
+            half = row.get(f"exact_match_{name}_after_spread")
+            return "-" if mean is None else f"{100 * mean:.0f} ± {100 * half:.0f} %"
+        rate = f"{row['rate']:g}" + (" (edge)" if row["edge_of_grid"] else "")
+        lines.append("| " + " | ".join([
+            row["method"], rate, f"{row['trainable']:,}", readable_bytes(row["optimizer_bytes"]),
+            readable_bytes(row["memory"]), f"{row['speed']:,.0f}",
+            f"{row['loss']:.3f} ± {row['loss_spread']:.3f}", score("new"), score("base"),
+        ]) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows, out):
+    """Two pictures beside the table, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: pip install matplotlib for loss curves and the learning-rate sweep")
+        return
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    for file, title, label in (("curves.svg", "training loss at the best rate", "step"),
+                               ("rates.svg", "held-out loss", "learning rate")):
+        figure, axes = pyplot.subplots(figsize=(8, 5))
+        for row in rows:
+            points = row["curve"] if file == "curves.svg" else sorted(row["loss_by_rate"].items())
+            axes.plot(*zip(*points), label=row["method"], marker=None if "curve" in file else "o")
+        axes.set(title=title, xlabel=label, ylabel="loss", yscale="log")
+        if file == "rates.svg":
+            axes.set_xscale("log")
+        axes.legend()
+        figure.savefig(out / file)
+        pyplot.close(figure)
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, extra = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (
+        argv, [])
+    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS),
+                        metavar="METHOD", help=f"default: {' '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per learning rate (default: 3)")
+    parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 1.0, 3.0],
+                        help="learning rates, as multiples of each method's usual one")
+    parser.add_argument("--out", default="runs/compare", help="default: runs/compare")
+    options = parser.parse_args(argv)
+    if options.seeds < 1 or min(options.factors) <= 0:
+        raise UserError("--seeds must be 1 or more, and --factors above 0")
+    out = Path(options.out)
+    plan = [(method, rate, seed) for method in options.methods
+            for rate in grid(method, options.factors) for seed in range(options.seeds)]
+    plan_file = out / "plan.json"
+    if plan_file.is_file() and json.loads(plan_file.read_text()) != extra:
+        raise UserError(f"{out}: holds a comparison with other options after `--`; choose --out")
+    out.mkdir(parents=True, exist_ok=True)
+    plan_file.write_text(json.dumps(extra))
+    results = {method: {} for method in options.methods}
+    for method, rate, seed in tqdm(plan, unit="run"):
+        folder = out / f"{method}-lr{rate:g}-seed{seed}"
+        run_one(folder, method, rate, seed, extra)
+        results[method].setdefault(rate, []).append(read_run(folder))
+    rows = [summarise(method, runs) for method, runs in results.items()]
+    text = table(rows)
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print(text)
+    draw(rows, out)
+
+
+if __name__ == "__main__":
+    cli.run(main)

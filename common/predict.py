@@ -1,0 +1,190 @@
+"""What a run will need, worked out before it starts: parameters, FLOPs, memory.
+
+FLOPs: a multiplication and an addition are two. A matrix of P numbers costs each token 2P in the
+forward, 2P for the gradient of its input and 2P for its own gradient, if it is trained: 6P, or 4P
+for a frozen one. Attention in a layer of H heads of size d costs a token 4Hd for every token it
+looks at in the forward, twice that in the backward. (PaLM, arXiv 2204.02311, appendix B.)
+"""
+
+import re
+
+import numpy as np
+import torch
+
+from common.memory import peak_memory_bytes
+from common.metrics import readable_bytes
+from common.predict_memory import base, linears, matrix, memory
+
+__all__ = ["Prediction", "flops_per_token", "mean_attended", "memory", "parameters", "peak_flops",
+           "peak_memory_bytes", "training"]
+
+# Dense TFLOP/s from the makers' data sheets, without structured sparsity: in bfloat16 with
+# float32 accumulation, and in float32 without tensor cores.
+PEAK_TFLOPS = {
+    "A100": (312, 19.5), "A800": (312, 19.5), "A30": (165, 10.3), "A40": (149.7, 37.4),
+    "A10": (125, 31.2), "A10G": (70, 35), "RTX A6000": (154.8, 38.7),
+    "H100 PCIe": (756, 51), "H100 NVL": (835, 60), "H100": (989, 67), "H800": (989, 67),
+    "H200 NVL": (835, 60), "H200": (989, 67), "GH200": (989, 67), "H20": (148, 44),
+    "B200": (2250, 75), "L4": (121, 30.3), "L40": (181, 90.5), "L40S": (362, 91.6),
+    "RTX 3090": (71, 35.6), "RTX 4090": (165.2, 82.6), "RTX 5090": (209.5, 104.8),
+    "RTX 6000 Ada": (364, 91.1), "MI250X": (383, 47.9), "MI300X": (1307, 163.4),
+}
+
+
+def parameters(model):
+    """Numbers in the model: dict with total, trainable, embedding, head, blocks, norms, adapters.
+
+    A tied matrix counts once, as the embedding. A quantised weight counts as what it stands for.
+    """
+    counts = dict.fromkeys(
+        ("total", "trainable", "embedding", "head", "blocks", "norms", "adapters"), 0)
+    for name, parameter in model.named_parameters():
+        kind = "blocks"
+        if "lora_" in name or "vera_" in name:
+            kind = "adapters"
+        elif "embed_tokens" in name:
+            kind = "embedding"
+        elif name.startswith("lm_head"):
+            kind = "head"
+        elif "norm" in name:
+            kind = "norms"
+        counts[kind] += parameter.numel()
+        counts["total"] += parameter.numel()
+        counts["trainable"] += parameter.numel() * parameter.requires_grad
+    for module in linears(model):
+        if matrix(module) is None:
+            quantised = base(module).in_features * base(module).out_features
+            counts["blocks"] += quantised
+            counts["total"] += quantised
+    return counts
+
+
+def mean_attended(lengths):
+    """Σl²/Σl: how long a document the average token lies in. It stands for S in the formulas."""
+    lengths = np.asarray(lengths, dtype=np.float64)  # squares overflow int32 from 46,341 tokens on
+    return float((lengths**2).sum() / lengths.sum())
+
+
+def flops_per_token(model, attended):
+    """FLOPs of one token of a training step: dict with matrices, head, attention, total, full.
+
+    `attended` is `mean_attended`, or S for documents that are all S tokens long. `total` counts
+    causal attention as what it needs: a token looks at half of its document on average. `full`
+    is the other convention in use, where it looks at all of it. Recomputation (activation
+    checkpointing, dequantising) does not count: it is not work that the model asks for.
+    """
+    matrices = 0
+    for module in linears(model.model):
+        matrices += _matrix_flops(module)
+    if model.lm_head is None:
+        weight = model.model.embed_tokens.weight
+        head = (6 if weight.requires_grad else 4) * weight.numel()
+    else:
+        head = _matrix_flops(model.lm_head)
+    config = model.config
+    width = config.num_attention_heads * config.head_dim
+    attention = 6 * config.num_hidden_layers * width * attended
+    total = matrices + head + attention
+    return {"matrices": matrices, "head": head, "attention": attention, "total": total,
+            "full": total + attention}
+
+
+def _matrix_flops(module):
+    """Of a linear layer for one token, with its adapter: x Aᵀ, then times Bᵀ."""
+    inner, weight = base(module), matrix(module)
+    flops = inner.in_features * inner.out_features * (
+        6 if weight is not None and weight.requires_grad else 4)
+    if inner is not module:
+        flops += sum((6 if m.requires_grad else 4) * m.numel() for m in module.factors())
+    return flops
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that a device can reach at most in `dtype`; None if this file has no figure for it.
+
+    `device` is a torch.device, or a name as torch.cuda.get_device_name gives it.
+    """
+    if isinstance(device, torch.device):
+        if device.type != "cuda":
+            return None
+        device = torch.cuda.get_device_name(device)
+    if dtype not in (torch.bfloat16, torch.float32) or "Laptop" in device:
+        return None
+    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):  # "H100 PCIe" before "H100"
+        if re.search(rf"\b{name}\b", device):
+            return PEAK_TFLOPS[name][dtype == torch.float32] * 1e12
+    return None
+
+
+class Prediction(dict):
+    """What `training` predicts: bytes by category at the fullest moment of a step, on each rank.
+
+    `parameters`, `flops` (of one token, see `flops_per_token`), `peak_flops` (of all ranks
+    together, or None) and `tokens` (of the largest pack) lie beside them as attributes.
+    """
+
+    def __init__(self, categories, **known):
+        super().__init__(categories)
+        self.__dict__.update(known)
+
+    @property
+    def peak(self):
+        """Bytes of all categories together."""
+        return sum(self.values())
+
+    def mfu(self, tokens_per_second, full=False):
+        """Model FLOPs utilisation, 0 to 1: the FLOPs that the model asks for over those the
+        hardware could have done. `full` counts attention over all of the document. None where
+        the hardware's peak is not known."""
+        if self.peak_flops is None:
+            return None
+        return self.flops["full" if full else "total"] * tokens_per_second / self.peak_flops
+
+    def report(self):
+        """The prediction as text: parameters, FLOPs, memory by category."""
+        counts, flops = self.parameters, self.flops
+        share = 100 * counts["trainable"] / counts["total"]
+        kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in
+                          ("blocks", "embedding", "head", "norms", "adapters") if counts[kind])
+        lines = [
+            f"parameters  {_short(counts['total'])} ({kinds}); "
+            f"trained {_short(counts['trainable'])} ({share:.3g} %)",
+            f"a token     {_short(flops['total'])}FLOP: layers {_short(flops['matrices'])}, head "
+            f"{_short(flops['head'])}, attention {_short(flops['attention'])} (all of S², not the "
+            f"causal half: {_short(flops['full'])}FLOP)",
+            f"memory      predicted peak {readable_bytes(self.peak)} with {self.tokens} tokens in "
+            "a pack:"]
+        lines += [f"            {readable_bytes(size):>10}  {name}"
+                  for name, size in sorted(self.items(), key=lambda item: -item[1]) if size]
+        return "\n".join(lines)
+
+
+def training(config, model, lengths, options, total_steps, chunk=None):
+    """Predict a run of `total_steps` steps of `model` on documents of these lengths.
+
+    `options` are the run's: batch_tokens, grad_accum, dtype, device and, where a chapter has it,
+    activation_checkpointing. `chunk` is the rows of the chunked loss, None for the plain one. The
+    model may be on the "meta" device. Gives a `Prediction`. `config` is the model's.
+    """
+    lengths = np.asarray(lengths)
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
+    tokens = int(min(options.batch_tokens, lengths.sum()))
+    accumulate = options.grad_accum if total_steps else 1
+    categories = memory(
+        model, tokens, dtype, grad_accum=accumulate, chunk=chunk, ranks=ranks,
+        checkpointing=getattr(options, "activation_checkpointing", None) or "none",
+        kernel_joins=device.type == "cuda" and dtype != torch.float32)
+    peak = peak_flops(device, dtype)
+    return Prediction(
+        categories, parameters=parameters(model), tokens=tokens,
+        flops=flops_per_token(model, mean_attended(lengths)),
+        peak_flops=None if peak is None else peak * ranks)
+
+
+def _short(number):
+    """1234567 -> 1.23 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.4g} "
