@@ -103,7 +103,7 @@ class LoRALinear(nn.Module):
     def merged(self):
         """The one weight that does the same: W + s B A."""
         A, B = self.factors()
-        return wide(self.base.weight) + B @ A
+        return wide(self.base.weight) + full_tensor(B @ A)
 
     def original(self):
         """The weight before it was adapted."""
@@ -158,7 +158,7 @@ class DoRALinear(LoRALinear):
         dropped = self.drop(x)
         plain = self.base(dropped)
         y = add_low_rank(plain if dropped is x else plain.clone(), dropped, *self.factors())
-        # This product in float32: bfloat16 has no number between 1 and 1.0078 for m/‖V‖ to be.
+        # m/‖V‖ is near 1 and stays float32: the next number that bfloat16 has is 1.0078.
         gain = self.lora_magnitude_vector / self.row_norms()
         y = y * gain
         if self.base.bias is not None:
@@ -170,7 +170,7 @@ class DoRALinear(LoRALinear):
     def merged(self):
         V = super().merged()
         norms = torch.linalg.vector_norm(V, dim=1).clamp_min(TINY)
-        return (self.lora_magnitude_vector / norms)[:, None] * V
+        return (full_tensor(self.lora_magnitude_vector) / norms)[:, None] * V
 
 
 class VeRALinear(LoRALinear):
@@ -219,7 +219,7 @@ class PiSSALinear(LoRALinear):
         weight, r = dense_weight(self.base, config), config.rank
         U, S, Vt = torch.linalg.svd(wide(weight), full_matrices=False)
         root = (S[:r] / self.scale).sqrt()
-        A, B = root[:, None] * Vt[:r], (U[:, :r] * root).contiguous()
+        A, B = (root[:, None] * Vt[:r]).contiguous(), (U[:, :r] * root).contiguous()
         self.register_buffer("initial_A", A, persistent=False)
         self.register_buffer("initial_B", B, persistent=False)
         self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
@@ -306,8 +306,8 @@ TINY = torch.finfo(torch.float32).tiny  # keeps an all-zero row of W from being 
 
 
 def wide(tensor):
-    """The tensor's values in float32, or in its own dtype if that has more digits."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    """The whole of a tensor, in float32, or in its own dtype if that has more digits."""
+    return full_tensor(tensor).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def device_of(base):
@@ -348,7 +348,7 @@ def adapter_modules(model):
 @torch.no_grad()
 def merged_weight(module):
     """The weight (out, in), float32, that does alone what the adapter layer does; same bias.
-    Parameters must be whole: under FSDP2, `unshard()` their decoder layer first."""
+    With FSDP2 every rank must call it (VeRA: before sharding)."""
     return module.merged()
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common import masks
-from common.template import CLOSED, OPENED, Refused, Template, one_line
+from common.sandbox import CLOSED, OPENED
+from common.template import Refused, Template, one_line
 from common.tokenizer_files import call, read_tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -10,7 +10,8 @@ import re
 
 import numpy as np
 
-from common.template import CLOSED, OPENED, Refused
+from common.sandbox import CLOSED, OPENED
+from common.template import Refused
 
 PRIVATE_USE = re.compile("[\U00100000-\U0010ffff]")  # plane 16; text must not hold any
 _MARK = re.compile("[\U00100000-\U0010ffef]")  # piece k lies between marks 2k and 2k + 1

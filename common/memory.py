@@ -3,91 +3,62 @@
 `common/predict.py` says what a step should need; this file measures what it needed.
 """
 
+import gc
 import resource
 import sys
-import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 
-class LivePeak(TorchDispatchMode):
-    """Counts the bytes of live tensors while it is active, and remembers the most there were.
+class LivePeak:
+    """Measures the peak of live tensor bytes on the CPU, for a `with` block.
 
         with LivePeak() as live:
             model(**pack).sum().backward()
-        live.peak            # bytes
-        live.at_peak()       # where they came from: {"before": ..., "aten.mm": ...}
+        live.before     # bytes of the tensors that were there on entry
+        live.peak       # the most there were at any moment, those included
+        live.grown      # peak - before: what the block itself needed
 
-    It looks at every operation, in the forward, in the backward and inside autograd.Function. A
-    storage counts once, in full, however many views it has, from the operation that made it
-    until nothing refers to it. One that an operation reads without having seen it made (the
-    weights, optimizer moments) was there before, so it counts from the beginning. Not counted:
-    what a kernel allocates and frees within one operation, tensors that nothing touches here, and
-    what compiled code makes (compiled functions run eagerly in here: measure them as `eager`).
+    Every allocation of PyTorch's CPU allocator counts, as its profiler reports it: in the forward
+    and the backward, eager or compiled, a kernel's own scratch memory too. (An operation recorder,
+    TorchDispatchMode, would disturb what it measures: while one is active autograd adds gradients
+    out of place.) Only the thread of the block counts, which on a CPU runs the backward as well.
+    A tensor that was there on entry is taken to stay, and one that only a graph holds, between a
+    forward and its backward, is not seen: enter between two steps. Profilers do not nest.
     """
 
     def __enter__(self):
-        self.current = self.peak = 0
-        self._log = []  # (storage's number, bytes, what made it): bytes None when it is freed
-        self._peak_length = 0
-        self._sizes = {}  # id of a live storage's Python object -> (its number, bytes)
-        return super().__enter__()
+        self.before = live_tensor_bytes()
+        self.peak = self.grown = 0
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in _tensors((args, kwargs)):
-            self._see(tensor, "before")
-        result = function(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            self._see(tensor, str(function.overloadpacket))
-        return result
-
-    def at_peak(self):
-        """Bytes by the operation that made them, at the moment of the peak, the largest first."""
-        live, made_before = {}, {}
-        for index, (number, size, origin) in enumerate(self._log):
-            if origin == "before":
-                made_before[number] = (size, origin)
-            elif index < self._peak_length and size is None:
-                live.pop(number, None)
-                made_before.pop(number, None)
-            elif index < self._peak_length:
-                live[number] = (size, origin)
-        totals = {}
-        for size, origin in (*live.values(), *made_before.values()):
-            totals[origin] = totals.get(origin, 0) + size
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
-
-    def _see(self, tensor, origin):
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        known = self._sizes.get(key)
-        if known is not None and known[1] == size:
-            return
-        if known is not None:  # resized in place, as FSDP does
-            self._forget(key)
-        number = len(self._log)
-        self._sizes[key] = (number, size)
-        self._log.append((number, size, origin))
-        self.current += size
-        if origin == "before":  # it was there at every earlier moment too
-            self.peak += size
-        if self.current >= self.peak:
-            self.peak = self.current
-            self._peak_length = len(self._log)
-        if known is None:  # PyTorch keeps this Python object as long as the storage itself
-            weakref.finalize(storage, self._forget, key).atexit = False
-
-    def _forget(self, key):
-        number, size = self._sizes.pop(key)
-        self.current -= size
-        self._log.append((number, None, None))
+    def __exit__(self, *error):
+        self._profile.__exit__(*error)
+        events = [(event.start_ns(), event.nbytes())
+                  for event in self._profile.profiler.kineto_results.events()
+                  if event.name() == "[memory]"]
+        self._profile = None
+        current = 0
+        for _, size in sorted(events, key=lambda event: event[0]):
+            current += size
+            self.grown = max(self.grown, current)
+        self.peak = self.before + self.grown
 
 
-def _tensors(values):
-    return [leaf for leaf in tree_leaves(values)
-            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]
+def live_tensor_bytes():
+    """Bytes of all CPU tensors that Python can reach, each storage once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):  # and no wrapper around another
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.device.type == "cpu" and (
+                        tensor.layout == torch.strided):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def peak_memory_bytes(device):

@@ -24,7 +24,8 @@ class Metrics:
     """The reports of one run, into `run_folder` and onto the screen.
 
     With `start_step` (a resume) lines of later steps go from metrics.jsonl first, so that there is
-    no gap and no repeat; so write what belongs to a step before saving that step's checkpoint.
+    no gap and no repeat; so write what belongs to a step before saving that step's checkpoint. An
+    evaluation that comes after it and is there already is not written twice.
     `quiet` is for the ranks that do not report: every method does nothing. Raises UserError where
     TensorBoard is asked for and missing, or the folder cannot be written.
     """
@@ -35,13 +36,14 @@ class Metrics:
         self.total_steps, self.log_every, self.quiet = total_steps, log_every, quiet
         self.first = None  # (step, clock) of the first step seen: it compiles and does not count
         self.board = self.file = None
+        self.evaluated = set()  # the keys of each line that the last checkpoint's step has already
         if quiet:
             return
         if tensorboard:
             self.board = _summary_writer(Path(run_folder) / "tensorboard", start_step)
         try:
             if self.path.exists():
-                _cut(self.path, start_step)
+                self.evaluated = _cut(self.path, start_step)
             self.file = open(self.path, "a", encoding="ascii")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
@@ -73,7 +75,8 @@ class Metrics:
         """Report an evaluation, say log_eval(200, eval_loss=1.2, exact_match=0.9)."""
         if self.quiet:
             return
-        line = self._write({"step": step, **scores}, "eval")
+        line = {"step": step, **scores}
+        line = self._write(line, "eval", again=(step, *sorted(line)) in self.evaluated)
         shown = ", ".join(f"{name} {_number(line[name], '.4f')}" for name in scores)
         print(_row((f"{step}/{self.total_steps}",)) + f"  evaluation: {shown}", flush=True)
 
@@ -90,8 +93,10 @@ class Metrics:
         self.file = self.board = None
         self.quiet = True
 
-    def _write(self, line, kind):
+    def _write(self, line, kind, again=False):
         line = {name: _plain(value) for name, value in line.items()}
+        if again:
+            return line
         try:
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
@@ -147,11 +152,15 @@ def _plain(value):
 
 
 def _cut(path, start_step):
-    """Drop the lines after `start_step` from metrics.jsonl, and, saying so, unreadable ones."""
-    kept = []
+    """Drop the lines after `start_step` from metrics.jsonl, and, saying so, unreadable ones.
+
+    Gives (step, *keys) of the lines of `start_step` itself, which stay.
+    """
+    kept, last = [], set()
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
-            step = json.loads(line)["step"]
+            content = json.loads(line)
+            step = content["step"]
             whole = line.endswith(b"\n") and type(step) is int
         except (ValueError, RecursionError, KeyError, TypeError):
             whole = False
@@ -160,12 +169,15 @@ def _cut(path, start_step):
                   file=sys.stderr)
         elif step <= start_step:
             kept.append(line)
+            if step == start_step:
+                last.add((step, *sorted(content)))
     new = path.with_name(path.name + ".tmp")
     with open(new, "wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+    return last
 
 
 def _summary_writer(folder, start_step):

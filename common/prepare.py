@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.tiny import skills as tiny
 
 SHOWN = 4  # prompts whose answers are printed
+TINY_DOCUMENTS = 20_000  # of --data tiny
 ASKED = 100  # documents of each set on which exact match is measured (tiny data only)
 
 
@@ -53,24 +54,30 @@ def load(options, source, config, skills):
                     False)
     chat = Chat.load(source)
 
-    def encoded(records, files=()):
-        return encode.encode(records, chat, limit, options.too_long, config.vocab_size)
+    def encoded(records, key, files=()):
+        key = [key, limit, options.too_long, config.vocab_size, chat.fingerprint]
+        return encode.cached(lambda: encode.encode(records, chat, limit, options.too_long,
+                                                   config.vocab_size), key, files)
 
     if options.data == ["tiny"]:
-        train = encoded(tiny.records(skills, "train", 20_000, seed=options.seed))
-        held_out = encoded(tiny.records(skills, "eval", 200))
+        def of(name, part, count):
+            key = ["tiny", name, part, count, options.seed, tiny.__doc__]
+            return encoded(tiny.records(name, part, count, seed=options.seed), key)
+
+        train, held_out = of(skills, "train", TINY_DOCUMENTS), of(skills, "eval", 200)
         quizzes = {skills: held_out}
         if skills != "base":
-            quizzes["base"] = encoded(tiny.records("base", "eval", 200))
+            quizzes["base"] = of("base", "eval", 200)
         return Data(train, held_out, chat, quizzes, True)
 
     if "virtual" in options.data or "tiny" in options.data:
         raise UserError("--data tiny and --data virtual stand alone, not beside files")
     columns = datasets.parse_columns(options.columns) if options.columns else None
     files = [path for name in options.data for path in hub.resolve_data(name)]
-    train = encoded(datasets.read_records(files, columns))
+    train = encoded(datasets.read_records(files, columns), columns, files)
     if options.eval_data:
-        held_out = encoded(datasets.read_records(hub.resolve_data(options.eval_data), columns))
+        files = hub.resolve_data(options.eval_data)
+        held_out = encoded(datasets.read_records(files, columns), columns, files)
     else:
         train, held_out = encode.split(train, options.seed)
     return Data(train, held_out, chat, {"held-out": held_out}, False)

@@ -94,6 +94,20 @@ def test_a_resume_leaves_no_gap_and_no_repeat(tmp_path, capsys):
     assert lines(tmp_path) == []
 
 
+def test_the_evaluation_after_the_last_checkpoint_is_not_written_twice(tmp_path):
+    """Killed after the last line and before final/: the next start only evaluates and saves."""
+    for start_step in (0, 3, 3):
+        report = Metrics(tmp_path, 3, start_step=start_step)
+        log(report, *range(start_step + 1, 4))
+        if start_step == 0:
+            report.log_eval(3, eval_loss=1.5)
+        report.log_eval(3, eval_loss=1.5, exact_match=0.5)
+        report.close()
+    assert [sorted(line)[0] for line in lines(tmp_path)] == [
+        "grad_norm", "grad_norm", "grad_norm", "eval_loss", "eval_loss"]
+    assert ["exact_match" in line for line in lines(tmp_path)] == [False] * 4 + [True]
+
+
 @pytest.mark.parametrize("torn", [
     b'{"step": 3, "lo', b'{"step": 3}', b"\xff\xfe\n", b"\0" * 4096, b"[1]\n", b"3\n", b"\n",
     b'{"step": "3"}\n', b"[" * 100_000 + b"\n", b'{"loss": 1.0}\n'])

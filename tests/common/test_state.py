@@ -279,7 +279,7 @@ def save(run, kind, ranks):
     checkpoint.commit(checkpoint.step_folder(run, 1), write)
     after = torch.rand(1)
     second = checkpoint.step_folder(run, 2)
-    whole = state.save_tensors  # below: a shard for each tensor, so that the rest is still to gather
+    whole = state.save_tensors  # now a shard for each tensor: others are to gather still
     state.save_tensors = functools.partial(whole, max_shard_bytes=1)
     with Faults(6 if ranks.main else None, disk_full):  # no rank may wait for rank 0
         try:

@@ -171,7 +171,7 @@ def test_write_config_speaks_both_dialects(tmp_path):
     # What was seen to load with equal logits in transformers 4.57.3 and 5.23.0.
     config = weights.read_config(MODELS / "llama3_untied")
     weights.write_config(config, tmp_path, torch.bfloat16)
-    assert json.loads((tmp_path / "config.json").read_text()) == {
+    assert (tmp_path / "config.json").read_text() == json.dumps({
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 1, "dtype": "bfloat16", "eos_token_id": 2, "head_dim": 6,
         "hidden_act": "silu", "hidden_size": 24, "initializer_range": 0.02,
@@ -185,7 +185,7 @@ def test_write_config_speaks_both_dialects(tmp_path):
             "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
             "original_max_position_embeddings": 32, "rope_type": "llama3"},
         "rope_theta": 100.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "transformers_version": "5.23.0", "use_cache": True, "vocab_size": 64}
+        "transformers_version": "5.23.0", "use_cache": True, "vocab_size": 64}, indent=2) + "\n"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -73,7 +73,11 @@ def main():
 
 
 def make_model(config, dtype, generator):
-    """A model without a parameter that would hide a mistake, as biases of 0 and norms of 1 do."""
+    """A model without a parameter that would hide a mistake, as biases of 0 and norms of 1 do.
+
+    The logits are of order 1, so that float32 rounding, which differs between thread counts and
+    CPUs, stays near 1e-6 and far from the 1e-5 that tests allow.
+    """
     config.dtype = dtype
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -83,10 +87,10 @@ def make_model(config, dtype, generator):
             values = 1 + 0.3 * noise
         elif name.endswith("bias"):
             values = 0.3 * noise
-        elif "embed" in name:
-            values = 0.5 * noise
+        elif "embed" in name or "lm_head" in name:
+            values = 0.15 * noise
         else:
-            values = noise * 1.5 / parameter.shape[1] ** 0.5
+            values = noise / parameter.shape[1] ** 0.5
         parameter.data.copy_(values)
     return model.train()
 

@@ -1,0 +1,182 @@
+"""Model folders quantised by bitsandbytes to NF4: read into this chapter's layers, and written.
+
+Beside the weight's own name, which holds the packed codes, such a folder has
+
+    .absmax           (blocks,) float32; uint8 codes when double quantised ("nested")
+    .quant_map        (16,) float32, the levels
+    .nested_absmax    (ceil(blocks / 256),) float32           } double quantised only
+    .nested_quant_map (256,) float32, the levels of absmax    }
+    .quant_state.bitsandbytes__nf4   a JSON text as bytes: shape, dtype, block sizes, offset
+
+and "quantization_config" in config.json. This is what `QuantState.as_dict(packed=True)` of
+bitsandbytes 0.50 gives; tests/goldens/bnb holds folders that it wrote.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from nf4 import BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, NF4Linear, NF4Weight
+from nf4_load import load_nf4
+
+from common.errors import UserError
+from common.weights import iter_tensors, read_config, save_tensors, write_config
+
+STATE = "quant_state.bitsandbytes__"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE + "nf4", STATE + "fp4")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def is_bnb(config):
+    """Whether a config (from `read_config`) is of an NF4 folder that `load_bnb` can read.
+
+    False if it is not quantised at all. Raises UserError that names any other quantisation.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return False
+    get = quantization.get if isinstance(quantization, dict) else {}.get
+    kind = get("quant_method", "bitsandbytes" if get("load_in_4bit") else "unknown")
+    if kind == "bitsandbytes" and get("load_in_8bit"):
+        kind = "bitsandbytes int8 (LLM.int8)"
+    elif kind == "bitsandbytes" and get("bnb_4bit_quant_type", "fp4") != "nf4":  # bnb's default
+        kind = f"bitsandbytes {get('bnb_4bit_quant_type', 'fp4')}"
+    elif kind == "bitsandbytes" and get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        kind = f"bitsandbytes NF4 stored as {get('bnb_4bit_quant_storage')}"
+    elif kind == "bitsandbytes" and get("load_in_4bit"):
+        return True
+    raise UserError(f"quantization_config says {kind}, and only bitsandbytes NF4 stored as uint8"
+                    " is read here: start from the 16-bit checkpoint")
+
+
+def iter_bnb(path):
+    """Every (name, tensor) of a folder, the quantised ones assembled to an `NF4Weight`.
+
+    One weight in memory at a time if its parts lie together, as they do in files that are sorted
+    by name. Raises UserError for parts that are missing or are not what NF4 needs.
+    """
+    is_bnb(read_config(path))
+    waiting = {}  # name of a weight -> its parts so far
+    for name, tensor in iter_tensors(path):
+        weight, _, part = name.partition(".weight.")
+        weight += ".weight" if part else ""
+        if part and part not in PARTS:
+            raise UserError(f"{path}: {name} is not a part of an NF4 weight")
+        if not part and tensor.dtype != torch.uint8:
+            yield name, tensor
+            continue
+        parts = waiting.setdefault(weight, {})
+        parts[part or "packed"] = tensor
+        state = _state(weight, parts)
+        if state and len(parts) == (6 if "nested_offset" in state else 4):
+            yield weight, _assemble(weight, waiting.pop(weight), state)
+    for weight, parts in waiting.items():
+        raise UserError(f"{path}: {weight} is not a whole NF4 weight: only {', '.join(parts)}")
+
+
+def _state(weight, parts):
+    """The quant_state of a weight as a dict, or None if it has not been read yet."""
+    if STATE + "fp4" in parts:
+        raise UserError(f"{weight} is FP4, and only NF4 is read here")
+    if STATE + "nf4" not in parts:
+        return None
+    try:
+        state = json.loads(bytes(parts[STATE + "nf4"].tolist()))
+    except ValueError as error:
+        raise UserError(f"{weight}: its quant_state is not JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{weight}: its quant_state is not a JSON object")
+    return state
+
+
+def _assemble(weight, parts, state):
+    """The `NF4Weight` of the four or six tensors of a weight, after checking all of them."""
+    try:
+        shape, dtype = torch.Size(state["shape"]), DTYPES[state["dtype"]]
+        sizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK))
+        offset = state.get("nested_offset")
+        offset = None if offset is None else torch.tensor([float(offset)])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{weight}: its quant_state lacks or mistypes {error}") from error
+    if sizes != (BLOCK, NESTED_BLOCK):
+        raise UserError(f"{weight} has blocks of {sizes[0]} (nested {sizes[1]}), and only blocks"
+                        f" of {BLOCK} (nested {NESTED_BLOCK}) are read here")
+    blocks = -(-shape.numel() // BLOCK)
+    wanted = {"packed": ((-(-shape.numel() // 2), 1), torch.uint8),
+              "absmax": ((blocks,), torch.float32 if offset is None else torch.uint8),
+              "quant_map": ((16,), torch.float32)}
+    if offset is not None:
+        wanted["nested_absmax"] = ((-(-blocks // NESTED_BLOCK),), torch.float32)
+        wanted["nested_quant_map"] = ((256,), torch.float32)
+    for part, expected in wanted.items():
+        found = part in parts and (tuple(parts[part].shape), parts[part].dtype)
+        if found != expected:
+            raise UserError(f"{weight}: {part} should be {expected}, not {found or 'missing'}")
+        if expected[1].is_floating_point and not parts[part].isfinite().all():
+            raise UserError(f"{weight}: {part} has a value that is not finite")
+    for part, levels in (("quant_map", LEVELS), ("nested_quant_map", DYNAMIC_MAP)):
+        if part in parts and not torch.equal(parts[part], levels):
+            raise UserError(f"{weight}: its {part} is not bitsandbytes' table")
+    return NF4Weight(
+        # Copies: what was read is still backed by the file.
+        parts["packed"].clone(), parts["absmax"].clone(),
+        None if offset is None else parts["nested_absmax"].clone(), offset, shape, dtype)
+
+
+def load_bnb(model, path, dtype=None, device="cpu"):
+    """Fill a model built on the meta device from a bitsandbytes NF4 folder, and freeze it.
+
+    What the folder holds quantised becomes `NF4Linear`, what it holds dense stays dense (in
+    `dtype`, default: as stored). Nothing is quantised anew. Raises UserError as `load_nf4` does.
+    """
+    load_nf4(model, iter_bnb(path), dtype=dtype, device=device, quantize=False)
+
+
+def save_bnb(model, config, path, dtype=None, metadata=None):
+    """Write a model with `NF4Linear` layers as a folder that transformers + bitsandbytes loads.
+
+    `config` is what `read_config` gave. `dtype`: of what is not quantised (default: as it is).
+    The tokenizer's files are not written (`weights.copy_tokenizer` does that).
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    if not layers:
+        raise ValueError("the model has no NF4Linear to save")
+    double = {layer.absmax2 is not None for layer in layers.values()}
+    kept = dtype or model.get_parameter("model.embed_tokens.weight").dtype
+    dense = {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    quantization = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double == {True},
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": str(kept).removeprefix("torch."),
+        "llm_int8_skip_modules": sorted(dense | {"lm_head"}),  # 4-bit ones skip it too
+    }
+
+    def tensors():
+        for name, parameter in model.named_parameters():
+            yield name, parameter.to(kept)
+        for name, layer in layers.items():
+            yield from _disassemble(f"{name}.weight", layer.quantized)
+
+    path = Path(path)
+    save_tensors(tensors(), path, metadata)
+    write_config({**config, "quantization_config": quantization}, path, kept)
+
+
+def _disassemble(weight, quantized):
+    """The tensors that bitsandbytes keeps of a weight, by name."""
+    state = {"quant_type": "nf4", "blocksize": BLOCK,
+             "dtype": str(quantized.dtype).removeprefix("torch."), "shape": list(quantized.shape)}
+    yield weight, quantized.packed
+    yield f"{weight}.absmax", quantized.absmax
+    yield f"{weight}.quant_map", LEVELS.clone()  # files may hold no tensor twice
+    if quantized.absmax2 is not None:
+        yield f"{weight}.nested_absmax", quantized.absmax2
+        yield f"{weight}.nested_quant_map", DYNAMIC_MAP.clone()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
+                  "nested_offset": quantized.offset.item()}
+    text = json.dumps(state).encode()
+    yield f"{weight}.{STATE}nf4", torch.tensor(list(text), dtype=torch.uint8)
