@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from common import cli, hub, weights
+from common import checkpoint, cli, hub, weights
 from common.chat import Chat
 from common.errors import UserError, named
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -71,6 +71,7 @@ def main(argv=None):
         raise UserError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
 
     folder = hub.resolve(options.model)
+    checkpoint.verify(folder)
     chat = Chat.load(folder)
     device = cli.choose_device(options.device)
     with named(folder / "config.json"):

@@ -80,6 +80,7 @@ def main(argv=None):
 
     # --- model files and data ---
     source = hub.resolve(options.model)
+    checkpoint.verify(source)
     config_json = weights.read_config(source)
     with named(source / "config.json"):
         config = Qwen3Config.from_dict(config_json)
@@ -115,12 +116,13 @@ def main(argv=None):
     )
 
     # --- run folder, resume ---
+    saved = None  # the last whole checkpoint
     state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None}
     if options.resume:
         run = Path(options.resume)
-        folder = checkpoint.latest(run)
-        if folder is not None:
-            state = checkpoint.load_state(folder, model, optimizer)
+        saved = checkpoint.latest(run)
+        if saved is not None:
+            state = checkpoint.load_state(saved, model, optimizer)
         say(f"resuming {run} after step {state['step']}")
     else:
         run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
@@ -152,8 +154,9 @@ def main(argv=None):
             first = state["next_pack"] + ranks.rank
             mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
             state["next_pack"] += packs_per_step
-            packs = [packed_sequence_collate_fn([data.train[i] for i in sampler.pack(index)])
-                     for index in mine]
+            documents = [sampler.pack(index) for index in mine]
+            packs = [packed_sequence_collate_fn([data.train[i] for i in pack])
+                     for pack in documents]
             counts = torch.tensor([sum(int((p["labels"] != IGNORE).sum()) for p in packs),
                                    sum(len(p["labels"]) for p in packs)])
             targets, tokens = distributed.all_sum(counts).tolist()
@@ -170,7 +173,7 @@ def main(argv=None):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
             norm = distributed.full_tensor(norm).item()
             lr = learning_rate(step, total_steps, options)
-            if nonfinite.check(total_loss.item(), norm, step, mine, run):
+            if nonfinite.check(total_loss.item(), norm, step, documents, saved):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
@@ -199,16 +202,18 @@ def main(argv=None):
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
             if due or (improved and options.keep_best) or stop:
                 metrics.sync()
-                runs.save_step(run, model, optimizer, state, options)
+                saved = runs.save_step(run, model, optimizer, state, options)
             if stop:
                 return runs.stopped(run, state, signals, ranks)
+
+        # --- result ---
+        runs.save_model(run / "final", model, config_json, source, dtype, ranks)
 
     # --- after ---
     after = prepare.ask(data, model, generate)
     prepare.show_answers(data, after, "after", say)
     if data.scored:
         metrics.log_eval(total_steps, eval_loss=eval_loss, **prepare.exact_match(after))
-    runs.save_model(run / "final", model, config_json, source, dtype, ranks)
     say(f"wrote {run / 'final'}: a Hugging Face model folder. Ask it something:\n"
         f"  python chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")
     metrics.close()

@@ -113,6 +113,7 @@ def main(argv=None):
 
     # --- model files and data --- Changed from chapter-01: Llama; skills not seen before.
     source = hub.resolve(options.model)
+    checkpoint.verify(source)
     config_json = weights.read_config(source)
     with named(source / "config.json"):
         config = LlamaConfig.from_dict(config_json)
@@ -150,12 +151,13 @@ def main(argv=None):
     names = state_names(model)  # what training can change: all that a checkpoint has to hold
 
     # --- run folder, resume --- Changed from chapter-01: `names`.
+    saved = None  # the last whole checkpoint
     state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None}
     if options.resume:
         run = Path(options.resume)
-        folder = checkpoint.latest(run)
-        if folder is not None:
-            state = checkpoint.load_state(folder, model, optimizer, names)
+        saved = checkpoint.latest(run)
+        if saved is not None:
+            state = checkpoint.load_state(saved, model, optimizer, names)
         say(f"resuming {run} after step {state['step']}")
     else:
         run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
@@ -187,8 +189,9 @@ def main(argv=None):
             first = state["next_pack"] + ranks.rank
             mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
             state["next_pack"] += packs_per_step
-            packs = [packed_sequence_collate_fn([data.train[i] for i in sampler.pack(index)])
-                     for index in mine]
+            documents = [sampler.pack(index) for index in mine]
+            packs = [packed_sequence_collate_fn([data.train[i] for i in pack])
+                     for pack in documents]
             counts = torch.tensor([sum(int((p["labels"] != IGNORE).sum()) for p in packs),
                                    sum(len(p["labels"]) for p in packs)])
             targets, tokens = distributed.all_sum(counts).tolist()
@@ -206,7 +209,7 @@ def main(argv=None):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
             norm = distributed.full_tensor(norm).item()
             lr = learning_rate(step, total_steps, options)
-            if nonfinite.check(total_loss.item(), norm, step, mine, run):
+            if nonfinite.check(total_loss.item(), norm, step, documents, saved):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_ratio"]
                 optimizer.step()
@@ -236,22 +239,24 @@ def main(argv=None):
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
             if due or (improved and options.keep_best) or stop:
                 metrics.sync()
-                runs.save_step(run, model, optimizer, state, options, names)
+                saved = runs.save_step(run, model, optimizer, state, options, names)
             if stop:
                 return runs.stopped(run, state, signals, ranks)
 
-    # --- after --- Changed from chapter-01: the result may be an adapter.
+        # --- result --- Changed from chapter-01: it may be an adapter.
+        if options.method == "delta-lora":
+            merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
+        if options.method in ("full", "delta-lora"):
+            runs.save_model(run / "final", model, config_json, source, dtype, ranks)
+        else:
+            runs.save_files(run / "final", lambda folder: save_adapter(
+                model, adapter, folder, options.model, metadata=checkpoint.MARK), source, ranks)
+
+    # --- after --- Changed from chapter-01: it may be an adapter.
     after = prepare.ask(data, model, generate)
     prepare.show_answers(data, after, "after", say)
     if data.scored:
         metrics.log_eval(total_steps, eval_loss=eval_loss, **prepare.exact_match(after))
-    if options.method == "delta-lora":
-        merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
-    if options.method in ("full", "delta-lora"):
-        runs.save_model(run / "final", model, config_json, source, dtype, ranks)
-    else:
-        runs.save_adapter(run / "final", source, ranks, lambda folder: save_adapter(
-            model, adapter, folder, options.model, metadata=checkpoint.MARK))
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
     say(f"wrote {run / 'final'}: a folder with {kind} files as Hugging Face has them. Next:\n"
         f"  python chapter-02/generate.py --{kind} {run / 'final'} --prompt \"...\"")

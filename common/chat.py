@@ -136,12 +136,12 @@ class Chat:
             endless = ends[-1:] != [spans[-1][1]]  # no end-of-turn token: it would never stop
         return Layout(text, spans, False, True if endless else None)
 
-    def finish(self, layout, encoding):
-        """(ids int32, trained bool), arrays, of a Layout and the Encoding of its text."""
-        ids = np.array(encoding.ids, dtype=np.int32)
+    def finish(self, layout, ids, offsets):
+        """(ids int32, trained bool), arrays, of a Layout and the ids and offsets of its text."""
+        ids = np.array(ids, dtype=np.int32)
         trained = np.ones(len(ids), dtype=bool)
         if layout.spans is not None:
-            trained = masks.inside(encoding.offsets, layout.spans)
+            trained = masks.inside(offsets, layout.spans)
         if layout.eos is not None and self.eos_id is not None:
             if not (len(ids) and ids[-1] == self.eos_id):
                 ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, False)
@@ -150,7 +150,8 @@ class Chat:
 
     def _encode(self, record):
         layout = self.layout(record)
-        ids, trained = self.finish(layout, self.tokenise([layout.text], layout.whole)[0])
+        encoding = self.tokenise([layout.text], layout.whole)[0]
+        ids, trained = self.finish(layout, encoding.ids, encoding.offsets)
         return ids.tolist(), trained.tolist()
 
     def _render(self, messages, add_generation_prompt=False, **variables):

@@ -184,12 +184,11 @@ def choose_dtype(name, device):
 def run(main):
     """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130.
 
-    SIGTERM is treated as Ctrl-C until training begins; from then on `common.guard.Signals` saves
-    first.
+    So does SIGTERM, with 143; while a run trains, `common.guard.Signals` saves first.
     """
     def terminated(signum, frame):
-        raise SystemExit(f"stopped by {signal.Signals(signum).name} before training began: "
-                         "nothing to save")
+        print(f"\nstopped by {signal.Signals(signum).name}", file=sys.stderr)
+        raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGTERM, terminated)
     try:

@@ -23,7 +23,8 @@ def check(path):
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        names = os.listdir(path.parent) if path.parent.is_dir() else []
+        readable = path.parent.is_dir() and os.access(path.parent, os.R_OK)
+        names = os.listdir(path.parent) if readable else []
         raise UserError(f"{path}: no such file{nearest(path.name, names)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{one_line(path)}: cannot be read ({one_line(error)})") from None

@@ -23,40 +23,38 @@ def config_hash(options):
 
 
 def save_step(run, model, optimizer, state, options, names=None):
-    """Commit `step-N/` with everything that --resume needs, then prune older ones.
+    """Commit `step-N/` with everything that --resume needs, prune older ones, give it.
 
     `names` are the parameters to save (default: all). N is state["step"]. Collective.
     """
     parameters = [p for n, p in model.named_parameters() if names is None or n in names]
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     needed = 4 * sum(p.numel() for p in parameters) + 8 * trained  # masters and two moments
+    folder = checkpoint.step_folder(run, state["step"])
     checkpoint.commit(
-        checkpoint.step_folder(run, state["step"]),
+        folder,
         lambda folder: checkpoint.save_state(folder, model, optimizer, state, names),
         extra={"step": state["step"], "config_hash": config_hash(options)}, bytes_needed=needed)
     best = state["best_step"] if options.keep_best else None
     checkpoint.prune(run, options.keep, best and checkpoint.step_folder(run, best))
+    return folder
 
 
 def save_model(folder, model, config, source, dtype, ranks):
     """Commit `folder` as a Hugging Face model folder, with the tokenizer files of `source`."""
+    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    save_files(folder, lambda temporary: weights.save_weights(
+        model, config, temporary, dtype, metadata=MARK), source, ranks, size)
+
+
+def save_files(folder, write_files, source, ranks, size=0):
+    """Commit `folder`: what `write_files(temporary folder)` writes, and the tokenizer of `source`."""
     def write(temporary):
-        weights.save_weights(model, config, temporary, dtype, metadata=MARK)
+        write_files(temporary)
         if ranks.main:
             weights.copy_tokenizer(source, temporary)
 
-    needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    checkpoint.commit(folder, write, bytes_needed=needed)
-
-
-def save_adapter(folder, source, ranks, write_adapter):
-    """Commit `folder` with what `write_adapter(folder)` writes and the tokenizer files of `source`."""
-    def write(temporary):
-        write_adapter(temporary)
-        if ranks.main:
-            weights.copy_tokenizer(source, temporary)
-
-    checkpoint.commit(folder, write)
+    checkpoint.commit(folder, write, bytes_needed=size)
 
 
 def stopped(run, state, signals, ranks):

@@ -1,0 +1,151 @@
+"""Tokenised data, kept for the next run: one safetensors file for each hash of what it came from.
+
+It lies under $XDG_CACHE_HOME or ~/.cache, in bareloop/encoded, and may be deleted at any time. It
+is mapped, not read; its SHA-256 is checked before, so a damaged file is made again, and never used.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from common.errors import UserError
+
+VERSION = 1  # of the encoding: part of the hash, so that a change of the code finds no old files
+ARRAYS = (("offsets", "I64"), ("tokens", "I32"), ("trained", "U8"))  # the widest first: aligned
+
+
+def folder():
+    """Where the files lie."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "bareloop" / "encoded"
+
+
+def scratch():
+    """A nameless file for data in the making: in `folder` if that can be written, else in TMP."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder())
+    except OSError:  # the note about it comes when the result is to be kept
+        return tempfile.TemporaryFile()
+
+
+@contextlib.contextmanager
+def no_space():
+    """A full disk as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise UserError(f"{folder()}: {error.strerror} for the tokenised data; make room, or set "
+                        "XDG_CACHE_HOME to a folder on a larger disk") from None
+
+
+def cached(make, key, files, wrap):
+    """`make()`, or what an earlier call with the same `key` and `files` made.
+
+    make   function that gives an object with the arrays of ARRAYS and a list of strings `notes`
+    key    anything that JSON can write; of the files, the content counts
+    wrap   function (tokens, trained, offsets, notes) that makes such an object of arrays
+
+    A damaged file is made again, loudly; a cache that cannot be written is only said. Of several
+    processes, one makes the data and the others wait for it.
+    """
+    path = folder() / f"{_digest(key, files)}.safetensors"
+    with _alone(path):
+        found = _read(path, wrap)
+        if found is not None:
+            return found
+        made = make()
+        try:
+            _write(path, made)
+        except OSError as error:
+            print(f"note: the tokenised data cannot be kept in {path.parent}: {error.strerror}",
+                  file=sys.stderr)
+            return made
+    return _read(path, wrap) or made
+
+
+def _digest(key, files):
+    total = hashlib.sha256(json.dumps([VERSION, key], sort_keys=True).encode())
+    for file in files:
+        try:
+            with open(file, "rb") as content:
+                one = hashlib.sha256(Path(file).suffix.encode("utf-8", "surrogateescape"))
+                while block := content.read(2**20):
+                    one.update(block)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        total.update(one.digest())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Hold the lock of `path`, where locks can be had; released with the file, even by a kill."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w")
+    except OSError:
+        yield
+        return
+    with lock:
+        with contextlib.suppress(OSError):  # a file system without locks: the work is done twice
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _checksum(notes, arrays):
+    digest = hashlib.sha256(notes.encode())
+    for array in arrays:
+        digest.update(memoryview(array).cast("B"))
+    return digest.hexdigest()
+
+
+def _write(path, made):
+    """Write beside the place, flush, rename: a file under its final name is whole."""
+    arrays = [getattr(made, name) for name, _ in ARRAYS]
+    notes = json.dumps(made.notes)
+    header, at = {"__metadata__": {"notes": notes, "sha256": _checksum(notes, arrays)}}, 0
+    for (name, kind), array in zip(ARRAYS, arrays):
+        header[name] = {"dtype": kind, "shape": [len(array)],
+                        "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with open(handle, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for array in arrays:
+                file.write(memoryview(array).cast("B"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too leaves no half file behind
+        os.unlink(temporary)
+        raise
+
+
+def _read(path, wrap):
+    """The arrays of a cache file, mapped, in `wrap`; None if there is none, or none to be used."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            offsets, tokens, trained = (file.get_tensor(name).numpy() for name, _ in ARRAYS)
+            metadata = file.metadata()
+        if metadata["sha256"] != _checksum(metadata["notes"], (offsets, tokens, trained)):
+            raise ValueError("its checksum is wrong")
+        return wrap(tokens, trained.view(bool), offsets, json.loads(metadata["notes"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        print(f"{path}: damaged ({error}); the data are tokenised again", file=sys.stderr)
+        return None
