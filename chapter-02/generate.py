@@ -64,7 +64,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
     for n, prompt in enumerate(prompts):
         if len(prompt) >= longest:
             raise UserError(f"prompt {n + 1} has {len(prompt)} tokens: the model takes {longest}")
-        if prompt and not 0 <= min(prompt) <= max(prompt) < vocabulary:
+        if max(prompt, default=0) >= vocabulary:
             raise UserError(f"prompt {n + 1} has token {max(prompt)}, but the model's vocabulary "
                             f"ends at {vocabulary - 1}: is this its tokenizer?")
     device = next(model.parameters()).device

@@ -71,6 +71,9 @@ def merge(adapter, out, model=None, dtype="auto"):
     own_tokenizer = (adapter / "tokenizer.json").is_file()
     ids = Chat.load(adapter if own_tokenizer else base).encode_prompt(SAMPLE)
     ids = torch.tensor(ids[: network.config.max_position_embeddings])
+    if ids.max() >= network.config.vocab_size:
+        raise UserError(f"{base}: the tokenizer gives token {ids.max()}, but the model's vocabulary"
+                        f" ends at {network.config.vocab_size - 1}")
     pack = packed_sequence_collate_fn([(ids, ids)])
     del pack["labels"]
 

@@ -1,40 +1,90 @@
-"""Cross-entropy of the output head without the (T, V) logits: chunk after chunk of tokens.
+"""Cross-entropy of the output head without the (T, V) logits: one chunk of tokens after another.
 
-The plain loss holds the logits in 16 bits and three float32 arrays of their size, 14 bytes for
-each of T · V: 8.7 GB at T = 4096, V = 151,936. Here the softmax of a chunk of tokens is followed at once
-by its share of both gradients, in the forward, so that nothing of size (T, V) ever exists and
-nothing is computed twice. The backward only multiplies by the gradient of the loss.
+The plain loss holds the logits in 16 bits and three float32 arrays of their size: 14 bytes for
+each of T · V, 8.7 GB at T = 4096 and V = 151,936. Here a chunk's softmax is followed at once, in
+the forward, by its share of both gradients. So nothing of size (T, V) ever exists and nothing is
+computed twice; the backward only multiplies by the gradient of the loss.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
-SCRATCH = 2**21  # float32 logits exponentiated at a time when eager: what a cache can hold
 
 
 def chunked_cross_entropy(hidden, weight, labels, chunk=1024):
-    """Sum over the tokens with label ≥ 0 of -log softmax(hidden weightᵀ)[label], float32.
+    """Sum over the tokens with label ≥ 0 of -log softmax(hidden weightᵀ)[label], in float32.
 
     hidden (T, D), weight (V, D), labels (T,) int64, negative where not trained. Products run in
-    the dtype of hidden; a float32 master weight is cast inside and its gradient is float32, added
-    up over chunks in float32 whatever the dtypes. A frozen weight costs no gradient, evaluation
-    none at all. With no label ≥ 0 the loss is 0 and so are the gradients.
+    the dtype of hidden: a float32 master weight is cast inside, and gets a float32 gradient,
+    summed over the chunks in float32 whatever the dtypes. A frozen weight costs no gradient, and
+    evaluation costs none at all. If no label is ≥ 0, the loss and the gradients are 0.
 
-    chunk: tokens at a time, which takes chunk · V · 2 bytes for 16-bit logits. Small ones leave
-    the matrix products waiting for memory.
+    `chunk` is the most tokens taken at a time; their logits take chunk · V elements. Small chunks
+    are slow: each reads the whole weight and adds up a whole gradient of it.
     """
     train = torch.is_grad_enabled()
-    wanted = (train and hidden.requires_grad, train and weight.requires_grad)
+    wanted = train and hidden.requires_grad, train and weight.requires_grad
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, wanted)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk, wanted):
-        loss, *gradients = _forward(hidden, weight, labels, chunk, *wanted)
-        ctx.save_for_backward(*gradients)
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 only in tests
+        weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        for rows in _chunks(labels, chunk):
+            x = hidden[rows]  # (C, D)
+            logits = x @ weight.t()  # (C, V)
+            part, grad = _cross_entropy(logits, labels[rows], wide, any(wanted))
+            loss += part
+            if wanted[0]:
+                grad_hidden[rows] = grad @ weight
+            if wanted[1] and x.dtype == wide:
+                grad_weight.addmm_(grad.t(), x)
+            elif wanted[1]:
+                grad_weight += grad.t() @ x
+        if wanted[1]:
+            grad_weight = grad_weight.to(weight_dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale):
-        grads = [None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors]
+        grads = [None if grad is None else grad * scale for grad in ctx.saved_tensors]
         return *grads, None, None, None
+
+
+def _chunks(labels, chunk):
+    """Indices into the pack, at most `chunk` at a time, the chunks of equal size.
+
+    On a CPU only of the labelled tokens: the others' logits are not needed. A GPU would have to
+    stop and tell how many there are, and a compiled graph has one shape only.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = rows[labels >= 0]
+    return rows.tensor_split(-(-len(rows) // chunk)) if len(rows) else ()
+
+
+def _cross_entropy(logits, labels, wide, gradient):
+    """The sum of the losses, and d(sum)/d(logits): `logits` itself, overwritten, when eager."""
+    trained, target = (labels >= 0)[:, None], labels.clamp(min=0)[:, None]
+    if torch.compiler.is_compiling():  # one pass over each row, fused
+        log_p = torch.log_softmax(logits, dim=-1, dtype=wide)
+        loss = -(log_p.gather(1, target) * trained).sum()
+        onehot = torch.arange(logits.shape[1], device=logits.device) == target
+        return loss, ((log_p.exp() - onehot.to(wide)) * trained).to(logits.dtype)
+    loss = torch.zeros((), dtype=wide, device=logits.device)
+    # A few rows at a time, whose float32 copy stays in a CPU's cache (on a GPU: 256 MB).
+    size = max(1, (2**21 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
+    for rows, goal, mask in zip(logits.split(size), target.split(size), trained.split(size)):
+        log_p = torch.log_softmax(rows, dim=-1, dtype=wide)
+        loss -= (log_p.gather(1, goal) * mask).sum()
+        if gradient:
+            p = log_p.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=wide))
+            rows.copy_(p.mul_(mask) if logits.device.type != "cpu" else p)
+    return loss, logits

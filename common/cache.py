@@ -50,11 +50,11 @@ def no_space():
 
 
 def cached(make, key, files, wrap):
-    """`make()`, or what an earlier call with the same `key` and `files` made.
+    """(what `make()` gives, or an earlier call with the same `key` and `files` made; if earlier).
 
     make   function that gives an object with the arrays of ARRAYS and a list of strings `notes`
     key    anything that JSON can write; of the files, the content counts
-    wrap   function (tokens, trained, offsets, notes) that makes such an object of arrays
+    wrap   function (tokens, trained, offsets, notes=) that makes such an object of arrays
 
     A damaged file is made again, loudly; a cache that cannot be written is only said. Of several
     processes, one makes the data and the others wait for it.
@@ -63,15 +63,16 @@ def cached(make, key, files, wrap):
     with _alone(path):
         found = _read(path, wrap)
         if found is not None:
-            return found
+            return found, True
         made = make()
         try:
             _write(path, made)
         except OSError as error:
             print(f"note: the tokenised data cannot be kept in {path.parent}: {error.strerror}",
                   file=sys.stderr)
-            return made
-    return _read(path, wrap) or made
+            return made, False
+    mapped = _read(path, wrap)
+    return (made if mapped is None else mapped), False
 
 
 def _digest(key, files):
@@ -145,7 +146,7 @@ def _read(path, wrap):
             metadata = file.metadata()
         if metadata["sha256"] != _checksum(metadata["notes"], (offsets, tokens, trained)):
             raise ValueError("its checksum is wrong")
-        return wrap(tokens, trained.view(bool), offsets, json.loads(metadata["notes"]))
+        return wrap(tokens, trained.view(bool), offsets, notes=json.loads(metadata["notes"]))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         print(f"{path}: damaged ({error}); the data are tokenised again", file=sys.stderr)
         return None

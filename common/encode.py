@@ -8,6 +8,7 @@ mapped from there, so a million short documents need some hundred megabytes of m
 import os
 import re
 import sys
+from array import array
 from collections import Counter
 
 import numpy as np
@@ -60,8 +61,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None):
     """
     if max_length < 2:
         raise UserError(f"documents of {max_length} token: at least 2 are needed to predict one")
-    counts, first, lengths = Counter(), {}, [np.zeros(1, np.int64)]
-    seen = 0
+    counts, first, lengths, seen = Counter(), {}, array("q"), 0
 
     def skip(reason, record):
         reason = reason if reason in counts or len(counts) < KINDS else "skipped, other reasons"
@@ -87,10 +87,167 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None):
                              + (f" within {max_length} tokens" if end < len(ids) else ""), record)
         notes = [f"{count:,} {reason} (first: {first[reason]})"
                  for reason, count in counts.most_common()]
-        if len(lengths) == 1:
+        if not lengths:
             raise UserError("no example can be trained on: " + ("; ".join(notes[:5]) or "no data"))
-        offsets = np.cumsum(np.hstack(lengths), dtype=np.int64)
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
         token_file.flush(), trained_file.flush()
         tokens = np.memmap(token_file, np.int32, "r", shape=(offsets[-1],))
         trained = np.memmap(trained_file, bool, "r", shape=(offsets[-1],))
     return _say(Encoded(tokens, trained, offsets, notes=notes))
+
+
+def _chunks(records):
+    """Lists of records, not too long, with a progress bar for the work on them."""
+    size = getattr(records, "size", None)  # files know how many bytes they have
+    chunk, characters = [], 0
+    with tqdm(total=size, unit="B" if size else " documents", unit_scale=True, desc="tokenising",
+              delay=2, leave=False, disable=None if _first_rank() else True) as bar:
+        for record in records:
+            chunk.append(record)
+            characters += len(record["text"]) if "text" in record else 500
+            if len(chunk) == CHUNK or characters > CHARACTERS:
+                yield chunk
+                bar.update(records.done - bar.n if size else len(chunk))
+                chunk, characters = [], 0
+        if chunk:
+            yield chunk
+
+
+def _tokenise(chunk, chat, skip):
+    """(record, ids, trained) of each record that can be used; the others are skipped."""
+    kept = []
+    with bounded_memory():
+        for record in chunk:
+            try:
+                kept.append((record, chat.layout(record)))
+            except Refused as error:
+                skip(f"skipped, {error}", record)
+    found = [None] * len(kept)
+    for whole in (True, False):  # tokenizers are fast on many texts at once, in parallel
+        group = []
+        for n, (_, layout) in enumerate(kept):
+            if layout.spans is None and len(layout.text) > PIECE:
+                found[n] = _long(layout.text, chat), None
+            elif layout.whole == whole:
+                group.append(n)
+        for n, encoding in zip(group, chat.tokenise([kept[n][1].text for n in group], whole)):
+            spans = kept[n][1].spans
+            found[n] = encoding.ids, None if spans is None else encoding.offsets
+    for (record, layout), (ids, offsets) in zip(kept, found):
+        yield (record, *chat.finish(layout, ids, offsets))
+
+
+def _long(text, chat):
+    """The ids of a long text: the tokens of its pieces, if this tokenizer never looks across the
+    line end at which they are cut, and else of all of it at once, which takes more memory."""
+    for probe in ("a\nb", "It ends.\nNext", "1\n2", ":\n\nx", " \nA"):
+        at = probe.rindex("\n") + 1
+        pieces = [chat.tokenise([probe[:at]], True)[0].ids, chat.tokenise([probe[at:]])[0].ids]
+        if sum(pieces, []) != chat.tokenise([probe], True)[0].ids:
+            return chat.tokenise([text], True)[0].ids
+    cuts = [0]
+    while line_end := re.compile(r"\n(?=\w)").search(text, cuts[-1] + PIECE):
+        cuts.append(line_end.end())
+    pieces = [text[start:end] for start, end in zip(cuts, cuts[1:] + [len(text)])]
+    ids = [np.array(chat.tokenise(pieces[:1], True)[0].ids, np.int32)]
+    for n in range(1, len(pieces), 16):
+        ids += [np.array(one.ids, np.int32) for one in chat.tokenise(pieces[n:n + 16])]
+    return np.concatenate(ids)
+
+
+def _documents(record, length, max_length, too_long, skip):
+    """[(start, end)] of the documents that a record of `length` tokens makes."""
+    if length <= max_length:
+        return [(0, length)]
+    if too_long == "error":
+        raise UserError(f"{record.get('where', 'an example')}: {length:,} tokens, the limit is "
+                        f"{max_length:,} (--max-seq-len, --batch-tokens, the model's positions); "
+                        "raise it, or choose --too-long truncate or drop")
+    if too_long == "truncate" and "text" in record:
+        return [(start, min(start + max_length, length))
+                for start in range(0, length - 1, max_length - 1)]
+    skip(f"{'cut' if too_long == 'truncate' else 'dropped'}, longer than {max_length} tokens",
+         record)
+    return [(0, max_length)] if too_long == "truncate" else []
+
+
+def cached(make, key, files=()):
+    """`make()`, an `Encoded`, or what an earlier call with the same `key` and `files` made.
+
+    `key` is anything that JSON can write; of the files, the content counts. See common/cache.py.
+    """
+    encoded, earlier = cache.cached(make, key, files, Encoded)
+    return _say(encoded) if earlier else encoded
+
+
+def _first_rank():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(encoded):
+    """Print how much there is to train on, and what was left out; returns its argument."""
+    if _first_rank():
+        tokens, trained = len(encoded.tokens), np.count_nonzero(encoded.trained)
+        print(f"data: {len(encoded):,} documents, {tokens:,} tokens, {trained / tokens:.0%} of "
+              "them trained on")
+        for note in encoded.notes[:8]:
+            print(f"data: {note}")
+        if len(encoded.notes) > 8:
+            print(f"data: and {len(encoded.notes) - 8} more kinds of that")
+    return encoded
+
+
+def virtual(count, vocab_size, max_length, seed):
+    """`count` documents of random tokens, all trained, for throughput where there is no data.
+
+    Lengths are log-normal, as lengths of instruction data are: half of them below a quarter of
+    `max_length`, none above it.
+    """
+    random = np.random.default_rng(seed)
+    lengths = np.exp(random.normal(np.log(max(2, max_length / 4)), 0.8, count))
+    lengths = np.clip(lengths, 2, max_length).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = random.integers(0, vocab_size, offsets[-1], dtype=np.int32)
+    return Encoded(tokens, np.ones(len(tokens), bool), offsets)
+
+
+def split(encoded, seed, share=0.02, most=200):
+    """(training, held-out): 2 % of the documents are held out, at least 1 and at most 200."""
+    if len(encoded) < 2:
+        raise UserError("one example cannot be both trained on and held out: add some, or give "
+                        "--eval-data")
+    order = np.random.default_rng((seed, 1)).permutation(len(encoded))
+    count = min(most, max(1, int(share * len(encoded))))
+    parts = np.sort(order[count:]), np.sort(order[:count])
+    return tuple(Encoded(encoded.tokens, encoded.trained, encoded.offsets, encoded.chosen[part])
+                 for part in parts)
+
+
+def show_example(encoded, chat, limit=400):
+    """The first document as text, what is trained on marked: in green, or in [brackets] where the
+    output is no terminal or NO_COLOR is set. Of a long one, the beginning and the end."""
+    ids, labels = encoded[0]
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    begin, end = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    trained = (labels >= 0).tolist()
+    parts = [(0, len(ids))]
+    if len(ids) > limit:
+        parts = [(0, limit * 3 // 4), (len(ids) - limit // 4, len(ids))]
+    how = "green" if colour else "in [brackets]"
+    lines = [f"an example; what the model learns to write is {how}:", ""]
+    for first, last in parts:
+        if first > 0:
+            lines.append(f"\n... {first - parts[0][1]:,} tokens ...\n")
+        start = first
+        for i in range(first + 1, last + 1):
+            if i == last or trained[i] != trained[start]:
+                text = _printable(chat.decode(ids[start:i].tolist(), skip_special=False))
+                lines[-1] += begin + text + end if trained[start] else text
+                start = i
+    return "\n".join(lines).rstrip()
+
+
+def _printable(text):
+    """Text that cannot command the terminal: control characters are spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -59,7 +59,7 @@ def write_model(folder, dtype=torch.float32, template=TEMPLATE, seed=0, **change
 
 
 def write_adapter(folder, base, method="lora", scale=0.2, targets="all-linear", tokenizer=True):
-    """Write an adapter of the model in folder `base` as if it had been trained; gives the folder."""
+    """Write an adapter, as if trained, of the model in folder `base`; gives its folder."""
     config = llama.LlamaConfig.from_dict(weights.read_config(base))
     model = llama.LlamaForCausalLM(config)
     weights.load_weights(model, base)

@@ -237,8 +237,12 @@ def test_side_by_side_wraps_both_columns():
 
 def test_chat_remembers_and_ends_with_the_input(capsys, base, monkeypatch):
     said = []
-    monkeypatch.setattr(script, "stream", lambda model, chat, ids, settings: (
-        said.append(chat.tokenizer.decode(ids, skip_special_tokens=False)), f"answer {len(said)}")[1])
+
+    def fake(model, chat, ids, settings):
+        said.append(chat.decode(ids, skip_special=False))
+        return f"answer {len(said)}"
+
+    monkeypatch.setattr(script, "stream", fake)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo <|im_end|>\ntwo\n"))
     script.main(["--model", str(base), "--chat", "--device", "cpu"])
     assert said == [
@@ -288,8 +292,8 @@ def test_bad_requests_are_user_errors(base, adapter, arguments, message):
 
 
 def test_as_a_script(tmp_path, base):
-    done = run_script("chapter-02/generate.py", "--model", base, "--prompt", "Hi", "--device", "cpu",
-                      "--dtype", "float32", "--max-new-tokens", 5, cwd=tmp_path)
+    done = run_script("chapter-02/generate.py", "--model", base, "--prompt", "Hi", "--device",
+                      "cpu", "--dtype", "float32", "--max-new-tokens", 5, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (answer,) = expected_answers(base, ["Hi"], 5)
     assert done.stdout == f"> Hi\n{answer}\n"
