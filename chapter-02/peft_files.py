@@ -129,7 +129,7 @@ def base_model_name(path):
 
 
 def load_adapter(model, path):
-    """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives their config.
+    """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives the config.
 
     Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
     options that are not implemented. Warns on stderr of an adapter that changes nothing. After an

@@ -59,32 +59,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(labels, chunk):
-    """Indices into the pack, at most `chunk` at a time, the chunks of equal size.
+    """What to index the pack with: at most `chunk` tokens at a time, equally many each time.
 
-    On a CPU only of the labelled tokens: the others' logits are not needed. A GPU would have to
-    stop and tell how many there are, and a compiled graph has one shape only.
+    On a CPU only the labelled ones: the others' logits are not needed. A GPU would have to stop
+    and tell how many there are, and a compiled graph has one shape only.
     """
-    rows = torch.arange(len(labels), device=labels.device)
+    rows, count = None, len(labels)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows = rows[labels >= 0]
-    return rows.tensor_split(-(-len(rows) // chunk)) if len(rows) else ()
+        rows = (labels >= 0).nonzero()[:, 0]
+        count = len(rows)
+    parts = -(-count // chunk)
+    slices = [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+    return slices if count == len(labels) else [rows[part] for part in slices]
 
 
 def _cross_entropy(logits, labels, wide, gradient):
     """The sum of the losses, and d(sum)/d(logits): `logits` itself, overwritten, when eager."""
-    trained, target = (labels >= 0)[:, None], labels.clamp(min=0)[:, None]
-    if torch.compiler.is_compiling():  # one pass over each row, fused
+    masked, target = (labels < 0)[:, None], labels.clamp(min=0)[:, None]
+    if torch.compiler.is_compiling():  # becomes one kernel
         log_p = torch.log_softmax(logits, dim=-1, dtype=wide)
-        loss = -(log_p.gather(1, target) * trained).sum()
+        loss = -log_p.gather(1, target).masked_fill(masked, 0).sum()
         onehot = torch.arange(logits.shape[1], device=logits.device) == target
-        return loss, ((log_p.exp() - onehot.to(wide)) * trained).to(logits.dtype)
+        return loss, (log_p.exp() - onehot.to(wide)).masked_fill(masked, 0).to(logits.dtype)
     loss = torch.zeros((), dtype=wide, device=logits.device)
+    minus_one = torch.tensor(-1, dtype=wide, device=logits.device)
     # A few rows at a time, whose float32 copy stays in a CPU's cache (on a GPU: 256 MB).
     size = max(1, (2**21 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
-    for rows, goal, mask in zip(logits.split(size), target.split(size), trained.split(size)):
+    for rows, goal, out in zip(logits.split(size), target.split(size), masked.split(size)):
         log_p = torch.log_softmax(rows, dim=-1, dtype=wide)
-        loss -= (log_p.gather(1, goal) * mask).sum()
+        loss -= log_p.gather(1, goal).masked_fill_(out, 0).sum()
         if gradient:
-            p = log_p.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=wide))
-            rows.copy_(p.mul_(mask) if logits.device.type != "cpu" else p)
+            p = log_p.exp_()
+            p.scatter_add_(1, goal, minus_one.expand_as(goal))
+            rows.copy_(p if logits.device.type == "cpu" else p.masked_fill_(out, 0))
     return loss, logits

@@ -130,11 +130,12 @@ class Chat:
                 raise Refused(f"the chat template leaves out the {message['role']} message")
         spans = masks.regions(messages, text, lambda marked: self._render(marked, **variables),
                               self._special, self._stops, self._header)
-        endless = False
         if spans and messages[-1]["role"] == "assistant" and not text[spans[-1][1]:].strip():
             ends = [token.end() for token in self._special.finditer(text, *spans[-1])]
-            endless = ends[-1:] != [spans[-1][1]]  # no end-of-turn token: it would never stop
-        return Layout(text, spans, False, True if endless else None)
+            if ends[-1:] != [spans[-1][1]]:  # no end-of-turn token: with eos it learns to stop
+                spans[-1] = spans[-1][0], len(text)
+                return Layout(text, spans, False, True)
+        return Layout(text, spans, False, None)
 
     def finish(self, layout, ids, offsets):
         """(ids int32, trained bool), arrays, of a Layout and the ids and offsets of its text."""

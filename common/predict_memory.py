@@ -88,7 +88,9 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         head_phase = tokens * D * c + 2 * FLOAT32 * V * D * head_trained
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
     F = base(layers[-1].mlp.up_proj).out_features
-    at_work = tokens * (2 * c * D + 2 * c * F) + again
+    whole = max((base(m).in_features * base(m).out_features for layer in layers[:1]
+                 for m in linears(layer) if matrix(m) is None), default=0)  # dequantised in turn
+    at_work = tokens * (2 * c * D + 2 * c * F) + c * whole + again
     # The embedding's gradient is made whole, as large as the embedding, before it is added to the
     # head's (tied) or to the last micro-batch's.
     in_embedding = 0

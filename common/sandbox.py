@@ -114,6 +114,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         code = self.compile(_Watch().visit(self.parse(source)))
         return jinja2.Template.from_code(self, code, self.make_globals(None))
 
+    def getattr(self, obj, attribute):
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]  # `message.role`, the usual case, without detours
+        return super().getattr(obj, attribute)
+
     def start(self, longest):
         """A new rendering begins: no value may be longer than `longest`."""
         self.longest = longest

@@ -17,7 +17,7 @@ from common.tiny.skills import records  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # The start of the text is the start of what stands between two special tokens: a role's name.
-SPLIT = r"""\A\p{L}+| ?\p{Lu}\p{Ll}+| \p{L}+| "|[\s\S]"""
+SPLIT = r'\A\p{L}+| ?\p{Lu}\p{Ll}+| \p{L}+| "|[\s\S]'
 
 
 def train(count=20_000, vocab_size=512):

@@ -229,7 +229,7 @@ def test_bad_models(tmp_path):
     config = json.loads((ROOT / "common/tiny/config.json").read_text())
     changes = {
         "type": ({"model_type": "gpt2"}, "model_type"),
-        "vocabulary": ({"vocab_size": 40}, "vocabulary"),
+        "vocabulary": ({"vocab_size": 40}, "vocab_size"),
         "rope": ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
                  "rope"),
     }

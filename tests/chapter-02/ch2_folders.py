@@ -22,14 +22,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def random_model(seed=0, **changes):
+def random_model(seed=0, noise=0.2, **changes):
     """A model in which every parameter matters, biases and norms too."""
     config = {**CONFIG, **changes}
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     torch.manual_seed(seed)
     model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
     for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
+        parameter.data += noise * torch.randn_like(parameter)
     return model, config
 
 
@@ -52,7 +52,7 @@ def write_tokenizer(folder, template=TEMPLATE):
 def write_model(folder, dtype=torch.float32, template=TEMPLATE, seed=0, **changes):
     """Write a random model's folder; gives the folder."""
     folder.mkdir(parents=True)
-    model, config = random_model(seed, **changes)
+    model, config = random_model(seed, noise=0.1, **changes)
     weights.save_weights(model, config, folder, dtype)
     write_tokenizer(folder, template)
     return folder

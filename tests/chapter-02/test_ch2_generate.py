@@ -147,6 +147,8 @@ def test_the_largest_draw_takes_no_token_that_is_cut_off():
     assert script.choose_tokens(logits, 1.0, 3, 1.0, last).item() == 4
     assert script.choose_tokens(logits, 1.0, 0, 0.9, last).item() == 2
     assert script.choose_tokens(logits, 1.0, 0, 1.0, torch.zeros(1)).item() == 1
+    even = torch.zeros(1, 4)  # 1/4 each, exactly: two tokens are the fewest with one half
+    assert script.choose_tokens(even, 1.0, 0, 0.5, last).item() == 1
     assert script.choose_tokens(logits.bfloat16(), 0, 0, 1.0, last).item() == 1
 
 

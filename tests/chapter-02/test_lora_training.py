@@ -227,8 +227,9 @@ def test_delta_lora_telescopes(first, rank):
     ratio = 0.7
     model, config = start("delta-lora", torch.float64, delta_start=first, delta_ratio=ratio)
     scale = config.alpha / config.rank
-    weights = {name: layer.base.weight.detach().clone() for name, layer in lora.adapter_modules(model)}
-    originals = dict(weights)
+    originals = {name: layer.base.weight.detach().clone()
+                 for name, layer in lora.adapter_modules(model)}
+    weights = dict(originals)
     history = [products(model)]
 
     def each():
@@ -304,15 +305,26 @@ from common import distributed
 import lora, peft_files
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 
+def make():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig.from_dict(dict(
+        model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        max_position_embeddings=32, rope_theta=1e4, tie_word_embeddings=True,
+        initializer_range=0.2)))
+
 def main(out, adapters):
     ranks, results = distributed.start("cpu"), {}
+    # A bfloat16 base, and DoRA's m as it is: gathered in bfloat16 too, m/|V| would not be 1.
+    model, cu = make().bfloat16(), torch.tensor([0, 10], dtype=torch.int32)
+    model.compute_dtype = torch.bfloat16
+    before = model(torch.arange(10), cu, 10, torch.arange(10))
+    lora.apply_adapter(model, lora.AdapterConfig(method="dora", rank=3))
+    distributed.shard(model, ranks, None)
+    assert torch.equal(model(torch.arange(10), cu, 10, torch.arange(10)), before)
+
     for method in ("lora-fa", "delta-lora", "vera", "dora", "pissa"):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig.from_dict(dict(
-            model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=24,
-            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-            max_position_embeddings=32, rope_theta=1e4, tie_word_embeddings=True,
-            initializer_range=0.2)))
+        model = make()
         config = lora.AdapterConfig(method=method, rank=3, delta_start=1)
         lora.apply_adapter(model, config)
         distributed.shard(model, ranks, torch.float32)
@@ -320,7 +332,7 @@ def main(out, adapters):
         packs = torch.randint(0, 32, (3, 2, 10), generator=torch.Generator().manual_seed(1))
         for step, both in enumerate(packs, 1):
             for ids in both[ranks.rank::ranks.world_size]:
-                logits = model(ids, torch.tensor([0, 10], dtype=torch.int32), 10, torch.arange(10))
+                logits = model(ids, cu, 10, torch.arange(10))
                 torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
             lora.before_step(model, config)
             for name, p in model.named_parameters():
@@ -362,7 +374,7 @@ def test_two_ranks_equal_one_process(tmp_path):
              ROOT / "chapter-02"],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for process in processes:
-        output = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
     one, two = (load_file(tmp_path / f"{world}.safetensors") for world in (1, 2))
     assert one.keys() == two.keys() and len(one) > 200

@@ -52,7 +52,8 @@ def same(logits, expected, tolerance=1e-5):
 def trained(method, **options):
     """(base model with random adapters, its config): as if it had been trained."""
     model = base_model()
-    config = lora.AdapterConfig(**{"method": method, "rank": 4, "alpha": 10.0, "seed": 3, **options})
+    options = {"method": method, "rank": 4, "alpha": 10.0, "seed": 3, **options}
+    config = lora.AdapterConfig(**options)
     lora.apply_adapter(model, config)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -290,8 +291,9 @@ def test_the_files_contents(tmp_path):
         parts = {"vera": ["vera_lambda_b", "vera_lambda_d"],
                  "dora": ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]}.get(
                      method, ["lora_A.weight", "lora_B.weight"])
+        shared = {"base_model.vera_A", "base_model.vera_B"}
         assert names == {f"{layer}.{part}" for layer in layers for part in parts} | (
-            {"base_model.vera_A", "base_model.vera_B"} if method == "vera" and not options else set())
+            shared if method == "vera" and not options else set())
         if method != "vera":
             assert tensors[LORA].shape == (expected["r"], 32)
 

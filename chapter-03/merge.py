@@ -1,0 +1,143 @@
+# Copied from chapter-02/merge.py (whole file)
+"""Merge an adapter into its base model: a folder that needs neither adapter nor this project.
+
+    python chapter-02/merge.py --adapter runs/chapter-02/001/final --out merged
+
+The sum W + ΔW is formed in float32 and rounded once, to --dtype. bfloat16 keeps 8 bits of it, and
+ΔW is small beside W, so that much of ΔW can be lost; the report says how much. Needs 4 bytes of
+main memory per parameter.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from common import checkpoint, cli, hub, weights
+from common.chat import Chat
+from common.errors import UserError
+from generate import base_of, load_model
+from lora import adapter_modules, delta_weight, merged_weight
+from packing import packed_sequence_collate_fn
+from peft_files import load_adapter
+
+SAMPLE = "List three colours, the days of the week, and what 12 plus 30 is."
+
+
+@torch.no_grad()
+def merge_into(model, dtype):
+    """Replace each adapter layer of `model` by its base with the merged weight, in place.
+
+    Every parameter is then rounded to `dtype`, in float32 storage. Returns, by the layer's dotted
+    name, two squared Frobenius norms: of ΔW, and of what the rounding adds to it.
+    """
+    norms = {}
+    for name, module in list(adapter_modules(model)):
+        merged = merged_weight(module)
+        error = merged.to(dtype).float() - merged  # also that of ΔW: the old W is what it was
+        norms[name] = [x.double().square().sum().item() for x in (delta_weight(module), error)]
+        module.base.weight.copy_(merged)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module.base)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return norms
+
+
+def merge(adapter, out, model=None, dtype="auto"):
+    """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
+
+    `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: as
+    config.json says of the base). Returns a report: `dtype`; `layers`, the error of the realised
+    ΔW relative to ΔW (0: all of it survived the rounding; 1: as far off as no adapter at all) by
+    layer name; `total`, the same over all layers; `delta`, the Frobenius norm of all ΔW; and on
+    a sample prompt `logit_difference`, the largest between the adapter in float32 and the merged
+    model, beside `largest_logit`, and at how many of its `tokens` the likeliest next token is
+    another, `tokens_changed`. Raises UserError if `out` exists or a file has anything wrong.
+    """
+    out = Path(out)
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already, and nothing is written over: choose another")
+    adapter = hub.resolve(adapter)
+    network, base = load_model(model or base_of(adapter), "cpu", torch.float32)
+    config = weights.read_config(base)
+    if dtype == "auto":
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"{base / 'config.json'}: dtype {dtype!r} is unknown here: give --dtype")
+    load_adapter(network, adapter)
+    own_tokenizer = (adapter / "tokenizer.json").is_file()
+    ids = Chat.load(adapter if own_tokenizer else base).encode_prompt(SAMPLE)
+    ids = torch.tensor(ids[: network.config.max_position_embeddings])
+    if ids.max() >= network.config.vocab_size:
+        raise UserError(f"{base}: the tokenizer gives token {ids.max()}, but the model's vocabulary"
+                        f" ends at {network.config.vocab_size - 1}")
+    pack = packed_sequence_collate_fn([(ids, ids)])
+    del pack["labels"]
+
+    with torch.no_grad():
+        before = network(**pack)
+        norms = merge_into(network, getattr(torch, dtype))
+        after = network(**pack)
+    changed = before.argmax(-1) != after.argmax(-1)
+
+    def write(folder):
+        weights.save_weights(network, config, folder, getattr(torch, dtype), checkpoint.MARK)
+        weights.copy_tokenizer(base, folder)
+        if own_tokenizer:  # it may know more tokens, or another chat template
+            weights.copy_tokenizer(adapter, folder)
+
+    size = sum(p.numel() for p in network.parameters()) * getattr(torch, dtype).itemsize
+    checkpoint.commit(out, write, extra={"merged_from": str(adapter)}, bytes_needed=size)
+    return {
+        "dtype": dtype, "layers": {name: relative([pair]) for name, pair in norms.items()},
+        "total": relative(norms.values()), "delta": sum(d for d, _ in norms.values()) ** 0.5,
+        "logit_difference": (after - before).abs().max().item(),
+        "largest_logit": before.abs().max().item(), "tokens": len(ids),
+        "tokens_changed": int(changed.sum()),
+    }
+
+
+def relative(pairs):
+    """‖error‖ / ‖ΔW‖ over several layers, from their squares; 0 where nothing was to be added."""
+    delta, error = (sum(column) for column in zip(*pairs))
+    return (error / delta) ** 0.5 if delta else 0.0
+
+
+def show(report):
+    """Print what the rounding has cost, by decoder layer and in all."""
+    print(f"error of the merged ΔW after rounding to {report['dtype']}, relative to ΔW\n"
+          "(0: all of it survived, 1: as far off as without the adapter)")
+    groups = {}
+    for name, error in report["layers"].items():
+        group = f"layer {name.split('.')[2]}" if name.startswith("model.layers.") else name
+        groups.setdefault(group, []).append((error, name))
+    for group, members in groups.items():
+        error, name = max(members)
+        print(f"  {group:<10} worst {error:9.2e}  {name}")
+    print(f"  all layers       {report['total']:9.2e}")
+    if not report["delta"]:
+        print("  every ΔW is zero: has this adapter been trained?")
+    print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
+          f"{report['logit_difference']:.2e} (largest logit {report['largest_logit']:.1f}), "
+          f"likeliest next token another at {report['tokens_changed']}")
+
+
+def main(argv=None):
+    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--adapter", required=True, help="the adapter's folder, or a Hub id")
+    parser.add_argument("--out", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--model", help="the base model (default: the one the adapter names)")
+    parser.add_argument("--dtype", default="auto", help="what to store (default: as the base)",
+                        choices=("auto", "bfloat16", "float16", "float32"))
+    options = parser.parse_args(argv)
+    show(merge(options.adapter, options.out, options.model, options.dtype))
+    print(f"wrote {options.out}: a Hugging Face model folder. Ask it something:\n"
+          f"  python chapter-02/generate.py --model {options.out} --prompt \"...\"")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,312 @@
+"""One decoder for Llama 3.x, Qwen3 and Qwen2.5, on packed sequences, in plain PyTorch.
+
+Shapes, here and in every chapter:
+
+    T  tokens in the pack, of all documents together     N  documents in the pack
+    D  model width (hidden_size)                         F  feed-forward width
+    H  query heads      K  key/value heads               d  head size (head_dim)
+    V  vocabulary size
+
+The mathematics is chapter 2's. New is how much of it is kept and how it is run: with labels the
+model gives the loss, chunk by chunk (loss.py), and never holds the logits; a layer may forget
+what it computed and compute it again in the backward (`checkpointing`); and a layer falls into a
+part before attention and a part after it, each of which compiles to one graph (`compile_model`).
+
+Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
+"""
+
+import functools
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from common.errors import UserError
+from llama_config import LlamaConfig
+from loss import chunked_cross_entropy
+
+__all__ = ["LlamaConfig", "LlamaForCausalLM", "compile_model"]
+
+
+# Copied from chapter-02/modeling_llama.py
+class Linear(nn.Linear):
+    """y = x Wᵀ + b, computed in the dtype of x while W itself stays a float32 master weight.
+
+    The cast is part of the graph, so the gradient arrives in float32, where a small update is
+    not rounded away.
+    """
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+# Copied from chapter-02/modeling_llama.py
+class RMSNorm(nn.Module):
+    """y = w ⊙ x / √(mean(x²) + ε), over the last dimension (RMSNorm, equation 4).
+
+    The mean is taken in float32: squares of bfloat16 numbers lose too much in bfloat16.
+    """
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x32.to(x.dtype) * self.weight.to(x.dtype)
+
+
+# Copied from chapter-02/modeling_llama.py
+def rotary_tables(position_ids, config):
+    """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d).
+
+    Always float32: in bfloat16 the angle of position 4095 would be off by more than four radians
+    (RoFormer, section 3.2.2).
+
+    Llama 3.1 was trained on short documents first, then on longer ones with the slow pairs
+    slowed down further, `factor` times: those that turn less than `low_freq_factor` times within
+    the original length. Pairs that turn more than `high_freq_factor` times tell near positions
+    apart and stay as they are; between the two the speed is blended.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
+    periods = config.rope_theta ** (exponents / config.head_dim)  # (d/2,) tokens per radian
+    scaling = config.rope_scaling
+    if scaling is not None:
+        turns = scaling.original_max_position_embeddings / (2 * math.pi * periods)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        periods = periods / (kept + (1 - kept) / scaling.factor)
+    angles = position_ids.float()[:, None] / periods  # (T, d/2)
+    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+
+
+# Copied from chapter-02/modeling_llama.py
+def apply_rotary(x, cos, sin):
+    """Turn each pair (x_i, x_{i+d/2}) of every head by its angle. x is (T, heads, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# Changed from chapter-02: documents without tokens, which fill up `cu_seqlens` (packing.py).
+def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
+    """Causal softmax(q kᵀ / √d) v within each document; nothing crosses a document's border.
+
+    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document
+    n is the tokens cu_seqlens[n] to cu_seqlens[n+1]. Returns (T, H, d).
+
+    On CUDA in 16 bits this is one call of PyTorch's FlashAttention for packed sequences.
+    Elsewhere the documents take turns. `split` and not slices: the backward of a slice fills a
+    whole pack with zeros, for every document anew.
+    """
+    if q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn  # needs CUDA already at import
+
+        # window (-1, 0): everything to the left, nothing to the right, which is causal.
+        return varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        )
+    lengths = [length for length in cu_seqlens.diff().tolist() if length]
+    outputs = []
+    for q_n, k_n, v_n in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
+        output = F.scaled_dot_product_attention(  # it wants (1, heads, tokens, d)
+            q_n.transpose(0, 1)[None], k_n.transpose(0, 1)[None], v_n.transpose(0, 1)[None],
+            is_causal=True, enable_gqa=True,
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+# Changed from chapter-02: only what comes before attention; the layer does the rest.
+class Attention(nn.Module):
+    """Grouped-query attention: its projections, and q, k and v from the hidden states."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin):
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q = apply_rotary(self.q_norm(q), cos, sin)
+        k = apply_rotary(self.k_norm(k), cos, sin)
+        return q, k, v
+
+
+# Copied from chapter-02/modeling_llama.py
+class MLP(nn.Module):
+    """down(silu(gate(x)) ⊙ up(x)), the SwiGLU feed-forward."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def selective(function, *inputs):
+    """`function(*inputs)`, whose backward computes it again but for its matrix products and
+    attention: what is dear to compute is kept, what is cheap (norms, rotation, SwiGLU) is not."""
+    def policy(context, operator, *args, **kwargs):
+        return bool(re.search(r"mm_?$|att", str(operator.overloadpacket)))
+
+    # An adapter adds to its base's product in place. Both are kept, and are one tensor.
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy,
+                                 allow_cache_entry_mutation=True)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+# Changed from chapter-02: in parts that can be compiled, and computed again in the backward.
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    `checkpointing` says what is kept for the backward: "none": all; "full": x, and nothing else;
+    "selective": x, and the outputs of matrix products and attention.
+    """
+
+    checkpointing = "none"
+    compiled = None  # the two parts as `compile_model` has made them
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def before_attention(self, x, cos, sin):
+        return self.self_attn(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x, attended):
+        x = x + self.self_attn.o_proj(attended.flatten(-2))  # (T, H·d) -> (T, D)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def compute(self, x, cos, sin, cu_seqlens, max_seqlen, cache):
+        if cache is not None:  # a few tokens, never as many as the last time: not compiled
+            q, k, v = self.before_attention(x, cos, sin)
+            attended = cache.attention(self.self_attn, q, k, v, cu_seqlens, max_seqlen)
+            return self.after_attention(x, attended)
+        before, after = self.compiled or (DecoderLayer.before_attention,
+                                          DecoderLayer.after_attention)
+        q, k, v = before(self, x, cos, sin)
+        return after(self, x, varlen_attention(q, k, v, cu_seqlens, max_seqlen))
+
+    def forward(self, *inputs):
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            return checkpoint(self.compute, *inputs, use_reentrant=False)
+        if self.checkpointing == "selective" and torch.is_grad_enabled() and not self.compiled:
+            return selective(self.compute, *inputs)
+        return self.compute(*inputs)
+
+
+# Copied from chapter-02/modeling_llama.py
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers, last norm: token ids (T,) to hidden states (T, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids, dtype, cache=None):
+        x = self.embed_tokens(input_ids).to(dtype)  # (T, D)
+        cos, sin = rotary_tables(position_ids, self.config)
+        cos, sin = cos.to(dtype), sin.to(dtype)  # once per pack, not once per layer
+        if cache is not None:
+            cache.begin(cu_seqlens, max_seqlen, position_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cu_seqlens, max_seqlen, cache)
+        return self.norm(x)
+
+
+# Changed from chapter-02: with labels, the loss.
+class LlamaForCausalLM(nn.Module):
+    """The decoder with its output head.
+
+    A fresh model has random weights: every matrix is normal with standard deviation
+    `initializer_range`, every norm is one, every bias zero. `compute_dtype` is the dtype of the
+    activations and matrix products; set it after construction.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.model = LlamaModel(config)
+        self.lm_head = None  # tied: the embedding is also the head, one parameter
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif not name.endswith("norm.weight"):
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids, labels=None, cache=None):
+        """Logits (T, V) in `compute_dtype`, from a pack; with its labels (T,) the sum of losses.
+
+        input_ids and position_ids are (T,) int64, cu_seqlens is (N+1,) int32 (see packing.py),
+        max_seqlen is the longest document's length. With a `KVCache` the pack holds only what is
+        new, and the logits are (N, V): those of each document's last token. The sum, in float32,
+        is over the labels that are 0 or more. It is formed here and not by the caller because
+        the head's weight is whole only within this call, if it is sharded.
+        """
+        x = self.model(input_ids, cu_seqlens, max_seqlen, position_ids, self.compute_dtype, cache)
+        if cache is not None:
+            x = x[cu_seqlens[1:].long() - 1]
+        plain_head = self.lm_head is None or isinstance(self.lm_head, Linear)
+        if labels is not None and plain_head:
+            weight = (self.lm_head or self.model.embed_tokens).weight
+            return chunked_cross_entropy(x, weight, labels)
+        if self.lm_head is not None:
+            logits = self.lm_head(x)  # called, as it may carry an adapter
+        else:
+            logits = F.linear(x, self.model.embed_tokens.weight.to(x.dtype))
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def compile_model(model, backend="inductor"):
+    """Compile each layer's part before attention and its part after it, in place.
+
+    One graph each, made at the first step and used by all layers; only packs of the same T fit it
+    (`packing.StaticShape`). Attention, which looks at `cu_seqlens`, stays as it is, and so does
+    generation. Call it last, once weights, adapters and `checkpointing` are as they will be.
+    Raises UserError where nothing can be compiled, for example without a C++ compiler.
+    """
+    device = next(model.parameters()).device
+    try:
+        torch.compile(lambda x: x.exp() + 1, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:
+        raise UserError(f"--compile: PyTorch cannot compile here ({str(error).splitlines()[0]}):"
+                        " install a C++ compiler (such as g++) or leave --compile out") from error
+    before, after = DecoderLayer.before_attention, DecoderLayer.after_attention
+    if model.model.layers[0].checkpointing == "selective":
+        before, after = (functools.partial(selective, part) for part in (before, after))
+    halves = [torch.compile(part, backend=backend, fullgraph=True, dynamic=False)
+              for part in (before, after)]
+    for layer in model.model.layers:
+        layer.compiled = halves
