@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from common import checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs, weights
-from common.errors import named
+from common.errors import UserError, named
 from common.metrics import Metrics
 from generate import generate
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
@@ -106,6 +106,8 @@ def main(argv=None):
     # --- options --- Changed from chapter-01: the adapter's options.
     options = presets.parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
     ranks = distributed.start(options.device)
+    if options.method == "delta-lora" and ranks.world_size > 1:
+        raise UserError("--method delta-lora runs on one process: it moves whole weights")
     device, dtype = ranks.device, getattr(torch, options.dtype)
     say = print if ranks.main else lambda *args, **kwargs: None
     torch.manual_seed(options.seed)
@@ -141,7 +143,8 @@ def main(argv=None):
     say(predicted.report())
     if options.dry_run:
         return 0
-    distributed.shard(model, ranks, dtype)
+    # Adapters are gathered as the float32 that they are; so is a base that was stored in `dtype`.
+    distributed.shard(model, ranks, dtype if options.method == "full" else None)
     model.to(device)
 
     # --- optimizer --- Changed from chapter-01: the method's groups.

@@ -47,6 +47,7 @@ def choose_tokens(logits, temperature, top_k, top_p, draws):
     sums = chances.cumsum(-1)
     left = (sums - chances < top_p).sum(-1, keepdim=True)  # the tokens before it have less than p
     drawn = draws[:, None] * sums.gather(-1, left - 1)
+    # A running sum that a GPU forms in parallel may fall by a rounding: stay within what is left.
     index = (sums <= drawn).sum(-1, keepdim=True).minimum(left - 1)
     return tokens.gather(-1, index)[:, 0]
 

@@ -42,6 +42,9 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     head_trained = head is not None and head.requires_grad
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
+    if not tied and base(model.lm_head) is not model.lm_head:
+        chunk = None  # a head with an adapter gives logits
+
     # --- what stays from step to step ---
     weights = sum(t.nbytes for t in model.parameters()) // ranks
     weights += sum(t.nbytes for t in model.buffers())  # not sharded
@@ -58,7 +61,7 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         head_copy = c * (embedding.numel() * (1 if tied else 2)
                          + 2 * sum(p.numel() for p in layers[0].parameters()))
     last = norm_per_token(model.model.norm, D, dtype,
-                          head_trained if tied else keeps_input(model.lm_head))
+                          chunk is None and (head_trained if tied else keeps_input(model.lm_head)))
     tables = c * config.head_dim  # cos and sin, once for all layers
     kept, again = sum(per_layer), 0
     if checkpointing != "none":
@@ -81,22 +84,27 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         cast = (c + FLOAT32) * V * D * head_trained - head_copy if c < FLOAT32 else 0
         head_phase = c * tokens * D + max(backward, cast)
     else:
-        rows = min(chunk, tokens)
-        # One chunk: logits in c, in float32, and their gradient in c; gradients of hidden states
-        # and head are formed at once, the latter in float32.
-        loss = rows * V * (2 * c + FLOAT32) + tokens * D * c + FLOAT32 * V * D * head_trained
-        head_phase = tokens * D * c + 2 * FLOAT32 * V * D * head_trained
+        # Both gradients are formed in the forward, one chunk's logits after another (loss.py): in
+        # c, with a float32 piece that fits a cache; the chunk's share of the weight's gradient in
+        # c. The backward multiplies both gradients, and has them twice for that moment.
+        rows = -(-tokens // -(-tokens // chunk))
+        both = c * tokens * D + FLOAT32 * V * D * head_trained
+        piece = 2 * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
+        loss = both + c * rows * V + max(piece, c * V * D * (c < FLOAT32) * head_trained)
+        head_phase = 2 * both - head_copy
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
     F = base(layers[-1].mlp.up_proj).out_features
     whole = max((base(m).in_features * base(m).out_features for layer in layers[:1]
                  for m in linears(layer) if matrix(m) is None), default=0)  # dequantised in turn
     at_work = tokens * (2 * c * D + 2 * c * F) + c * whole + again
-    # The embedding's gradient is made whole, as large as the embedding, before it is added to the
-    # head's (tied) or to the last micro-batch's.
+    # A tied matrix has two gradients in the backward: the head's waits, apart from those of the
+    # micro-batches before, for the embedding's, and in float32 their sum is a third. (In 16 bits
+    # the cast has made the head's a tensor of its own, to which autograd adds in place.)
+    waiting = head_gradient if tied and held else 0
     in_embedding = 0
     if embedding.requires_grad:
-        extra = tied or grad_accum > 1 or ranks > 1
-        in_embedding = FLOAT32 * embedding.numel() * extra + tokens * D * (c + FLOAT32)
+        extra = (tied or grad_accum > 1 or ranks > 1) + (tied and c == FLOAT32)
+        in_embedding = FLOAT32 * V * D * extra + tokens * D * (c + FLOAT32) + waiting
 
     def moment(gradients, activations=0, copies=0, loss=0, at_work=0):
         return {"weights": weights, "optimizer moments": moments, "gradients": gradients,
@@ -107,7 +115,8 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         "loss": moment(held, activations, all_copies, loss),
         "backward of the head": moment(held, activations, all_copies, head_phase),
         "backward of the last layer": moment(
-            max(held, head_gradient), activations, all_copies - head_copy * (ranks == 1), 0, at_work),
+            held + waiting if held else head_gradient, activations,
+            all_copies - head_copy * (ranks == 1), 0, at_work),
         "end of the backward": moment(
             gradients, tokens * tables, head_copy * (ranks > 1), 0, in_embedding),
         "optimizer step": moment(gradients),
@@ -154,7 +163,8 @@ def dear_per_token(layer, dtype):
     """Outputs of the matrix products and of attention: what selective checkpointing keeps."""
     c, d = dtype.itemsize, layer.self_attn.head_dim
     Hd = base(layer.self_attn.q_proj).out_features
-    return c * (sum(base(m).out_features for m in linears(layer)) + Hd) + FLOAT32 * Hd // d
+    return c * (Hd + sum(base(m).out_features for m in linears(layer))) + FLOAT32 * Hd // d + sum(
+        adapter_per_token(m, dtype) for m in linears(layer))
 
 
 def adapter_per_token(module, dtype):

@@ -175,8 +175,10 @@ def tokenizer():
 
 @pytest.mark.parametrize("text", [
     "", " ", "\n\n \t", "plain words, and more", "Ünïcode ßtraße, été, naïve", "日本語のテキスト。中文",
-    "🙂👩‍👩‍👧 flags 🇨🇭", "العربية עברית हिन्दी", "e\u0301 \u00e9 \u200d\u200b\ufeff", "\x00\x01\x7f\x85\u2028",
-    "a\r\nb\rc", "x = {'k': [1, 2.5e-3]}  # code\n\tindented", "ABC abc Abc aBC", "\U0010ffff\ue000",
+    "🙂👩‍👩‍👧 flags 🇨🇭", "العربية עברית हिन्दी", "e\u0301 \u00e9 \u200d\u200b\ufeff",
+    "\x00\x01\x7f\x85\u2028",
+    "a\r\nb\rc", "x = {'k': [1, 2.5e-3]}  # code\n\tindented", "ABC abc Abc aBC",
+    "\U0010ffff\ue000",
 ])
 def test_tokenizer_returns_any_text(tokenizer, text):
     ids = tokenizer.encode(text).ids
