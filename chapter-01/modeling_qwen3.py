@@ -79,6 +79,9 @@ class Qwen3Config:
             raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
         if values["head_dim"] % 2:
             raise ValueError("head_dim is odd, and rotary embedding turns pairs")
+        full = ["full_attention"] * values["num_hidden_layers"]
+        if config.get("layer_types") not in (None, full):
+            raise ValueError("layer_types other than full_attention are not supported here")
         return cls(**values)
 
 

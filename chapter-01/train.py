@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from common import checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs, weights
+from common import (checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs,
+                    weights)
 from common.errors import named
 from common.metrics import Metrics
 from generate import generate
@@ -26,8 +27,8 @@ from packing import IGNORE, PackSampler, packed_sequence_collate_fn
 
 CHAPTER = "01"
 # What `auto` sets for the embedded model and data; and for everything else.
-TINY = {"init": "random", "lr": 3e-3, "warmup": 30, "steps": 600, "batch_tokens": 2048,
-        "eval_every": 100, "save_every": 200}
+TINY = {"init": "random", "lr": 3e-3, "min_lr": 3e-4, "warmup": 50, "steps": 800,
+        "batch_tokens": 1024, "eval_every": 100, "save_every": 200}
 REAL = {"lr": 1e-5, "warmup": 20}
 
 

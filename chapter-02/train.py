@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from common import checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs, weights
+from common import (checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs,
+                    weights)
 from common.errors import UserError, named
 from common.metrics import Metrics
 from generate import generate

@@ -46,6 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), x)
             elif wanted[1]:
                 grad_weight += grad.t() @ x
+            del logits, grad  # before the next chunk's are made
         if wanted[1]:
             grad_weight = grad_weight.to(weight_dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -86,10 +87,10 @@ def _cross_entropy(logits, labels, wide, gradient):
     # A few rows at a time, whose float32 copy stays in a CPU's cache (on a GPU: 256 MB).
     size = max(1, (2**21 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
     for rows, goal, out in zip(logits.split(size), target.split(size), masked.split(size)):
-        log_p = torch.log_softmax(rows, dim=-1, dtype=wide)
-        loss -= log_p.gather(1, goal).masked_fill_(out, 0).sum()
+        p = torch.log_softmax(rows, dim=-1, dtype=wide)  # log p, so far
+        loss -= p.gather(1, goal).masked_fill_(out, 0).sum()
         if gradient:
-            p = log_p.exp_()
-            p.scatter_add_(1, goal, minus_one.expand_as(goal))
+            p.exp_().scatter_add_(1, goal, minus_one.expand_as(goal))
             rows.copy_(p if logits.device.type == "cpu" else p.masked_fill_(out, 0))
+        del p  # before the next rows' is made
     return loss, logits

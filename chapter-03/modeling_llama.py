@@ -28,7 +28,9 @@ from common.errors import UserError
 from llama_config import LlamaConfig
 from loss import chunked_cross_entropy
 
-__all__ = ["LlamaConfig", "LlamaForCausalLM", "compile_model"]
+__all__ = ["LlamaConfig", "LlamaForCausalLM", "compile_model", "initialise"]
+
+CHUNK = 1024  # tokens whose logits exist at a time
 
 
 # Copied from chapter-02/modeling_llama.py
@@ -241,6 +243,13 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
+def initialise(name, tensor, config):
+    """Fill parameter `name` with the first value of a fresh model; gives the tensor."""
+    if name.endswith("norm.weight"):
+        return nn.init.ones_(tensor)
+    return nn.init.normal_(tensor, std=0 if name.endswith("bias") else config.initializer_range)
+
+
 # Changed from chapter-02: with labels, the loss.
 class LlamaForCausalLM(nn.Module):
     """The decoder with its output head.
@@ -259,10 +268,7 @@ class LlamaForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif not name.endswith("norm.weight"):
-                nn.init.normal_(parameter, std=config.initializer_range)
+            initialise(name, parameter, config)
 
     def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids, labels=None, cache=None):
         """Logits (T, V) in `compute_dtype`, from a pack; with its labels (T,) the sum of losses.
@@ -279,7 +285,7 @@ class LlamaForCausalLM(nn.Module):
         plain_head = self.lm_head is None or isinstance(self.lm_head, Linear)
         if labels is not None and plain_head:
             weight = (self.lm_head or self.model.embed_tokens).weight
-            return chunked_cross_entropy(x, weight, labels)
+            return chunked_cross_entropy(x, weight, labels, CHUNK)
         if self.lm_head is not None:
             logits = self.lm_head(x)  # called, as it may carry an adapter
         else:

@@ -59,6 +59,8 @@ def _fill(model, missing, name, tensor, double_quant, dtype, device, quantize):
         tensor = tensor.to(device, dtype, copy=True)  # what was read is still backed by the file
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     elif linear:
-        model.set_submodule(owner, NF4Linear(tensor, module.bias).to(device))
+        layer = NF4Linear(tensor).to(device)
+        layer.bias = module.bias  # which may still be to come
+        model.set_submodule(owner, layer)
     else:
         raise UserError(f"{name} is quantised, and only linear layers inside `layers` can be")

@@ -68,7 +68,8 @@ class Records:
     def __init__(self, paths, columns=None):
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         self.paths, self.columns = [Path(path) for path in paths], columns
-        self.size, self.done = sum(check(path) for path in self.paths), 0
+        self._sizes = [check(path) for path in self.paths]
+        self.size, self.done = sum(self._sizes), 0
         self._records = self._read()
 
     def __iter__(self):
@@ -78,7 +79,7 @@ class Records:
         return next(self._records)
 
     def _read(self):
-        for path in self.paths:
+        for path, size in zip(self.paths, self._sizes):
             before, nothing = self.done, True
             read, columns = READERS[path.suffix.lower()], self.columns
             for where, value, done in read(path):
@@ -86,6 +87,7 @@ class Records:
                 yield {**_convert(value, where, None if read is plain_text else columns), "where": where}
             if nothing:
                 raise UserError(f"{path}: empty, no example in it")
+            self.done = before + size
 
 
 def _convert(value, where, columns):

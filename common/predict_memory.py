@@ -85,12 +85,15 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         head_phase = c * tokens * D + max(backward, cast)
     else:
         # Both gradients are formed in the forward, one chunk's logits after another (loss.py): in
-        # c, with a float32 piece that fits a cache; the chunk's share of the weight's gradient in
-        # c. The backward multiplies both gradients, and has them twice for that moment.
+        # c, with float32 pieces that fit a cache; then the chunk's share of the weight's gradient,
+        # in c and, where adding it up needs that, in float32. The backward multiplies both
+        # gradients, and has them twice for that moment.
         rows = -(-tokens // -(-tokens // chunk))
         both = c * tokens * D + FLOAT32 * V * D * head_trained
-        piece = 2 * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
-        loss = both + c * rows * V + max(piece, c * V * D * (c < FLOAT32) * head_trained)
+        narrow = c < FLOAT32
+        pieces = (2 + narrow) * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
+        share = (c + FLOAT32) * V * D * narrow * head_trained
+        loss = both + c * rows * (V + 2 * D) + max(pieces, share)
         head_phase = 2 * both - head_copy
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
     F = base(layers[-1].mlp.up_proj).out_features
@@ -98,12 +101,12 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
                  for m in linears(layer) if matrix(m) is None), default=0)  # dequantised in turn
     at_work = tokens * (2 * c * D + 2 * c * F) + c * whole + again
     # A tied matrix has two gradients in the backward: the head's waits, apart from those of the
-    # micro-batches before, for the embedding's, and in float32 their sum is a third. (In 16 bits
-    # the cast has made the head's a tensor of its own, to which autograd adds in place.)
+    # micro-batches before, for the embedding's. From a plain float32 product it is a view, so that
+    # their sum is a third; otherwise autograd adds in place.
     waiting = head_gradient if tied and held else 0
     in_embedding = 0
     if embedding.requires_grad:
-        extra = (tied or grad_accum > 1 or ranks > 1) + (tied and c == FLOAT32)
+        extra = (tied or grad_accum > 1 or ranks > 1) + (tied and c == FLOAT32 and chunk is None)
         in_embedding = FLOAT32 * V * D * extra + tokens * D * (c + FLOAT32) + waiting
 
     def moment(gradients, activations=0, copies=0, loss=0, at_work=0):
@@ -117,6 +120,9 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         "backward of the last layer": moment(
             held + waiting if held else head_gradient, activations,
             all_copies - head_copy * (ranks == 1), 0, at_work),
+        "backward of the first layer": moment(
+            gradients - FLOAT32 * V * D * embedding.requires_grad * (not tied and not held) // ranks,
+            activations // len(layers), head_copy * (ranks > 1), 0, at_work + waiting),
         "end of the backward": moment(
             gradients, tokens * tables, head_copy * (ranks > 1), 0, in_embedding),
         "optimizer step": moment(gradients),

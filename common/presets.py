@@ -21,7 +21,8 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
 
     `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
     values: for the embedded model on the embedded data, and for everything else; a value that
-    depends on --method is itself a dict, with a "default". Prints what `auto` chose. Raises UserError on anything wrong, before any file of the model is touched.
+    depends on --method is itself a dict, with a "default". Prints what `auto` chose. Raises
+    UserError on anything wrong, before any file of the model is touched.
     """
     typed = cli.read_flags(options_class, description, argv)
     given = {}

@@ -150,7 +150,7 @@ def fix(root):
 
 
 def indent(lines):
-    return min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    return min(len(line) - len(line.lstrip()) for line in lines if line.strip())
 
 
 # --- the tests ---
@@ -214,9 +214,8 @@ BAD = {  # what is done to COPY (or WHOLE): what the complaint says
 def house(tmp_path, *files):
     """Chapters 1, 2, ... in a folder, each with the one file a.py."""
     for number, text in enumerate(files, start=1):
-        folder = tmp_path / f"chapter-0{number}"
-        folder.mkdir()
-        (folder / "a.py").write_text(text, "utf-8")
+        (tmp_path / f"chapter-0{number}").mkdir()
+        (tmp_path / f"chapter-0{number}" / "a.py").write_text(text, "utf-8")
     return tmp_path
 
 

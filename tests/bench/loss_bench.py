@@ -18,6 +18,8 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).parents[2] / "chapter-03"), str(Path(__file__).parents[2])]
 from loss import chunked_cross_entropy  # noqa: E402
 
+from common.memory import LivePeak  # noqa: E402
+
 
 def plain_cross_entropy(hidden, weight, labels):
     """What the other chapters compute: all logits, in the dtype of hidden, then float32."""
@@ -40,25 +42,20 @@ def peak_bytes(function, *inputs):
         before = torch.cuda.memory_allocated()
         step(function, *inputs)
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with LivePeak() as live:
         step(function, *inputs)
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+    return live.grown
 
 
 def seconds(function, inputs, repeats):
-    """The fastest of some steps, after one that is not counted."""
+    """The fastest of some steps."""
     best = float("inf")
-    for i in range(repeats + 1):
+    for _ in range(repeats):
         start = time.perf_counter()
         step(function, *inputs)
         if inputs[0].is_cuda:
             torch.cuda.synchronize()
-        best = best if i == 0 else min(best, time.perf_counter() - start)
+        best = min(best, time.perf_counter() - start)
     return best
 
 

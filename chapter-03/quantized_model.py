@@ -1,0 +1,59 @@
+"""The model of a run with an NF4 base: from a checkpoint, from random numbers, or shapes alone.
+
+Whatever it comes from, the model is built without storage and then filled tensor by tensor, so
+that the 16-bit model is never there as a whole.
+"""
+
+import torch
+from bnb_files import is_bnb, load_bnb
+from modeling_llama import LlamaForCausalLM, initialise
+from nf4 import BLOCK, NESTED_BLOCK, NF4Linear, NF4Weight
+from nf4_load import load_nf4
+
+from common import weights
+
+
+def quantized_model(config, source, dtype, device="cpu", double_quant=False, init="pretrained"):
+    """A `LlamaForCausalLM`, frozen: NF4 in its layers' matrices, `dtype` in all the rest.
+
+    `config` is the LlamaConfig, `source` the folder of the weights, 16-bit or bitsandbytes NF4
+    (then as it is: `double_quant` changes nothing). `init` "random" draws them anew, as a fresh
+    model's, and "shapes" gives a model on the meta device, from which memory can be predicted.
+    Raises UserError for weights that do not fit.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    if init == "shapes":
+        _shapes(model.to(dtype), double_quant)
+    elif init == "random":
+        load_nf4(model, _random_tensors(model), double_quant, dtype, device)
+    elif is_bnb(weights.read_config(source)):
+        load_bnb(model, source, dtype, device)
+    else:
+        load_nf4(model, weights.iter_tensors(source), double_quant, dtype, device)
+    model.compute_dtype = dtype
+    return model
+
+
+def _random_tensors(model):
+    """Every (name, first value) of a fresh model, one at a time."""
+    for name, parameter in list(model.named_parameters()):
+        yield name, initialise(name, torch.empty(parameter.shape), model.config)
+
+
+def _shapes(model, double_quant):
+    """Put an `NF4Linear` without values in the place of each linear layer within the layers."""
+    def empty(count, dtype):
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    model.requires_grad_(False)
+    for name, layer in list(model.model.layers.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            shape = layer.weight.shape
+            blocks = -(-shape.numel() // BLOCK)
+            second = (empty(-(-blocks // NESTED_BLOCK), torch.float32), empty(1, torch.float32))
+            weight = NF4Weight(
+                empty(-(-shape.numel() // 2), torch.uint8)[:, None],
+                empty(blocks, torch.uint8 if double_quant else torch.float32),
+                *(second if double_quant else (None, None)), shape, layer.weight.dtype)
+            model.model.layers.set_submodule(name, NF4Linear(weight, layer.bias))

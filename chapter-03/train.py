@@ -1,0 +1,304 @@
+"""Fine-tune Llama, Qwen3 or Qwen2.5 beside a base of four bits: QLoRA. Or, with --quantize none,
+as chapter 2 does, in less memory and faster.
+
+    python chapter-03/train.py                                  the embedded tiny model, new skills
+    python chapter-03/train.py --model Qwen/Qwen3-8B --data my.jsonl --double-quant --compile
+    torchrun --nproc-per-node 8 chapter-03/train.py ...         the same on eight GPUs
+
+The loop is chapter 2's. New are the NF4 base, the loss in chunks (inside the model's forward),
+activation checkpointing, and compiling, for which every pack is given the same shape.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from common import checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs, weights
+from common.errors import UserError, named
+from common.metrics import Metrics
+from bnb_files import is_bnb
+from generate import generate
+from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
+                  state_names)
+from merge import merge_into
+from modeling_llama import CHUNK, LlamaConfig, LlamaForCausalLM, compile_model
+from packing import IGNORE, PackSampler, StaticShape, packed_sequence_collate_fn
+from peft_files import save_adapter
+from quantized_model import quantized_model
+
+CHAPTER = "03"
+# What `auto` sets for the embedded model and data; and for everything else. A learning rate
+# depends on the method: VeRA's two vectors per layer want a far higher one than whole matrices.
+TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "default": 5e-3}, "warmup": 20, "steps": 300,
+        "batch_tokens": 2048, "rank": 8, "alpha": 16.0, "eval_every": 100, "save_every": 100}
+REAL = {"lr": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "warmup": 20, "rank": 16,
+        "alpha": 32.0}
+
+
+# What these methods do to the base weights cannot be done to four-bit ones.
+DENSE_ONLY = {
+    "full": "it trains every weight, in steps far smaller than from one of 16 levels to the next",
+    "pissa": "it takes a part out of every weight, and the rest would have to be rounded anew",
+    "delta-lora": "it moves every weight by far less than from one of 16 levels to the next",
+}
+
+
+# Changed from chapter-02: the last four options.
+@dataclass
+class Options(cli.Options):
+    """Chapter 2's options, and how the base is kept and the step computed."""
+
+    method: str = cli.option("lora", "what is trained", choices=tuple(METHODS))
+    rank: int = cli.option(None, "r, the rank of an adapter", int, least=1)
+    alpha: float = cli.option(None, "α; the adapter's product is scaled by α/r, rsLoRA's by α/√r",
+                              float, least=0)
+    dropout: float = cli.option(0.0, "share of the adapter's input that is dropped", float, least=0)
+    target_modules: str = cli.option("all-linear", "which linear layers are adapted: all-linear, "
+                                     "names such as q_proj,v_proj, or a regular expression")
+    lr_ratio: float = cli.option(16.0, "lora+: B's learning rate over A's", float, least=0)
+    project_gradient: bool = cli.option(True, "lora-fa: B's gradient as the second version of the "
+                                        "paper has it", bool)
+    delta_ratio: float = cli.option(1.0, "delta-lora: λ, the share of the product's change that "
+                                    "goes into W", float, least=0)
+    delta_start: int = cli.option(100, "delta-lora: steps before W begins to move", int, least=0)
+    vera_d: float = cli.option(0.1, "vera: first value of the vector d", float)
+    quantize: str = cli.option("nf4", "how the frozen base is kept: in 4 bits, or in --dtype",
+                               choices=("nf4", "none"))
+    double_quant: bool = cli.option(False, "quantise the scales of NF4 too: 4.13 bits per weight "
+                                    "instead of 4.5", bool)
+    compile: bool = cli.option(False, "compile the layers; every pack is then filled up to "
+                               "--batch-tokens", bool)
+    activation_checkpointing: str = cli.option(
+        "none", "what the backward computes again instead of keeping it; selective: all but "
+        "matrix products and attention", choices=("none", "full", "selective"))
+
+
+# Copied from chapter-02/train.py
+def learning_rate(step, total, options):
+    """The learning rate of step 1 … total: a linear warm-up, then --schedule, down to --min-lr."""
+    if step <= options.warmup:
+        return options.lr * step / options.warmup
+    done = (step - options.warmup) / max(1, total - options.warmup)  # (0, 1]
+    share = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "wsd": min(1.0, (1 - done) / 0.2),
+    }[options.schedule]
+    return options.min_lr + share * (options.lr - options.min_lr)
+
+
+# Copied from chapter-02/train.py
+def to_device(pack, device):
+    """The same pack with its tensors on `device`."""
+    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in pack.items()}
+
+
+# Changed from chapter-01: without dropout; static shapes.
+@torch.no_grad()
+def evaluate(model, dataset, options, shape):
+    """Mean loss per labelled token of `dataset`. Every rank computes the whole of it."""
+    sampler = PackSampler(dataset.lengths, options.batch_tokens, seed=None)
+    total, targets = 0.0, 0
+    model.eval()
+    for index in range(sampler.packs_in(1)):
+        pack = packed_sequence_collate_fn([dataset[i] for i in sampler.pack(index)], shape)
+        targets += int((pack["labels"] != IGNORE).sum())
+        total += model(**to_device(pack, options.device)).item()
+    model.train()
+    return total / max(1, targets)
+
+
+def main(argv=None):
+    # --- options --- Changed from chapter-02: methods that need a dense base.
+    options = presets.parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    quantize, method = options.quantize == "nf4", options.method
+    if quantize and method in DENSE_ONLY:
+        raise UserError(f"--method {method} needs --quantize none: {DENSE_ONLY[method]}")
+    if options.double_quant and not quantize:
+        raise UserError("--double-quant needs --quantize nf4: without it there are no scales")
+    ranks = distributed.start(options.device)
+    if options.method == "delta-lora" and ranks.world_size > 1:
+        raise UserError("--method delta-lora runs on one process: it moves whole weights")
+    device, dtype = ranks.device, getattr(torch, options.dtype)
+    say = print if ranks.main else lambda *args, **kwargs: None
+    torch.manual_seed(options.seed)
+    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
+
+    # --- model files and data --- Changed from chapter-02: a folder that is quantised already.
+    source = hub.resolve(options.model)
+    checkpoint.verify(source)
+    config_json = weights.read_config(source)
+    with named(source / "config.json"):
+        if is_bnb(config_json) and not quantize:
+            raise UserError("quantised by bitsandbytes: say --quantize nf4, or give the original")
+        config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
+    data = prepare.load(options, source, config, skills="new")
+
+    # --- model --- Changed from chapter-02: the NF4 base, streamed in; checkpointing; compile.
+    home = device if ranks.world_size == 1 else torch.device("cpu")
+    if quantize:
+        init = "shapes" if options.dry_run else options.init
+        model = quantized_model(config, source, dtype, home, options.double_quant, init)
+    else:
+        with torch.device("cpu" if options.init == "random" else "meta"):
+            model = LlamaForCausalLM(config)
+        model.compute_dtype = dtype
+        if method not in DENSE_ONLY:
+            model.to(dtype)
+        if options.init == "random":
+            model.to(home)
+        elif not options.dry_run:
+            model.to_empty(device=home)
+            weights.load_weights(model, source)
+    apply_adapter(model, adapter)
+    sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
+    packs_per_step = ranks.world_size * options.grad_accum
+    total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
+    predicted = predict.training(config, model, data.train.lengths, options, total_steps, CHUNK)
+    say(predicted.report())
+    if options.dry_run:
+        return 0
+    # Adapters are gathered as the float32 that they are; so is a base that was stored in `dtype`.
+    distributed.shard(model, ranks, dtype if options.method == "full" else None)
+    model.to(device)
+    for layer in model.model.layers:
+        layer.checkpointing = options.activation_checkpointing
+    shape = None
+    if options.compile:
+        compile_model(model)
+        longest = prepare.longest_document(options, config)
+        lengths = [data.train.lengths, data.held_out.lengths]
+        shape = StaticShape.of(lengths, options.batch_tokens, longest)
+
+    # --- optimizer --- Copied from chapter-02/train.py
+    groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
+                                  fused=device.type != "mps")
+    names = state_names(model)  # what training can change: all that a checkpoint has to hold
+
+    # --- run folder, resume --- Copied from chapter-02/train.py
+    saved = None  # the last whole checkpoint
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None}
+    if options.resume:
+        run = Path(options.resume)
+        saved = checkpoint.latest(run)
+        if saved is not None:
+            state = checkpoint.load_state(saved, model, optimizer, names)
+        say(f"resuming {run} after step {state['step']}")
+    else:
+        run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
+    if ranks.main:
+        presets.save(options, CHAPTER, run)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every,
+                      quiet=not ranks.main, start_step=state["step"])
+
+    # --- before --- Copied from chapter-02/train.py
+    if not options.resume:
+        data.show_example(say)
+        say(f"run folder: {run}")
+        before = prepare.ask(data, model, generate)
+        prepare.show_answers(data, before, "before", say)
+        if data.scored:
+            metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
+    eval_loss = None
+
+    # --- loop --- Copied from chapter-02/train.py
+    nonfinite = guard.NonFinite()
+    spikes = guard.LossSpikes()
+    model.train()
+    with guard.Signals() as signals, runs.memory_advice(options, predicted):
+        for step in range(state["step"] + 1, total_steps + 1):
+            started = time.perf_counter()
+
+            # --- accumulate --- Changed from chapter-02: static shapes; the model gives the loss.
+            # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
+            first = state["next_pack"] + ranks.rank
+            mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
+            state["next_pack"] += packs_per_step
+            documents = [sampler.pack(index) for index in mine]
+            packs = [packed_sequence_collate_fn([data.train[i] for i in pack], shape)
+                     for pack in documents]
+            counts = torch.tensor([sum(int((p["labels"] != IGNORE).sum()) for p in packs),
+                                   sum(int(sampler.lengths[pack].sum()) for pack in documents)])
+            targets, tokens = distributed.all_sum(counts).tolist()
+            total_loss = torch.zeros((), device=device)
+            for pack in packs:
+                # Divided by the labelled tokens of the *whole* step, so that every labelled
+                # token weighs the same, in whichever pack or rank it lies.
+                loss = model(**to_device(pack, device)) / max(1, targets)
+                loss.backward()
+                total_loss += loss.detach()
+            total_loss = distributed.all_sum(total_loss)
+
+            # --- clip and step --- Copied from chapter-02/train.py
+            before_step(model, adapter)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+            norm = distributed.full_tensor(norm).item()
+            lr = learning_rate(step, total_steps, options)
+            if nonfinite.check(total_loss.item(), norm, step, documents, saved):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_ratio"]
+                optimizer.step()
+                after_step(model, adapter, step)
+            optimizer.zero_grad(set_to_none=True)
+
+            # --- log --- Copied from chapter-02/train.py
+            state["step"], state["tokens"] = step, state["tokens"] + tokens
+            spikes.check(total_loss.item(), step)
+            seconds = time.perf_counter() - started
+            metrics.log_step(
+                step, total_loss.item(), lr, norm, tokens, seconds,
+                predict.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
+            )
+
+            # --- evaluate --- Changed from chapter-02: static shapes.
+            improved = False
+            if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
+                eval_loss = evaluate(model, data.held_out, options, shape)
+                metrics.log_eval(step, eval_loss=eval_loss)
+                improved = eval_loss < (state["best_loss"] or math.inf)
+                if improved:
+                    state["best_loss"], state["best_step"] = eval_loss, step
+
+            # --- checkpoint --- Copied from chapter-02/train.py
+            stop = distributed.any_rank(signals.requested)
+            due = options.save_every and (step % options.save_every == 0 or step == total_steps)
+            if due or (improved and options.keep_best) or stop:
+                metrics.sync()
+                saved = runs.save_step(run, model, optimizer, state, options, names)
+            if stop:
+                return runs.stopped(run, state, signals, ranks)
+
+        # --- result --- Changed from chapter-02: says on which base the adapter was trained.
+        if options.method == "delta-lora":
+            merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
+        if options.method in ("full", "delta-lora"):
+            runs.save_model(run / "final", model, config_json, source, dtype, ranks)
+        else:
+            mark = {**checkpoint.MARK, "trained_on": options.quantize}
+            runs.save_files(run / "final", lambda folder: save_adapter(
+                model, adapter, folder, options.model, metadata=mark), source, ranks)
+
+    # --- after --- Changed from chapter-02: names this chapter's script.
+    after = prepare.ask(data, model, generate)
+    prepare.show_answers(data, after, "after", say)
+    if data.scored:
+        metrics.log_eval(total_steps, eval_loss=eval_loss, **prepare.exact_match(after))
+    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
+    say(f"wrote {run / 'final'}: a folder with {kind} files as Hugging Face has them. Next:\n"
+        f"  python chapter-03/generate.py --{kind} {run / 'final'} --prompt \"...\"")
+    metrics.close()
+    distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,158 @@
+"""Chapter 2's train.py as a user runs it: every method, its files, its resume, its refusals."""
+
+import json
+
+import pytest
+import torch
+from helpers import load, run_script
+from safetensors.torch import load_file
+
+train = load("chapter-02/train.py")
+generate = load("chapter-02/generate.py")
+merge = load("chapter-02/merge.py")
+lora = load("chapter-02/lora.py")
+UserError = train.UserError
+
+METHODS = sorted(set(lora.METHODS) - {"full"})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve short documents with short answers."""
+    file = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [{"prompt": f"Say {word} {i}", "completion": f"{word} " * (1 + i % 3)}
+            for i, word in enumerate("one two three four five six".split() * 2)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def arguments(data, *more):
+    return ["--model", "tiny", "--data", str(data), "--device", "cpu", "--dtype", "float32",
+            "--batch-tokens", "128", "--rank", "2", "--warmup", "0", "--steps", "4",
+            "--save-every", "2", "--eval-every", "0", "--delta-start", "1", *more]
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "grad_norm" in line]
+
+
+def logits(model, chat):
+    ids = torch.tensor(chat.encode_prompt("Say one 1"))
+    pack = train.packed_sequence_collate_fn([(ids, ids)])
+    pack.pop("labels")
+    with torch.no_grad():
+        return model(**pack)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_incidents_21_24_train_merge_generate(tmp_path, data, method):
+    """Train; the file holds a change and reloads to what was trained; merge; ask the result."""
+    run = tmp_path / "run"
+    assert train.main([*arguments(data, "--method", method, "--lr", "5e-3"), "--out", str(run)]) == 0
+    losses = [line["loss"] for line in metrics(run)]
+    assert losses[-1] < losses[0]
+    chat = train.prepare.Chat.load(run / "final")
+    if method == "delta-lora":
+        model, _ = generate.load_model(str(run / "final"), "cpu", torch.float32)
+        changed = load_file(run / "final/model.safetensors")
+        base = load_file(train.hub.resolve("tiny") / "model.safetensors")
+        assert any(not torch.equal(changed[name], base[name].float()) for name in changed)
+        return
+    assert (run / "final/adapter_config.json").is_file()
+    tensors = load_file(run / "final/adapter_model.safetensors")
+    assert sum(t.abs().sum() for n, t in tensors.items() if "lora_B" in n or "lambda_b" in n) > 0
+    base, _ = generate.load_model("tiny", "cpu", torch.float32)
+    before = logits(base, chat)
+    adapted, _ = generate.load_model("tiny", "cpu", torch.float32)
+    generate.load_adapter(adapted, run / "final")
+    after = logits(adapted, chat)
+    assert (after - before).abs().max() > 1e-3
+    report = merge.merge(str(run / "final"), tmp_path / "merged", dtype="float32")
+    assert report["delta"] > 0
+    merged, _ = generate.load_model(str(tmp_path / "merged"), "cpu", torch.float32)
+    assert (logits(merged, chat) - after).abs().max() <= 1e-4
+    answers = [generate.generate(model, [chat.encode_prompt("Say one 1")], 8, chat.stop_ids)
+               for model in (adapted, merged)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("method", ["dora", "delta-lora", "vera", "full"])
+def test_resume_is_bitwise(tmp_path, data, method):
+    """With dropout where the method has it: 4 steps equal 2 + 2."""
+    dropout = [] if method in ("delta-lora", "full") else ["--dropout", "0.2"]
+    common = arguments(data, "--method", method, "--lr", "5e-3", *dropout)
+    for name in ("whole", "parts"):
+        assert train.main([*common, "--out", str(tmp_path / name)]) == 0
+    parts = tmp_path / "parts"
+    for folder in ("step-000004", "final"):
+        for file in (parts / folder).iterdir():
+            file.unlink()
+        (parts / folder).rmdir()
+    assert train.main(["--resume", str(parts)]) == 0
+    for folder in ("step-000004", "final"):
+        for file in (tmp_path / "whole" / folder).glob("*.safetensors"):
+            assert file.read_bytes() == (parts / folder / file.name).read_bytes(), file.name
+    keep = ("step", "loss", "lr", "grad_norm", "tokens")
+    assert [[line[k] for k in keep] for line in metrics(tmp_path / "whole")] == [
+        [line[k] for k in keep] for line in metrics(parts)]
+
+
+def test_a_checkpoint_of_an_adapter_run_holds_the_adapter_only(tmp_path, data):
+    run = tmp_path / "run"
+    train.main([*arguments(data, "--method", "lora"), "--out", str(run)])
+    saved = load_file(run / "step-000004/model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    moments = load_file(run / "step-000004/optimizer.safetensors")
+    assert {name.rpartition(".")[0] for name in moments} == set(saved)
+
+
+def test_lora_plus_keeps_its_ratio_through_the_schedule(tmp_path, data):
+    """Two learning rates in the ratio λ at every step: the first update of B is λ times larger."""
+    steps = {}
+    for ratio in ("1", "16"):
+        run = tmp_path / ratio
+        train.main([*arguments(data, "--method", "lora+", "--lr-ratio", ratio, "--steps", "1",
+                               "--weight-decay", "0", "--lr", "1e-4"), "--out", str(run)])
+        steps[ratio] = load_file(run / "step-000001/model.safetensors")
+    for name, tensor in steps["1"].items():
+        if name.endswith("lora_B"):
+            torch.testing.assert_close(steps["16"][name], 16 * tensor, rtol=1e-5, atol=0)
+
+
+def test_refusals(tmp_path, data):
+    for more, message in (
+        (("--method", "lorra"), "lora"),
+        (("--method", "delta-lora", "--dropout", "0.1"), "dropout"),
+        (("--target-modules", "qq_proj"), "q_proj"),
+        (("--method", "pissa", "--rank", "100000"), "rank"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.main([*arguments(data, *more), "--out", str(tmp_path / "run")])
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, rows", {
+    "alpaca": [{"instruction": "Say", "input": f"it {i}", "output": "it"} for i in range(8)],
+    "sharegpt": [{"conversations": [{"from": "human", "value": f"Say {i}"},
+                                    {"from": "gpt", "value": "it"}]} for i in range(8)],
+    "messages": [{"messages": [{"role": "user", "content": f"Say {i}"},
+                               {"role": "assistant", "content": "it"}]} for i in range(8)],
+    "text": [{"text": f"Some text, number {i}."} for i in range(8)],
+}.items())
+def test_data_formats(tmp_path, capsys, name, rows):
+    """Each format trains, and only the answer (or all of a text) is marked as trained."""
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(rows))
+    train.main([*arguments(file, "--steps", "1"), "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    marked = "[Some text" if name == "text" else "[it<|im_end|>]"
+    assert marked in printed
+
+
+def test_dry_run_counts_the_adapter(tmp_path):
+    process = run_script("chapter-02/train.py", "--model", "tiny", "--data", "tiny", "--device",
+                         "cpu", "--dry-run", "--rank", "8", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "adapters" in process.stdout and "%" in process.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,192 @@
+"""common/datasets.py and common/readers.py: formats by their keys, and every kind of bad file."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from common import readers
+from common.datasets import parse_columns, read_records
+from common.errors import UserError
+
+
+def write(path, content):
+    """`content`: bytes, text, or values for JSON lines."""
+    if isinstance(content, list):
+        content = "\n".join(json.dumps(value) for value in content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(path, content, columns=None):
+    """The records of one file, without their places."""
+    records = list(read_records([write(path, content)], columns))
+    return [{key: value for key, value in record.items() if key != "where"} for record in records]
+
+
+def turns(*pairs):
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+QA = turns(("user", "q"), ("assistant", "a"))
+FORMATS = [
+    ({"text": "t"}, {"text": "t"}),
+    ({"prompt": "q", "completion": "a", "id": 7}, QA),
+    ({"instruction": "q", "input": "", "output": "a"}, QA),
+    ({"instruction": "q", "output": "a", "text": "both"}, QA),
+    ({"instruction": "q", "input": None, "output": "a", "system": "s"},
+     turns(("system", "s"), ("user", "q"), ("assistant", "a"))),
+    ({"instruction": "q", "input": "x", "output": "a"}, turns(("user", "q\n\nx"),
+                                                            ("assistant", "a"))),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, QA),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "Human", "value": "q"},
+                        {"from": "gpt", "value": "a"}, {"from": "function", "value": "f"}]},
+     turns(("system", "s"), ("user", "q"), ("assistant", "a"), ("tool", "f"))),
+    ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant",
+                                                           "content": "a"}]}, QA),
+    ({"messages": QA["messages"], "prompt": "ignored"}, QA),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+                   {"role": "assistant", "content": "a"}]}, QA),
+    ({"messages": [{"role": "assistant", "content": None, "reasoning_content": "r",
+                    "tool_calls": [{"name": "f"}]}], "tools": '[{"name": "f"}]'},
+     {"messages": [{"role": "assistant", "content": None, "reasoning_content": "r",
+                    "tool_calls": [{"name": "f"}]}], "tools": [{"name": "f"}]}),
+]
+
+
+@pytest.mark.parametrize("value, record", FORMATS)
+def test_formats_are_told_by_their_keys(tmp_path, value, record):
+    assert read(tmp_path / "a.jsonl", [value]) == [record]
+    assert read(tmp_path / "a.json", json.dumps([value, value], indent=1)) == [record] * 2
+    assert read(tmp_path / "b.json", json.dumps({"data": [value]})) == [record]
+    assert read(tmp_path / "c.json", json.dumps(value)) == [record]
+
+
+def test_a_json_file_of_json_lines(tmp_path):
+    assert read(tmp_path / "a.json", [{"text": "a"}, {"text": "b"}]) == [{"text": "a"},
+                                                                        {"text": "b"}]
+
+
+def test_columns(tmp_path):
+    columns = parse_columns(" prompt = question,completion=answer")
+    assert columns == {"prompt": "question", "completion": "answer"}
+    row = {"question": "q", "answer": "a", "text": "not this"}
+    assert read(tmp_path / "a.jsonl", [row], columns) == [QA]
+    with pytest.raises(UserError, match=r"a.jsonl:2: no key 'answer' .* its keys are 'question'"):
+        read(tmp_path / "a.jsonl", [row, {"question": "q"}], columns)
+    columns = parse_columns("instruction=q,input=more,output=a")
+    assert read(tmp_path / "a.jsonl", [{"q": "q", "a": "a"}], columns) == [QA]  # input is optional
+    assert read(tmp_path / "a.txt", "text", columns) == [{"text": "text"}]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("prompt", "is not NAME=COLUMN"), ("prompt=,text=b", "is not NAME=COLUMN"), ("", "NAME=COLUMN"),
+    ("promt=a,completion=b", "did you mean prompt"), ("question=prompt", "prompt=question"),
+    ("text=a,text=b", "given twice"), ("prompt=a", "all keys of one format"),
+])
+def test_wrong_columns(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_columns(text)
+
+
+def test_places_of_records(tmp_path):
+    lines = write(tmp_path / "a.jsonl", '\n{"text": "a"}\n\n \n{"text": "b"}')
+    listed = write(tmp_path / "b.json", '[{"text": "c"},\n {"text": "d"}]')
+    whole = write(tmp_path / "c.TXT", "e")
+    records = read_records([lines, str(listed), whole])
+    assert [(record["text"], record["where"]) for record in records] == [
+        ("a", f"{lines}:2"), ("b", f"{lines}:5"), ("c", f"{listed}: example 1"),
+        ("d", f"{listed}: example 2"), ("e", str(whole))]
+    assert records.done == records.size == sum(os.path.getsize(p) for p in (lines, listed, whole))
+
+
+def test_text_files_keep_everything_but_the_kind_of_line_end(tmp_path):
+    for raw in (b"\xef\xbb\xbfa\r\n\r\nb\rc\n", b"a\n\nb\nc\n"):
+        assert read(tmp_path / "a.txt", raw) == [{"text": "a\n\nb\nc\n"}]
+    assert read(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a\\r\\n"}\r\n') == [{"text": "a\r\n"}]
+    assert read(tmp_path / "a.json", b'\xef\xbb\xbf[{"text": "a"}]') == [{"text": "a"}]
+
+
+BAD = [
+    ("a.jsonl", '{"text": "a"}\n' * 6 + '{"text": "a"', r"a.jsonl:7: not valid JSON \(.*column 13"),
+    ("a.jsonl", "[1]", "a.jsonl:1: an example must be a JSON object, not a list"),
+    ("a.jsonl", "1" * 5000, "a.jsonl:1: not valid JSON"),
+    ("a.jsonl", "[" * 100_000, "a.jsonl:1: not valid JSON"),
+    ("a.jsonl", b'{"text": "a"}\n\xff', r"a.jsonl:2: not UTF-8 text \(byte 0xff\)"),
+    ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl:1: not UTF-8"),
+    ("a.jsonl", b"\x00" * 10, "a.jsonl:1: not valid JSON"),
+    ("a.jsonl", "", "a.jsonl: empty"), ("a.jsonl", "\n \n", "empty"), ("a.json", " ", "empty"),
+    ("a.json", "[]", "empty"), ("a.json", "[ ]\n", "empty"), ("a.txt", "", "empty"),
+    ("a.txt", " \n", "empty"), ("a.txt", b"a\nb\n\xe9", "a.txt:3: not UTF-8"),
+    ("a.json", '[{"text": "a"},\n{"text": "a"}', r"a.json:2: not valid JSON \(Expecting ',' or"),
+    ("a.json", '[{"text": "a"}\n{"text": "a"}]', r"a.json:2: not valid JSON"),
+    ("a.json", '[{"text": "a"},]', "a.json:1: not valid JSON"), ("a.json", "[", "not valid JSON"),
+    ("a.json", '[{"text": "a"}] x', "a.json:1: not valid JSON .*after the list"),
+    ("a.json", '[\n\n{"text" "a"}]', "a.json:3: not valid JSON .*column 9"),
+    ("a.json", '"text"', "a.json: an example must be a JSON object, not text"),
+    ("a.json", "{" * 100_000, "not valid JSON"), ("a.json", '[{"a":' * 50_000, "not valid JSON"),
+    ("a.json", b"\xff[]", "a.json:1: not UTF-8"),
+    ("a.jsonl", [{"question": "q", "answer": "a"}], "a.jsonl:1: the keys 'question', 'answer' fit "
+     "no known format .*--columns prompt=question"),
+    ("a.jsonl", [{}], r"the keys \(none\) fit"),
+    ("a.jsonl", [{f"k{i}": i for i in range(99)}], "'k7', … fit no"),
+    ("a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}], "completion=chosen"),
+    ("a.jsonl", [{"text": 5}], "a.jsonl:1: 'text' must be text, not a number"),
+    ("a.jsonl", [{"prompt": ["q"], "completion": "a"}], "'prompt' must be text, not a list"),
+    ("a.jsonl", [{"messages": "hi"}], "messages must be a list, not text"),
+    ("a.jsonl", [{"messages": [1]}], "a turn must be an object, not a number"),
+    ("a.jsonl", [{"messages": [{"content": "a"}]}], "role None is none of human"),
+    ("a.jsonl", [{"conversations": [{"from": "narrator", "value": "a"}]}], "role 'narrator' is"),
+    ("a.jsonl", [{"conversations": [{"from": "function_call", "value": "a"}]}], "'function_call'"),
+    ("a.jsonl", [{"messages": [{"role": "user", "content": {"a": 1}}]}], "must be text, not an ob"),
+    ("a.jsonl", [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "type .*image"),
+    ("a.jsonl", [{"messages": QA["messages"], "tools": "["}], "a.jsonl:1.*not valid JSON"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", BAD, ids=range(len(BAD)))
+def test_bad_contents_are_one_line_with_file_and_place(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path / name, content)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+def test_bad_paths_are_said_before_anything_is_read(tmp_path):
+    good = write(tmp_path / "train.jsonl", [{"text": "a"}])
+    for path, message in (
+            (tmp_path / "trian.jsonl", "no such file; did you mean train.jsonl"),
+            (tmp_path / "none" / "a.jsonl", "no such file"), (good / "a.jsonl", "no such file"),
+            (tmp_path, "a folder; give files that end in .jsonl, .json, .txt"),
+            (write(tmp_path / "a.parquet", "x"), "must end in .jsonl, .json, .txt"),
+            ("a\0b.jsonl", "cannot be read"), ("/dev/zero", "not a regular file")):
+        with pytest.raises(UserError, match=message):
+            read_records([good, path])
+
+
+def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}])
+    records = read_records([path])
+    path.unlink()
+    with pytest.raises(UserError, match="a.jsonl: cannot be read"):
+        next(records)
+    monkeypatch.setattr(readers, "LONGEST_LINE", 10)
+    with pytest.raises(UserError, match="a.jsonl:1: a line of more than"):
+        read(path, [{"text": "a long line"}])
+
+
+def test_arbitrary_bytes_give_records_or_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    seeds = [json.dumps([value for value, _ in FORMATS]).encode(),
+             "\n".join(json.dumps(value) for value, _ in FORMATS).encode()]
+    pool = b'[]{}",:\\ \n\r0123-.eEtruefalsn\xef\xbb\xbf\xff\x00'
+    for turn in range(600):
+        raw = bytearray(seeds[turn % 2][:rng.integers(1, 900)])
+        for place in rng.integers(0, len(raw), rng.integers(0, 5)):
+            raw[place] = pool[rng.integers(len(pool))]
+        path = write(tmp_path / ("a.json", "a.jsonl", "a.txt")[turn % 3], bytes(raw))
+        try:
+            for record in read_records([path]):
+                assert set(record) - {"tools"} in ({"text", "where"}, {"messages", "where"})
+        except UserError as error:
+            assert "\n" not in str(error) and path.name in str(error)
