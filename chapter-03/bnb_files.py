@@ -98,6 +98,8 @@ def _assemble(weight, parts, state):
         offset = None if offset is None else torch.tensor([float(offset)])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{weight}: its quant_state lacks or mistypes {error}") from error
+    if offset is not None and not offset.isfinite():
+        raise UserError(f"{weight}: its nested_offset is not finite")
     if sizes != (BLOCK, NESTED_BLOCK):
         raise UserError(f"{weight} has blocks of {sizes[0]} (nested {sizes[1]}), and only blocks"
                         f" of {BLOCK} (nested {NESTED_BLOCK}) are read here")

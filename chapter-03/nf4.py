@@ -176,15 +176,16 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad):
         # W is frozen, so all that is asked for is dL/dx = dL/dy W, and dL/db if b is trained.
         grad_x = grad_bias = None
+        parts = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
         if ctx.needs_input_grad[0]:
             # A compiler that sees the same computation twice keeps the first result: all of W.
             # With indices of another type it is not the same, and costs no more once fused.
             index = torch.int64 if torch.compiler.is_compiling() else torch.int32
-            weight = _dequantize(*ctx.saved_tensors, ctx.shape, ctx.dtype, index)
+            weight = _dequantize(*parts, ctx.shape, ctx.dtype, index)
             grad_x = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
-        return grad_x, grad_bias, *[None] * (2 + len(ctx.saved_tensors))
+        return grad_x, grad_bias, *[None] * (2 + len(parts))
 
 
 class NF4Linear(nn.Module):

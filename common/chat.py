@@ -106,6 +106,8 @@ class Chat:
         day into the system prompt), so that the same data give the same tokens tomorrow.
         """
         if "text" in record:
+            if not record["text"].strip():
+                raise Refused("empty")
             self._refuse_control_tokens(record["text"])
             return Layout(record["text"], None, True, True)
         messages = _plain(record["messages"])
@@ -175,8 +177,8 @@ class Chat:
 
     def _check(self, messages, variables=()):
         """Refuse what is no conversation, or holds control tokens or private-use characters."""
-        if not messages:
-            raise Refused("a conversation without messages")
+        if not any(value for one in messages for name, value in one.items() if name != "role"):
+            raise Refused("empty")
         for message in messages:
             if message.get("role") not in ROLES:
                 raise Refused(f"role {one_line(repr(message.get('role')))} is not one of "

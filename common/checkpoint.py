@@ -22,8 +22,8 @@ import torch
 
 from common import manifest
 from common.commit import (
-    beside, check_space, commit, in_run, recover, remember, remembered, remove, together)
-from common.distributed import all_sum
+    beside, check_space, commit, in_run, recover, remember, remembered, remove)
+from common.distributed import all_sum, together
 from common.errors import UserError
 from common.manifest import MANIFEST, MARK, CheckpointError, seal
 from common.state import load_state, save_state, state_bytes

@@ -19,7 +19,7 @@ import safetensors
 import torch
 
 from common import manifest
-from common.distributed import any_rank
+from common.distributed import together
 from common.errors import UserError
 from common.metrics import readable_bytes
 from common.tensor_files import is_writer
@@ -27,18 +27,6 @@ from common.tensor_files import is_writer
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LEFTOVER = (".tmp", ".replaced")
 _hashed = {}  # folder -> what `_looks` gave when this process knew it to be whole
-
-
-def together(action):
-    """`action()` on every rank; where it fails on one, all raise, so that none waits for ever."""
-    answer = failure = None
-    try:
-        answer = action()
-    except Exception as error:
-        failure = error
-    if any_rank(failure is not None):
-        raise failure or UserError("another rank failed: its own message says why")
-    return answer
 
 
 def commit(folder, write, extra=None, bytes_needed=0):

@@ -58,7 +58,7 @@ def start(device, timeout_seconds=None):
     rank, local_rank = _whole_number("RANK"), _whole_number("LOCAL_RANK")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UserError(f"WORLD_SIZE is {world_size} but {name} is not set: start with torchrun")
+            raise UserError(f"WORLD_SIZE is {world_size}, {name} is not set: start with torchrun")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -81,8 +81,8 @@ def start(device, timeout_seconds=None):
 def shard(model, ranks, dtype):
     """Spread the model's parameters over the ranks, in place (FSDP2); nothing for a single process.
 
-    Each decoder layer, then what remains (embeddings, last norm, head), becomes one group:
-    gathered in `dtype` when its forward or backward begins, released after. Parameters keep their
+    Each decoder layer, then what remains (embeddings, last norm, head), becomes one group: gathered
+    in `dtype` (None: as they are) when its forward or backward begins. Parameters keep their
     own dtype between steps (float32 masters), gradients arrive in float32, summed over the ranks.
     Frozen parameters are gathered but have no gradient; buffers (an NF4 base is one) are not
     sharded: every rank keeps them whole, as splitting rows would cut across quantisation blocks.
@@ -162,6 +162,18 @@ def any_rank(flag):
     if not dist.is_initialized():
         return bool(flag)
     return bool(all_sum(torch.tensor(int(bool(flag)), dtype=torch.int32)).item() > 0)
+
+
+def together(action):
+    """`action()` on every rank; where it fails on one, all raise, so that none waits for ever."""
+    answer = failure = None
+    try:
+        answer = action()
+    except Exception as error:
+        failure = error
+    if any_rank(failure is not None):
+        raise failure or UserError("another rank failed: its own message says why")
+    return answer
 
 
 def barrier():

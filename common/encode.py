@@ -82,8 +82,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None):
                         trained_file.write(trained[start:end])
                         lengths.append(end - start)
                     else:
-                        blank = not chat.decode(ids).strip()
-                        skip("skipped, empty" if blank else "skipped, nothing in it to train on"
+                        skip("skipped, nothing in it to train on"
                              + (f" within {max_length} tokens" if end < len(ids) else ""), record)
         notes = [f"{count:,} {reason} (first: {first[reason]})"
                  for reason, count in counts.most_common()]

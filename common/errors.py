@@ -11,6 +11,15 @@ class UserError(Exception):
 
 
 @contextmanager
+def writing(file):
+    """Give an OSError from inside the block (a full disk, say) as a UserError about `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
 def named(place):
     """Give a ValueError from inside the block the place that it speaks of, as a UserError.
 

@@ -51,13 +51,16 @@ class LivePeak:
 def live_tensor_bytes():
     """Bytes of all CPU tensors that Python can reach, each storage once."""
     storages = {}
+    plain = (torch.Tensor, torch.nn.Parameter)  # no wrapper around another, nor a stand-in
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):  # and no wrapper around another
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None and tensor.device.type == "cpu" and (
-                        tensor.layout == torch.strided):
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+        if type(thing) not in plain:
+            continue
+        for tensor in (thing, thing.grad if thing.is_leaf else None):
+            if type(tensor) not in plain or torch._is_functional_tensor(tensor):
+                continue  # the latter is a compiler's, with no memory
+            if tensor.device.type == "cpu" and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

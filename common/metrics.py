@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, writing
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
           "peak_memory_bytes", "mfu")
@@ -41,12 +41,10 @@ class Metrics:
             return
         if tensorboard:
             self.board = _summary_writer(Path(run_folder) / "tensorboard", start_step)
-        try:
+        with writing(self.path):
             if self.path.exists():
                 self.evaluated = _cut(self.path, start_step)
             self.file = open(self.path, "a", encoding="ascii")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def log_step(self, step, loss, lr, grad_norm, tokens, step_seconds, peak_memory_bytes=None,
                  mfu=None):
@@ -83,7 +81,8 @@ class Metrics:
     def sync(self):
         """Have all lines on the disk itself; before a checkpoint that a resume would start from."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with writing(self.path):
+                os.fsync(self.file.fileno())
 
     def close(self):
         """Close the files; more calls do nothing."""
@@ -97,11 +96,9 @@ class Metrics:
         line = {name: _plain(value) for name, value in line.items()}
         if again:
             return line
-        try:
+        with writing(self.path):
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
         if self.board is not None:
             for name, value in line.items():
                 if name != "step" and value is not None:

@@ -8,7 +8,7 @@ without a word, and every logit is a little wrong; so what is written here holds
 import json
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, writing
 
 # Checked here, where the file and key can be named; what a model needs, its own config checks.
 _WHOLE = (
@@ -48,7 +48,8 @@ def write_config(config, path, dtype):
     rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config["rope_theta"]}
     config |= {"rope_parameters": rope, "dtype": name, "torch_dtype": name}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    file.write_text(text, encoding="utf-8")
+    with writing(file):
+        file.write_text(text, encoding="utf-8")
 
 
 def read_json(file):

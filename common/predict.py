@@ -162,19 +162,21 @@ class Prediction(dict):
 def training(config, model, lengths, options, total_steps, chunk=None):
     """Predict a run of `total_steps` steps of `model` on documents of these lengths.
 
-    `options` are the run's: batch_tokens, grad_accum, dtype, device and, where a chapter has it,
-    activation_checkpointing. `chunk` is the rows of the chunked loss, None for the plain one. The
-    model may be on the "meta" device. Gives a `Prediction`. `config` is the model's.
+    `options` are the run's: batch_tokens, grad_accum, dtype, device and, where a chapter has them,
+    activation_checkpointing and compile (whose packs are filled up). `chunk` is the rows of the
+    chunked loss, None for the plain one. The model may be on the "meta" device, its adapters in
+    place. Gives a `Prediction`. `config` is the model's.
     """
     lengths = np.asarray(lengths)
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
-    tokens = int(min(options.batch_tokens, lengths.sum()))
+    compiled = getattr(options, "compile", False)
+    tokens = options.batch_tokens if compiled else int(min(options.batch_tokens, lengths.sum()))
     accumulate = options.grad_accum if total_steps else 1
     categories = memory(
         model, tokens, dtype, grad_accum=accumulate, chunk=chunk, ranks=ranks,
         checkpointing=getattr(options, "activation_checkpointing", None) or "none",
-        kernel_joins=device.type == "cuda" and dtype != torch.float32)
+        kernel_joins=device.type == "cuda" and dtype != torch.float32, compiled=compiled)
     peak = peak_flops(device, dtype)
     return Prediction(
         categories, parameters=parameters(model), tokens=tokens,

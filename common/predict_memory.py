@@ -11,23 +11,24 @@ FLOAT32 = 4  # bytes; master weights, gradients, both Adam moments, norm statist
 
 
 def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
-           kernel_joins=False):
+           kernel_joins=False, compiled=False):
     """Bytes by category at the fullest moment of a training step: their sum is the peak.
 
     `model` needs only shapes (the "meta" device will do), with adapters in place and frozen
     parameters marked. `tokens` is T, of the largest pack. `dtype` is the compute dtype.
     `checkpointing` is "none", "selective" or "full"; `chunk` is the rows of the chunked loss, or
     None for the plain one; `ranks` share the parameters (FSDP2). `kernel_joins`: attention is one
-    kernel for all documents (CUDA, 16 bits) rather than one call for each. The optimizer is AdamW,
-    fused, whose step needs nothing of its own. Eager execution: compiled code keeps less.
+    kernel for all documents (CUDA, 16 bits) rather than one call for each. `compiled`: what
+    surrounds attention is. The optimizer is AdamW, fused, whose step needs nothing of its own.
     """
     return max(phases(model, tokens, dtype, grad_accum=grad_accum, checkpointing=checkpointing,
-                      chunk=chunk, ranks=ranks, kernel_joins=kernel_joins).values(),
+                      chunk=chunk, ranks=ranks, kernel_joins=kernel_joins,
+                      compiled=compiled).values(),
                key=lambda categories: sum(categories.values()))
 
 
 def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
-           kernel_joins=False):
+           kernel_joins=False, compiled=False):
     """The moments of a step at which memory can be fullest: name -> {category: bytes}.
 
     Going forward activations pile up; going backward they make room for gradients. So the peak
@@ -53,7 +54,8 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     moments = 2 * FLOAT32 * trained // ranks
 
     # --- what the forward keeps for the backward ---
-    per_layer = [sum(saved_per_token(layer, dtype, kernel_joins).values()) for layer in layers]
+    per_layer = [sum(saved_per_token(layer, dtype, kernel_joins, compiled).values())
+                 for layer in layers]
     copies = [weight_copies(layer, dtype) for layer in layers]
     head_copy = c * V * D if head is not None and head.dtype.itemsize != c else 0
     if ranks > 1:  # FSDP2 gathers in c: embedding and head for the step, two layers at a time
@@ -61,7 +63,7 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         head_copy = c * (embedding.numel() * (1 if tied else 2)
                          + 2 * sum(p.numel() for p in layers[0].parameters()))
     last = norm_per_token(model.model.norm, D, dtype,
-                          chunk is None and (head_trained if tied else keeps_input(model.lm_head)))
+                          chunk is None and keeps_input(model.lm_head or model.model.embed_tokens))
     tables = c * config.head_dim  # cos and sin, once for all layers
     kept, again = sum(per_layer), 0
     if checkpointing != "none":
@@ -109,48 +111,59 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         extra = (tied or grad_accum > 1 or ranks > 1) + (tied and c == FLOAT32 and chunk is None)
         in_embedding = FLOAT32 * V * D * extra + tokens * D * (c + FLOAT32) + waiting
 
+    compute = str(dtype).removeprefix("torch.")
+
     def moment(gradients, activations=0, copies=0, loss=0, at_work=0):
         return {"weights": weights, "optimizer moments": moments, "gradients": gradients,
-                "activations": activations, f"weights in {str(dtype).removeprefix('torch.')}": copies,
+                "activations": activations, f"weights in {compute}": copies,
                 "logits and loss": loss, "layer at work": at_work}
 
+    after_head = all_copies - head_copy * (ranks == 1)
+    not_yet = FLOAT32 * V * D // ranks if embedding.requires_grad and not tied and not held else 0
     return {
         "loss": moment(held, activations, all_copies, loss),
         "backward of the head": moment(held, activations, all_copies, head_phase),
         "backward of the last layer": moment(
-            held + waiting if held else head_gradient, activations,
-            all_copies - head_copy * (ranks == 1), 0, at_work),
+            held + waiting if held else head_gradient, activations, after_head, at_work=at_work),
         "backward of the first layer": moment(
-            gradients - FLOAT32 * V * D * embedding.requires_grad * (not tied and not held) // ranks,
-            activations // len(layers), head_copy * (ranks > 1), 0, at_work + waiting),
+            gradients - not_yet, activations // len(layers), head_copy * (ranks > 1),
+            at_work=at_work + waiting),
         "end of the backward": moment(
-            gradients, tokens * tables, head_copy * (ranks > 1), 0, in_embedding),
+            gradients, tokens * tables, head_copy * (ranks > 1), at_work=in_embedding),
         "optimizer step": moment(gradients),
     }
 
 
-def saved_per_token(layer, dtype, kernel_joins=False):
-    """What a decoder layer keeps for its backward, bytes per token: named terms, in order."""
+def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
+    """What a decoder layer keeps for its backward, bytes per token: named terms, in order.
+
+    Compiled code computes what is cheap a second time: it keeps what goes into a norm as it came,
+    in c and not in float32, and neither x / rms nor silu(gate).
+    """
+    def norm(module, width, keeps_result, rows=1):
+        if compiled:
+            return c * width * (1 + keeps_result) + FLOAT32 * rows
+        return norm_per_token(module, width, dtype, keeps_result, rows)
+
     c, attention, mlp = dtype.itemsize, layer.self_attn, layer.mlp
     q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
     d = attention.head_dim
     Hd, Kd, F = base(q).out_features, base(k).out_features, base(mlp.up_proj).out_features
     D = base(q).in_features
     terms = {}
-    terms["input norm: x, x / rms, result"] = norm_per_token(
-        layer.input_layernorm, D, dtype, any(map(keeps_input, (q, k, v))))
+    terms["input norm: x, x / rms, result"] = norm(
+        layer.input_layernorm, D, any(map(keeps_input, (q, k, v))))
     if hasattr(attention.q_norm, "weight"):
         # The result is turned by the rotary tables, which keeps none of it.
         terms["norms of q and k: x, x / rms"] = (
-            norm_per_token(attention.q_norm, Hd, dtype, False, Hd // d)
-            + norm_per_token(attention.k_norm, Kd, dtype, False, Kd // d))
+            norm(attention.q_norm, Hd, False, Hd // d) + norm(attention.k_norm, Kd, False, Kd // d))
     terms["attention: q, k, v"] = c * (Hd + 2 * Kd)
     terms["attention: output, log-sum-exp"] = c * Hd + FLOAT32 * Hd // d
     # One call a document: the outputs are then joined in a tensor of their own.
     terms["input of o_proj"] = c * Hd * (keeps_input(o) and not kernel_joins)
-    terms["feed-forward norm: x, x / rms, result"] = norm_per_token(
-        layer.post_attention_layernorm, D, dtype, any(map(keeps_input, (mlp.gate_proj, mlp.up_proj))))
-    terms["gate, silu(gate), up"] = 3 * c * F
+    terms["feed-forward norm: x, x / rms, result"] = norm(
+        layer.post_attention_layernorm, D, any(map(keeps_input, (mlp.gate_proj, mlp.up_proj))))
+    terms["gate, up, silu(gate)"] = c * F * (2 if compiled else 3)
     terms["input of down_proj"] = c * F * keeps_input(mlp.down_proj)
     terms["adapters"] = sum(adapter_per_token(module, dtype) for module in linears(layer))
     return terms

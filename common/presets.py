@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common import cli
-from common.errors import UserError
+from common.errors import UserError, writing
 from common.model_config import read_json
 
 GPU_MODEL, GPU_DATA = "Qwen/Qwen3-0.6B", "yahma/alpaca-cleaned"
@@ -103,8 +103,9 @@ def save(options, chapter, run):
     record = {"chapter": chapter, "options": asdict(options), "world_size": world_size(),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
     temporary = run / "train_config.json.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, run / "train_config.json")
+    with writing(run / "train_config.json"):
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, run / "train_config.json")
 
 
 def _resumed(options_class, chapter, given):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from common.commit import together
 from common.distributed import all_sum, copy_into, full_tensor
 from common.manifest import MARK, CheckpointError
 from common.model_config import read_json
@@ -168,17 +167,7 @@ def _misfits(wanted, found):
 # --- tensors ---
 
 def _save(tensors, folder, stem):
-    """save_tensors, which if it fails on rank 0 does not leave the others waiting in a gather."""
-    tensors = iter(tensors)
-
-    def write():
-        try:
-            save_tensors(tensors, folder, MARK, stem=stem)
-        finally:
-            for _ in tensors:  # the other ranks go on gathering: keep step with them
-                pass
-
-    together(write)
+    save_tensors(tensors, folder, MARK, stem=stem)
 
 
 def _as_kept(parameter, group, entry, tensor):

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.errors import UserError
+from common.distributed import together
+from common.errors import UserError, writing
 from common.model_config import read_json
 
 
@@ -127,41 +128,74 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
     `<stem>-00001-of-0000N.safetensors` with an index, as transformers has them. Holds one shard
     in memory at a time. Files of an earlier save under this stem are replaced. `metadata` (text to
     text) goes into every file's header. Where there are several ranks all must call it, since the
-    iterator may gather; rank 0 writes.
+    iterator may gather; rank 0 writes, and if it cannot, all raise. The same tensors give the same
+    bytes.
     """
-    if not is_writer():
-        for _ in tensors:
-            pass
-        return
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    tensors = iter(tensors)
+
+    def write():
+        try:
+            if is_writer():
+                _write(tensors, Path(path), metadata or {}, max_shard_bytes, stem)
+        except Exception:
+            _exhaust(tensors)  # the other ranks go on gathering: keep step with them
+            raise
+        _exhaust(tensors)
+
+    together(write)
+
+
+def _exhaust(tensors):
+    for _ in tensors:
+        pass
+
+
+def _write(tensors, path, metadata, max_shard_bytes, stem):
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     parts, weight_map, total = [], {}, 0
     for shard in _grouped(tensors, max_shard_bytes):
         part = path / f"{stem}.part{len(parts)}.safetensors"
-        part.touch()
-        mode = part.stat().st_mode  # safetensors would leave it readable by its owner only
-        try:
-            save_file(shard, part, {"format": "pt", **(metadata or {})})
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{part}: cannot be written: {error}") from error
-        part.chmod(mode)
+        with writing(part):
+            part.touch()
+            mode = part.stat().st_mode  # safetensors would leave it readable by its owner only
+            try:
+                save_file(shard, part, {"format": "pt", **metadata})
+            except SafetensorError as error:
+                raise UserError(f"{part}: cannot be written: {error}") from error
+            part.chmod(mode)
+            _sort_metadata(part)
         parts.append(part)
         weight_map |= dict.fromkeys(shard, len(parts))
         total += sum(tensor.nbytes for tensor in shard.values())
         del shard  # before the next one is gathered
 
     index = path / f"{stem}.safetensors.index.json"
-    for old in (index, path / f"{stem}.safetensors", *path.glob(f"{stem}-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
-    if len(parts) == 1:
-        parts[0].rename(path / f"{stem}.safetensors")
-        return
     names = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    for part, name in zip(parts, names):
-        part.rename(path / name)
-    weight_map = {name: names[number - 1] for name, number in sorted(weight_map.items())}
-    contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    with writing(path):
+        for old in (index, path / f"{stem}.safetensors", *path.glob(f"{stem}-*-of-*.safetensors")):
+            old.unlink(missing_ok=True)
+        if len(parts) == 1:
+            parts[0].rename(path / f"{stem}.safetensors")
+            return
+        for part, name in zip(parts, names):
+            part.rename(path / name)
+        weight_map = {name: names[number - 1] for name, number in sorted(weight_map.items())}
+        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def _sort_metadata(file):
+    """Put the metadata in `file`, which safetensors writes in a random order, into a fixed one."""
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{file}: its header is not as it was expected")
+        opened.seek(8)
+        opened.write(text.ljust(size))
 
 
 def _grouped(tensors, max_bytes):

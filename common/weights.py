@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common.distributed import copy_into, full_tensor
-from common.errors import UserError
+from common.errors import UserError, writing
 from common.model_config import read_config, write_config
 from common.tensor_files import (
     is_writer, iter_tensors, listing, open_file, plain_file, save_tensors, tensor_headers)
@@ -109,7 +109,10 @@ def copy_tokenizer(source, target):
     Never re-saved: a tokenizer written anew by one version of transformers may not load in another.
     """
     source, target = Path(source), Path(target)
-    target.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).exists() and source.resolve() != target.resolve():
-            shutil.copyfile(plain_file(source, name), target / name)
+            file = plain_file(source, name)
+            with writing(f"{target / name}, a copy of {file}"):
+                shutil.copyfile(file, target / name)

@@ -26,8 +26,8 @@ CONFIG = dict(
 STEPS, EVERY = 6, 2
 
 
-def write_inputs(folder, documents=24):
-    """A model folder without weights and a data file, in `folder`; gives the options they need."""
+def write_inputs(folder, steps=STEPS, documents=24):
+    """A model folder without weights and a data file, in `folder`; gives the options of a run."""
     model, data = folder / "model", folder / "data.jsonl"
     model.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -39,7 +39,7 @@ def write_inputs(folder, documents=24):
             file.write(json.dumps(record) + "\n")
     return ["--model", str(model), "--init", "random", "--data", str(data), "--device", "cpu",
             "--dtype", "float32", "--batch-tokens", "64", "--lr", "1e-2", "--warmup", "2",
-            "--steps", str(STEPS), "--save-every", str(EVERY), "--eval-every", str(EVERY)]
+            "--steps", str(steps), "--save-every", str(EVERY), "--eval-every", str(EVERY)]
 
 
 def train(arguments, chapter="01"):

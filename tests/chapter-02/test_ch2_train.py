@@ -18,7 +18,7 @@ METHODS = sorted(set(lora.METHODS) - {"full"})
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twelve short documents with short answers."""
+    """Twelve short documents with short answers: together they fit one pack."""
     file = tmp_path_factory.mktemp("data") / "data.jsonl"
     rows = [{"prompt": f"Say {word} {i}", "completion": f"{word} " * (1 + i % 3)}
             for i, word in enumerate("one two three four five six".split() * 2)]
@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 def arguments(data, *more):
     return ["--model", "tiny", "--data", str(data), "--device", "cpu", "--dtype", "float32",
-            "--batch-tokens", "128", "--rank", "2", "--warmup", "0", "--steps", "4",
+            "--batch-tokens", "512", "--rank", "2", "--warmup", "0", "--steps", "4",
             "--save-every", "2", "--eval-every", "0", "--delta-start", "1", *more]
 
 

@@ -1,5 +1,6 @@
 """The chunked loss against float64, in value, gradients, memory and under torch.compile."""
 
+import gc
 import sys
 
 import pytest
@@ -175,14 +176,20 @@ def test_no_logits_of_the_whole_pack_are_alive():
     assert chunked < 0.15 * above(plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_without_a_graph_break(dtype, monkeypatch):
-    monkeypatch.setitem(sys.modules, "loss", loss_file)  # the compiler looks for globals there
+@pytest.fixture
+def compiler(monkeypatch):
+    """What torch.compile needs, and what it leaves behind removed."""
+    monkeypatch.setitem(sys.modules, "loss", loss_file)  # it looks for a function's globals there
+    yield
+    torch._dynamo.reset()
+    gc.collect()
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_a_graph_break(dtype, compiler):
     def function(hidden, weight, labels):
         return chunked_cross_entropy(hidden.tanh(), weight, labels, 16) / 7
 
-    torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     hidden, weight, labels = inputs(dtype, torch.float32)
     for trained in (True, False):

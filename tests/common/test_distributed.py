@@ -1,4 +1,4 @@
-"""Two and three gloo processes against one: losses, gradients, clip norm, weights, and a dead rank."""
+"""Two and three gloo processes against one: losses, gradients, norm, weights; and a dead rank."""
 
 import os
 import socket
@@ -151,8 +151,8 @@ def results(tmp_path_factory):
     out = {world: folder / f"{world}.safetensors" for world in (1, 2, 3)}
     processes = [
         start_process(script, out[1]),
-        start_process("-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d",
-                      "--rdzv-endpoint", "localhost:0", script, out[2]),
+        start_process("-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend",
+                      "c10d", "--rdzv-endpoint", "localhost:0", script, out[2]),
         *start_ranks(script, 3, out[3])]
     for process in processes:
         output = process.communicate(timeout=120)[0]

@@ -116,7 +116,7 @@ def test_matrix_flops_equal_the_flop_counter(method):
 
 
 def test_attention_flops_count_pairs_of_tokens():
-    """4 H d for each pair (query, key it may see) forward, 12 with the backward; S² is all pairs."""
+    """4 H d for each pair (query, key it may see) forward, 12 with the backward."""
     model, pack = small(1, torch.float32)
     lengths = pack["cu_seqlens"].diff().tolist()
     attended = predict.mean_attended(lengths)

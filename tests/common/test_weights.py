@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from common import tensor_files, weights
 from common.errors import UserError
 from common.hub import ARCHITECTURES, COMMON
+from faults import Faults, disk_full
 from helpers import GOLDENS
 
 MODELS = GOLDENS / "models"
@@ -546,6 +547,37 @@ def test_sharded_parameters_round_trip(tmp_path):
     written = load_file(tmp_path / "model.safetensors")
     for key, tensor in golden("qwen2_untied").items():
         assert torch.equal(written[key], tensor), key
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    """safetensors itself writes two metadata entries in either order, by chance."""
+    written = set()
+    for i in range(12):
+        weights.save_tensors(iter([("ä", torch.ones(2)), ("b", torch.zeros(1))]), tmp_path / str(i),
+                             {"bareloop": "manifest.json", "a\n\"": "\x7f\x01é"})
+        written.add((tmp_path / str(i) / "model.safetensors").read_bytes())
+    assert len(written) == 1
+    assert set(load_file(tmp_path / "0/model.safetensors")) == {"ä", "b"}
+
+
+def test_config_index_and_tokenizer_on_a_full_disk_are_clear_errors(tmp_path):
+    config = weights.read_config(MODELS / "qwen3_tied")
+    tensors = [("a", torch.ones(9)), ("b", torch.ones(9))]
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/tokenizer.json").write_text("{}")
+
+    def save(folder):
+        weights.save_tensors(iter(tensors), folder, max_shard_bytes=1)
+        weights.write_config(config, folder, torch.float32)
+        weights.copy_tokenizer(tmp_path / "source", folder)
+
+    with Faults() as counted:
+        save(tmp_path / "counted")
+    for at, name in enumerate(counted.calls):
+        if at == 0 or name != "mkdir":  # where the folder is there, mkdir may fail
+            with Faults(at, disk_full), refused("cannot be written", "No space left"):
+                save(tmp_path / f"at {at} ({name})")
+    assert counted.calls.count("write") >= 3 and len(counted.calls) > 12
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):

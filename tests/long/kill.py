@@ -30,9 +30,9 @@ import small_runs
 class Sweep:
     """The runs of one sweep: chapter, options, the undisturbed run and how long it took."""
 
-    def __init__(self, folder, chapter="01", more=()):
-        self.folder, self.chapter = folder, chapter
-        self.options = [*small_runs.write_inputs(folder), *more]
+    def __init__(self, folder, chapter="01", more=(), steps=small_runs.STEPS):
+        self.chapter, self.steps = chapter, steps
+        self.options = [*small_runs.write_inputs(folder, steps), *more]
         self.undisturbed, self.run = folder / "undisturbed", folder / "run"
         for _ in range(2):  # the second one finds its data in the cache, as all later ones do
             shutil.rmtree(self.undisturbed, ignore_errors=True)
@@ -63,7 +63,7 @@ class Sweep:
         code, after = self.go_on(where)
         assert code == 0, where
         try:
-            small_runs.assert_equal(self.run, self.undisturbed)
+            small_runs.assert_equal(self.run, self.undisturbed, self.steps)
         except AssertionError as error:
             raise AssertionError(f"{where}, gone on after step {after}: {error}") from error
         return after
@@ -106,13 +106,14 @@ def main():
     parser.add_argument("--chapter", default="01")
     parser.add_argument("--random", type=int, default=200, help="random moments (default: 200)")
     parser.add_argument("--every", type=int, default=1, help="each how-many-eth call (default: 1)")
+    parser.add_argument("--steps", type=int, default=12, help="of a run (default: 12)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="options of train.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         began = time.monotonic()
-        sweep = Sweep(Path(folder), options.chapter, options.more)
+        sweep = Sweep(Path(folder), options.chapter, options.more, options.steps)
         afters = random_moments(sweep, options.random, options.seed)
         print(f"{afters.total()} runs of chapter {options.chapter} killed at random moments, each "
               f"equal afterwards; gone on after step: {dict(sorted(afters.items()))}", flush=True)

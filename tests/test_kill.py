@@ -1,0 +1,61 @@
+"""A short part of `tests/long/kill.py`: runs that are killed equal undisturbed ones afterwards."""
+
+import random
+import sys
+
+import pytest
+from helpers import ROOT
+
+sys.path.append(str(ROOT / "tests" / "long"))
+import kill
+import small_runs
+
+DROPOUT = ("--dropout", "0.2", "--rank", "2")
+SCORED = ("--data", "tiny", "--eval-every", "6")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("chapter, more, moments, changes", [
+    ("01", (), 4, 8), ("01", SCORED, 0, 3), ("02", DROPOUT, 1, 2)])
+def test_incident_18_a_killed_run_becomes_what_it_would_have_been(
+        tmp_path, chapter, more, moments, changes):
+    """At random moments, and at some of the calls that change the disk; dropout, scores too."""
+    sweep = kill.Sweep(tmp_path, chapter, more)
+    afters = kill.random_moments(sweep, moments, seed=1)
+    afters += kill.every_change(sweep, lambda calls: random.Random(2).sample(
+        range(len(calls)), changes))
+    assert afters.total() == moments + changes
+
+
+def test_a_run_killed_after_its_last_checkpoint_logs_what_it_would_have(tmp_path):
+    """Its last line has the evaluation's loss and the scores, its first one those before."""
+    sweep = kill.Sweep(tmp_path, more=SCORED)
+    calls = small_runs.changes_of_the_disk([*sweep.options, "--out", sweep.run])
+    last = len(calls) - 1  # the line after final/
+    for at, after in ((last, small_runs.STEPS), (calls.index("fsync"), 0)):
+        sweep.fresh()
+        sweep.begin(fault=kill.end_process, at=at)
+        assert sweep.finish(f"call {at}") == after
+
+
+def test_the_comparison_sees_one_bit(tmp_path):
+    """What the tests above rely on: a run that differs in a moment, or in a logged loss, fails."""
+    sweep = kill.Sweep(tmp_path)
+    other, _ = sweep.begin(), small_runs.assert_equal(sweep.run, sweep.undisturbed)
+    path = sweep.run / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace('"loss": ', '"loss": 1', 1))
+    with pytest.raises(AssertionError):
+        small_runs.assert_equal(sweep.run, sweep.undisturbed)
+    path.write_text(text)
+    state = sweep.run / f"step-{small_runs.STEPS:06d}"
+    data = bytearray((state / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (state / "optimizer.safetensors").write_bytes(data)
+    small_runs.checkpoint.seal(state)
+    with pytest.raises(AssertionError, match="optimizer.safetensors differs"):
+        small_runs.assert_equal(sweep.run, sweep.undisturbed)
