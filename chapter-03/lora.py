@@ -348,8 +348,7 @@ def adapter_modules(model):
 
 @torch.no_grad()
 def merged_weight(module):
-    """The weight (out, in), float32, that does alone what the adapter layer does; same bias.
-    With FSDP2 every rank must call it (VeRA: before sharding)."""
+    """The weight (out, in), float32, that does what the layer does. Collective under FSDP2."""
     return module.merged()
 
 

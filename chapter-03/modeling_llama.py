@@ -245,9 +245,11 @@ class LlamaModel(nn.Module):
 
 def initialise(name, tensor, config):
     """Fill parameter `name` with the first value of a fresh model; gives the tensor."""
+    if name.endswith("bias"):
+        return nn.init.zeros_(tensor)
     if name.endswith("norm.weight"):
         return nn.init.ones_(tensor)
-    return nn.init.normal_(tensor, std=0 if name.endswith("bias") else config.initializer_range)
+    return nn.init.normal_(tensor, std=config.initializer_range)
 
 
 # Changed from chapter-02: with labels, the loss.

@@ -136,13 +136,15 @@ def _delete(folder):
 def verify(folder):
     """`common.manifest.verify`, after putting right a replacement that was cut short."""
     recover(folder)
-    return manifest.verify(folder)
+    found = manifest.verify(folder)
+    if found:
+        remember(folder)
+    return found
 
 
 def _is_whole(folder):
     try:
         if verify(folder):
-            remember(folder)
             return True
         print(f"skipped {folder}: it has no {MANIFEST}", file=sys.stderr)
     except CheckpointError as error:

@@ -156,7 +156,8 @@ def remember(folder):
 
 def remembered(folder):
     """True if `folder` was whole once in this process and nobody has touched it since."""
-    return _hashed.get(os.path.abspath(folder)) == _looks(folder)
+    known = _hashed.get(os.path.abspath(folder))
+    return known is not None and Path(folder).is_dir() and known == _looks(folder)
 
 
 def _looks(folder):

@@ -81,10 +81,11 @@ class Records:
     def _read(self):
         for path, size in zip(self.paths, self._sizes):
             before, nothing = self.done, True
-            read, columns = READERS[path.suffix.lower()], self.columns
+            read = READERS[path.suffix.lower()]
+            columns = None if read is plain_text else self.columns
             for where, value, done in read(path):
                 nothing, self.done = False, before + done
-                yield {**_convert(value, where, None if read is plain_text else columns), "where": where}
+                yield {**_convert(value, where, columns), "where": where}
             if nothing:
                 raise UserError(f"{path}: empty, no example in it")
             self.done = before + size
@@ -104,7 +105,7 @@ def _convert(value, where, columns):
     if format is None:
         advice = "map them, as in --columns prompt=question,completion=answer"
         if "chosen" in value and "rejected" in value:
-            advice = "of preferences, --columns prompt=prompt,completion=chosen trains on the chosen"
+            advice = "--columns prompt=prompt,completion=chosen trains on the preferred answers"
         raise UserError(f"{where}: the keys {_keys(value)} fit no known format ({KNOWN}); {advice}")
     if format == "text":
         return {"text": _string(value, "text", where)}

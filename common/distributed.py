@@ -104,7 +104,8 @@ def shard(model, ranks, dtype):
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # The root too: left whole after an evaluation, its parameters would not be the optimizer's.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # the loop has divided already: a plain sum
         module.set_force_sum_reduction_for_comms(True)  # "sum, then times 1" exists on gloo too
 

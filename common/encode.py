@@ -22,7 +22,7 @@ from common.template import Refused, bounded_memory
 IGNORE = -100  # the label of a token that is not trained
 CHUNK, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at once
 PIECE = 2**16  # characters: a longer text is tokenised in pieces, in parallel
-KINDS = 1000  # of reasons to skip that are counted apart
+KINDS = 1000  # of reasons to leave something out that are counted apart
 
 
 class Encoded:
@@ -60,7 +60,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None):
     `vocab_size`, or nothing is left.
     """
     if max_length < 2:
-        raise UserError(f"documents of {max_length} token: at least 2 are needed to predict one")
+        raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
     counts, first, lengths, seen = Counter(), {}, array("q"), 0
 
     def skip(reason, record):
@@ -73,9 +73,9 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None):
             for record, ids, trained in _tokenise(chunk, chat, skip):
                 seen += 1
                 if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:
-                    raise UserError(
-                        f"{record.get('where', f'example {seen}')}: token {int(ids.max())} is not "
-                        f"below the model's vocab_size {vocab_size}: is this its tokenizer?")
+                    where = record.get("where", f"example {seen}")
+                    raise UserError(f"{where}: token {int(ids.max())} is not below the model's "
+                                    f"vocab_size {vocab_size}: is this its tokenizer?")
                 for start, end in _documents(record, len(ids), max_length, too_long, skip):
                     if trained[start + 1:end].any():  # nothing predicts a document's first token
                         token_file.write(ids[start:end])
@@ -104,13 +104,13 @@ def _chunks(records):
               delay=2, leave=False, disable=None if _first_rank() else True) as bar:
         for record in records:
             chunk.append(record)
-            characters += len(record["text"]) if "text" in record else 500
+            texts = [record] if "text" in record else record["messages"]
+            characters += sum(len(str(text.get("text") or text.get("content"))) for text in texts)
             if len(chunk) == CHUNK or characters > CHARACTERS:
                 yield chunk
                 bar.update(records.done - bar.n if size else len(chunk))
                 chunk, characters = [], 0
-        if chunk:
-            yield chunk
+        yield chunk
 
 
 def _tokenise(chunk, chat, skip):
@@ -122,19 +122,17 @@ def _tokenise(chunk, chat, skip):
                 kept.append((record, chat.layout(record)))
             except Refused as error:
                 skip(f"skipped, {error}", record)
-    found = [None] * len(kept)
-    for whole in (True, False):  # tokenizers are fast on many texts at once, in parallel
-        group = []
-        for n, (_, layout) in enumerate(kept):
-            if layout.spans is None and len(layout.text) > PIECE:
-                found[n] = _long(layout.text, chat), None
-            elif layout.whole == whole:
-                group.append(n)
+    found, groups = {}, {True: [], False: []}  # by what the tokenizer shall add
+    for n, (_, layout) in enumerate(kept):
+        if layout.spans is None and len(layout.text) > PIECE:
+            found[n] = _long(layout.text, chat), None
+        else:
+            groups[layout.whole].append(n)
+    for whole, group in groups.items():  # tokenizers are fast on many texts at once, in parallel
         for n, encoding in zip(group, chat.tokenise([kept[n][1].text for n in group], whole)):
-            spans = kept[n][1].spans
-            found[n] = encoding.ids, None if spans is None else encoding.offsets
-    for (record, layout), (ids, offsets) in zip(kept, found):
-        yield (record, *chat.finish(layout, ids, offsets))
+            found[n] = encoding.ids, None if kept[n][1].spans is None else encoding.offsets
+    for n, (record, layout) in enumerate(kept):
+        yield (record, *chat.finish(layout, *found.pop(n)))
 
 
 def _long(text, chat):
@@ -187,9 +185,8 @@ def _first_rank():
 def _say(encoded):
     """Print how much there is to train on, and what was left out; returns its argument."""
     if _first_rank():
-        tokens, trained = len(encoded.tokens), np.count_nonzero(encoded.trained)
-        print(f"data: {len(encoded):,} documents, {tokens:,} tokens, {trained / tokens:.0%} of "
-              "them trained on")
+        print(f"data: {len(encoded):,} documents, {len(encoded.tokens):,} tokens, "
+              f"{np.mean(encoded.trained):.0%} of them trained on")
         for note in encoded.notes[:8]:
             print(f"data: {note}")
         if len(encoded.notes) > 8:
@@ -227,14 +224,14 @@ def show_example(encoded, chat, limit=400):
     """The first document as text, what is trained on marked: in green, or in [brackets] where the
     output is no terminal or NO_COLOR is set. Of a long one, the beginning and the end."""
     ids, labels = encoded[0]
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     begin, end = ("\033[32m", "\033[0m") if colour else ("[", "]")
     trained = (labels >= 0).tolist()
     parts = [(0, len(ids))]
     if len(ids) > limit:
         parts = [(0, limit * 3 // 4), (len(ids) - limit // 4, len(ids))]
-    how = "green" if colour else "in [brackets]"
-    lines = [f"an example; what the model learns to write is {how}:", ""]
+    lines = ["an example; what the model learns to write is "
+             + ("green:" if colour else "in [brackets]:"), ""]
     for first, last in parts:
         if first > 0:
             lines.append(f"\n... {first - parts[0][1]:,} tokens ...\n")

@@ -91,7 +91,7 @@ def regions(messages, plain, render, special, stops, header):
                               "begins; mark it in the template with {% generation %}")
             spans.append([start, end, index])
     for span in spans:
-        calls = messages[span[2]].get("tool_calls")  # these may end with special tokens of their own
+        calls = messages[span[2]].get("tool_calls")  # may end with special tokens of their own
         stop = calls and stops.search(plain, span[1]) or special.search(plain, span[1])
         if stop and (calls or not plain[span[1]:stop.start()].strip()):
             span[1] = stop.end()

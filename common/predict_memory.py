@@ -17,7 +17,8 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     `model` needs only shapes (the "meta" device will do), with adapters in place and frozen
     parameters marked. `tokens` is T, of the largest pack. `dtype` is the compute dtype.
     `checkpointing` is "none", "selective" or "full"; `chunk` is the rows of the chunked loss, or
-    None for the plain one; `ranks` share the parameters (FSDP2). `kernel_joins`: attention is one
+    None for the plain one; `ranks` share the parameters (FSDP2: a rough figure, as gathered
+    weights are freed when their time comes, not at once). `kernel_joins`: attention is one
     kernel for all documents (CUDA, 16 bits) rather than one call for each. `compiled`: what
     surrounds attention is. The optimizer is AdamW, fused, whose step needs nothing of its own.
     """
@@ -45,7 +46,6 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
 
     if not tied and base(model.lm_head) is not model.lm_head:
         chunk = None  # a head with an adapter gives logits
-
     # --- what stays from step to step ---
     weights = sum(t.nbytes for t in model.parameters()) // ranks
     weights += sum(t.nbytes for t in model.buffers())  # not sharded
@@ -76,32 +76,17 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     activations = tokens * (kept + last + tables)
     all_copies = sum(copies) + head_copy
 
-    # --- the loss ---
+    loss, head_phase = loss_and_head(tokens, V, D, c, chunk, head_trained, head_copy, kernel_joins)
+
+    # --- what the backward needs for itself ---
     head_gradient = FLOAT32 * V * D * head_trained
-    if chunk is None:
-        # Backward of the softmax: log-probabilities, their gradient, the logits' gradient.
-        loss = 3 * FLOAT32 * tokens * V
-        # Then of the head: the logits' gradient, in c; the weight's, in c and then in float32.
-        backward = c * tokens * V + c * V * D * head_trained
-        cast = (c + FLOAT32) * V * D * head_trained - head_copy if c < FLOAT32 else 0
-        head_phase = c * tokens * D + max(backward, cast)
-    else:
-        # Both gradients are formed in the forward, one chunk's logits after another (loss.py): in
-        # c, with float32 pieces that fit a cache; then the chunk's share of the weight's gradient,
-        # in c and, where adding it up needs that, in float32. The backward multiplies both
-        # gradients, and has them twice for that moment.
-        rows = -(-tokens // -(-tokens // chunk))
-        both = c * tokens * D + FLOAT32 * V * D * head_trained
-        narrow = c < FLOAT32
-        pieces = (2 + narrow) * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
-        share = (c + FLOAT32) * V * D * narrow * head_trained
-        loss = both + c * rows * (V + 2 * D) + max(pieces, share)
-        head_phase = 2 * both - head_copy
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
     F = base(layers[-1].mlp.up_proj).out_features
     whole = max((base(m).in_features * base(m).out_features for layer in layers[:1]
                  for m in linears(layer) if matrix(m) is None), default=0)  # dequantised in turn
     at_work = tokens * (2 * c * D + 2 * c * F) + c * whole + again
+    if ranks > 1:  # its whole gradient, in float32 for the reduction too; the gathering's buffer
+        at_work += (2 * c + FLOAT32) * sum(p.numel() for p in layers[0].parameters())
     # A tied matrix has two gradients in the backward: the head's waits, apart from those of the
     # micro-batches before, for the embedding's. From a plain float32 product it is a view, so that
     # their sum is a third; otherwise autograd adds in place.
@@ -132,6 +117,30 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
             gradients, tokens * tables, head_copy * (ranks > 1), at_work=in_embedding),
         "optimizer step": moment(gradients),
     }
+
+
+def loss_and_head(tokens, V, D, c, chunk, trained, copy, kernel_joins):
+    """Bytes that the loss needs at its worst, and then the backward of the head.
+
+    `trained`: the head is. `copy`: bytes of its weight in c, which goes when the head's turn ends.
+    """
+    narrow = c < FLOAT32
+    if chunk is None:
+        # Backward of the softmax: log-probabilities, their gradient, the logits' gradient.
+        loss = 3 * FLOAT32 * tokens * V
+        # Then of the head: the logits' gradient, in c; the weight's, in c and then in float32.
+        product = c * tokens * V + c * V * D * trained
+        cast = (c + FLOAT32) * V * D * trained - copy if narrow else 0
+        return loss, c * tokens * D + max(product, cast)
+    # Both gradients are formed in the forward, one chunk's logits after another (loss.py): in c,
+    # with float32 pieces that fit a cache; then the chunk's share of the weight's gradient, in c
+    # and, where adding it up needs that, in float32. The backward multiplies both gradients, and
+    # has them twice for that moment.
+    rows = -(-tokens // -(-tokens // chunk))
+    both = c * tokens * D + FLOAT32 * V * D * trained
+    pieces = (2 + narrow) * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
+    share = (c + FLOAT32) * V * D * narrow * trained
+    return both + c * rows * (V + 2 * D) + max(pieces, share), 2 * both - copy
 
 
 def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):

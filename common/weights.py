@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from common.commit import remembered
 from common.distributed import copy_into, full_tensor
 from common.errors import UserError, writing
+from common.manifest import verify
 from common.model_config import read_config, write_config
 from common.tensor_files import (
     is_writer, iter_tensors, listing, open_file, plain_file, save_tensors, tensor_headers)
@@ -33,11 +35,13 @@ def load_weights(model, path):
     """Copy the checkpoint in folder `path` into the model's parameters, which keep their dtype.
 
     Strict: raises UserError that names what is missing, unexpected, mis-shaped or not a floating
-    point tensor, before anything is copied. For a tied model (without a parameter `lm_head.weight`)
+    point tensor, or a file that is not as we wrote it, before anything is copied. For a tied model (without a parameter `lm_head.weight`)
     the checkpoint may hold a duplicate of the embedding under that name, if it is equal, or the
     embedding under that name alone. Parameters may be sharded by FSDP2.
     """
     path = Path(path)
+    if not remembered(path):  # a script has verified the folder when it began
+        verify(path)
     wanted = dict(model.named_parameters())  # name in the checkpoint -> parameter
     if any(parameter.is_meta for parameter in wanted.values()):
         raise ValueError("the model has parameters on the meta device: call to_empty first")

@@ -198,8 +198,9 @@ def test_a_template_with_bos_gets_no_second_one(chats):
 def test_a_tokenizer_that_appends_eos_itself(tmp_path):
     folder = folder_with(tmp_path / "t")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("<s>", "</s>")])
+    both = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>",
+                                                             special_tokens=both)
     tokenizer.enable_truncation(3)  # what a file stores of someone's pipeline must not act
     tokenizer.enable_padding(length=20)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -348,20 +349,21 @@ def test_loop_variables_and_controls_work_under_watch():
     source = ("{% for x in range(5) %}{% if x == 3 %}{% break %}{% endif %}{{ loop.index }}/"
               "{{ loop.length }}{{ '' if loop.last else ',' }}{% else %}never{% endfor %}"
               "{% for k, v in {'a': 1}.items() if v %}{{ k ~ v }}{% endfor %}"
-              "{% filter upper %}b{% endfilter %}{{ [1, (2, 3)] | tojson }}{{ dict(a='<') | tojson }}")
+              "{% filter upper %}b{% endfilter %}{{ [1, (2, 3)] | tojson }}"
+              "{{ dict(a='<') | tojson }}")
     assert Template(source, "t").render({}, 0) == '1/5,2/5,3/5,a1B[1, [2, 3]]{"a": "<"}'
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("tokenizer.json", None, "no tokenizer.json"), ("tokenizer.json", b"", "not a tokenizer"),
-    ("tokenizer.json", b"{}", "not a tokenizer"), ("tokenizer.json", b"\xff\x00", "not a tokenizer"),
+    ("tokenizer.json", b"{}", "not a tokenizer"), ("tokenizer.json", b"\xff\0", "not a tokenizer"),
     ("tokenizer.json", b"[" * 100_000, "not a tokenizer"),
     ("tokenizer_config.json", b"{", "not valid JSON"), ("tokenizer_config.json", b"\xff", "UTF-8"),
     ("tokenizer_config.json", b"[1]", "JSON object was expected"),
     ("tokenizer_config.json", b"[" * 100_000, "not valid JSON"),
     ("tokenizer_config.json", b'{"eos_token": "<none>"}', "'<none>' is not in tokenizer.json"),
     ("tokenizer_config.json", b'{"chat_template": {"a": 1}}', "chat_template must be text"),
-    ("tokenizer_config.json", b'{"chat_template": [7, {"name": "default", "template": 7}]}', "text"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 7}]}', "text"),
     ("special_tokens_map.json", b"nope", "not valid JSON"),
     ("chat_template.jinja", b"\xff", "not UTF-8"), ("chat_template.jinja", b"{% x %}", "line 1"),
     ("generation_config.json", b'{"eos_token_id": "x"}', "must be an id"),

@@ -18,9 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def modules(chapter):
     """(model class, config class, collate function, lora.py or None) of a chapter."""
-    name, kind = {1: ("modeling_qwen3", "Qwen3"), 2: ("modeling_llama", "Llama")}[chapter]
+    name, kind = ("modeling_qwen3", "Qwen3") if chapter == 1 else ("modeling_llama", "Llama")
     model = load(f"chapter-0{chapter}/{name}.py")
-    lora = load("chapter-02/lora.py") if chapter == 2 else None
+    lora = load(f"chapter-0{chapter}/lora.py") if chapter > 1 else None
     return (getattr(model, kind + "ForCausalLM"), getattr(model, kind + "Config"),
             load(f"chapter-0{chapter}/packing.py").packed_sequence_collate_fn, lora)
 
@@ -54,6 +54,8 @@ def small(chapter, dtype, vocab=2048, width=128, layers=3, tied=True, qk_norm=Tr
 
 
 def loss_sum(model, pack):
+    if hasattr(model.model.layers[0], "checkpointing"):  # chapter 3 has the chunked loss inside
+        return model(**pack)
     inputs = {name: value for name, value in pack.items() if name != "labels"}
     return F.cross_entropy(model(**inputs).float(), pack["labels"], reduction="sum")
 
@@ -174,13 +176,23 @@ def test_saved_terms_equal_autograds_own_list(case, dtype):
     {"vocab": 30000, "tokens": 40, "grad_accum": 2},
     {"vocab": 30000, "tokens": 40, "grad_accum": 2, "tied": False},
     {"chapter": 2, "method": "lora"}, {"chapter": 2, "method": "dora", "vocab": 512},
+    {"chapter": 3}, {"chapter": 3, "vocab": 30000, "tokens": 40}, {"chapter": 3, "method": "lora"},
+    {"chapter": 3, "checkpointing": "full", "layers": 8},
+    {"chapter": 3, "checkpointing": "selective", "layers": 8},
 ], ids=str)
 def test_predicted_peak_is_the_measured_one(case, dtype):
-    """A whole AdamW step: forward, loss, backward, clip, update. Peak of live bytes within 3 %."""
+    """A whole AdamW step: forward, loss, backward, clip, update. Peak of live bytes within 3 %.
+
+    Within 6 % with checkpointing, where one layer's backward decides.
+    """
     case = dict(case)
+    checkpointing = case.pop("checkpointing", "none")
     grad_accum, chapter = case.pop("grad_accum", 1), case.pop("chapter", 1)
     tokens = case.pop("tokens", None)
     model, pack = small(chapter, dtype, **case)
+    if chapter == 3:
+        for layer in model.model.layers:
+            layer.checkpointing = checkpointing
     if tokens:
         pack = modules(1)[2]([(torch.arange(tokens), torch.arange(tokens))])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -199,8 +211,11 @@ def test_predicted_peak_is_the_measured_one(case, dtype):
         t.nbytes for state in optimizer.state.values() for t in state.values())
     with LivePeak() as live:
         step()
-    predicted = predict.memory(model, len(pack["labels"]), dtype, grad_accum=grad_accum)
-    assert sum(predicted.values()) == pytest.approx(live.peak - others, rel=0.03), predicted
+    predicted = predict.memory(
+        model, len(pack["labels"]), dtype, grad_accum=grad_accum, checkpointing=checkpointing,
+        chunk=1024 if chapter == 3 else None)
+    tolerance = 0.03 if checkpointing == "none" else 0.06
+    assert sum(predicted.values()) == pytest.approx(live.peak - others, rel=tolerance), predicted
 
 
 def test_live_peak_counts_exactly():
@@ -269,6 +284,8 @@ def test_savings_of_checkpointing_chunked_loss_and_ranks():
     # 71.8 KB a token and layer were counted where attention joins documents in its kernel.
     one_kernel = predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16, True)
     assert sum(one_kernel.values()) == pytest.approx(71.8e3, rel=2e-3)
+    compiled = predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16, True, True)
+    assert sum(compiled.values()) == pytest.approx(45.2e3, rel=2e-3)  # counted in the same way
     full = predict_memory.phases(model, 8192, torch.bfloat16, checkpointing="full")["loss"]
     assert plain["activations"] - full["activations"] == 28 * 8192 * (layer - 2 * 1024)
     some = predict_memory.phases(model, 8192, torch.bfloat16, checkpointing="selective")["loss"]

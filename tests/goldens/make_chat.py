@@ -107,7 +107,8 @@ CONVERSATIONS = {
                turn("assistant", "Blue."), turn("user", "And grass?"), turn("assistant", "Green.")],
     "spaces": [turn("user", "  indented\n"), turn("assistant", "\n two lines \n\nand an end  \n"),
                turn("user", "\tmore"), turn("assistant", "  leading")],
-    "unicode": [turn("user", "日本語 ‘naïve’ \u200d👩‍👩‍👧"), turn("assistant", "Zürich ≠ Ζυρίχη 👍🏽 e\u0301")],
+    "unicode": [turn("user", "日本語 ‘naïve’ \u200d👩‍👩‍👧"),
+                turn("assistant", "Zürich ≠ Ζυρίχη 👍🏽 e\u0301")],
     "braces": [turn("user", "{{ messages }} {% endfor %} \\n"), turn("assistant", "{'a': [1]}")],
     "question last": [turn("user", "a"), turn("assistant", "b"), turn("user", "c")],
     "none": [turn("user", "a", name=None), turn("assistant", "b", tool_calls=None)],
@@ -123,8 +124,8 @@ THINKING = {
     "tool": [turn("system", "Be brief."), turn("user", "Weather?"),
              turn("assistant", None, tool_calls=CALL), turn("tool", "sun, \"hot\""),
              turn("assistant", "Sunny.")],
-    "words and a tool": [turn("user", "Weather?"), turn("assistant", "I look.", tool_calls=CALL * 2),
-                         turn("tool", "sun"), turn("assistant", "Sunny.")],
+    "words and a tool": [turn("user", "Weather?"),
+                         turn("assistant", "I look.", tool_calls=CALL * 2), turn("tool", "sun"), turn("assistant", "Sunny.")],
 }
 
 
@@ -140,7 +141,7 @@ def tokenizer(special, added, **kind):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokens.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=340, initial_alphabet=alphabet, show_progress=False))
-    tokens.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    tokens.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     tokens.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
     tokens.post_processor = processors.ByteLevel(trim_offsets=kind.get("trim", False))
     if "bos" in kind:
