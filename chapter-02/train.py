@@ -34,9 +34,9 @@ from peft_files import save_adapter
 CHAPTER = "02"
 # What `auto` sets for the embedded model and data; and for everything else. A learning rate
 # depends on the method: VeRA's two vectors per layer want a far higher one than whole matrices.
-TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 3e-3}, "warmup": 20,
-        "steps": 200, "batch_tokens": 1024, "rank": 8, "alpha": 16.0, "eval_every": 50,
-        "save_every": 100}
+TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}, "warmup": 20,
+        "steps": 220, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
+        "eval_every": 50, "save_every": 100}
 REAL = {"lr": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "warmup": 20, "rank": 16,
         "alpha": 32.0}
 

@@ -38,14 +38,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for rows in _chunks(labels, chunk):
             x = hidden[rows]  # (C, D)
             logits = x @ weight.t()  # (C, V)
-            part, grad = _cross_entropy(logits, labels[rows], wide, any(wanted))
-            loss += part
+            summed, grad = _cross_entropy(logits, labels[rows], wide, any(wanted))
+            loss += summed
             if wanted[0]:
                 grad_hidden[rows] = grad @ weight
             if wanted[1] and x.dtype == wide:
                 grad_weight.addmm_(grad.t(), x)
-            elif wanted[1]:
+            elif wanted[1] and torch.compiler.is_compiling():
                 grad_weight += grad.t() @ x
+            elif wanted[1]:  # in parts, as += makes a float32 copy of what it adds
+                for part, total in zip(grad.split(2**13, dim=1), grad_weight.split(2**13)):
+                    total += part.t() @ x
             del logits, grad  # before the next chunk's are made
         if wanted[1]:
             grad_weight = grad_weight.to(weight_dtype)

@@ -138,7 +138,7 @@ def loss_and_head(tokens, V, D, c, chunk, trained, copy, kernel_joins):
     # has them twice for that moment.
     rows = -(-tokens // -(-tokens // chunk))
     both = c * tokens * D + FLOAT32 * V * D * trained
-    pieces = (2 + narrow) * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
+    pieces = (1 + narrow) * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
     share = (c + FLOAT32) * V * D * narrow * trained
     return both + c * rows * (V + 2 * D) + max(pieces, share), 2 * both - copy
 

@@ -61,8 +61,9 @@ def load(options, source, config, skills):
 
     if options.data == ["tiny"]:
         def of(name, part, count):
-            key = ["tiny", name, part, count, options.seed, tiny.__doc__]
-            return encoded(tiny.records(name, part, count, seed=options.seed), key)
+            key = ["tiny", name, part, count, options.seed]
+            return encoded(tiny.records(name, part, count, seed=options.seed), key,
+                           [tiny.__file__])
 
         train, held_out = of(skills, "train", TINY_DOCUMENTS), of(skills, "eval", 200)
         quizzes = {skills: held_out}

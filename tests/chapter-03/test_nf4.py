@@ -53,6 +53,13 @@ def test_equals_bitsandbytes(name, double):
         assert same(nf4.dequantize_nf4(quantized), golden[f"{kind}.dequantised"])
 
 
+def test_nested_scales_equal_bitsandbytes():
+    """Enough of them that truly nearest codes would differ."""
+    found = nf4._quantize_absmax(golden["scales"])
+    for tensor, part in zip(found, ("absmax", "absmax2", "offset")):
+        assert same(tensor, golden[f"scales.{part}"])
+
+
 def test_pieces_of_a_large_weight_equal_the_whole(monkeypatch):
     torch.manual_seed(0)
     for shape in ((33, 192), (33, 101)):

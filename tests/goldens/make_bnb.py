@@ -24,17 +24,19 @@ OUT = Path(__file__).resolve().parent / "bnb"
 
 
 def awkward_weights():
-    """{name: weight}. Few significant digits in `nested*`: their mean is exact in any order."""
+    """{name: weight}. Few significant digits in `nested`: its mean is exact in any order."""
     torch.manual_seed(0)
     randn = torch.randn
     zero_blocks = randn(6, 64)
     zero_blocks[1::2] = 0
-    ties = torch.linspace(-1, 1, 128).view(2, 64)
-    ties[:, 0] = 1
+    levels = bnb.get_4bit_type("nf4", device="cpu")
+    middles = (levels[:-1] + levels[1:]) / 2
+    ties = torch.zeros(2, 64)
+    ties[:, :16] = torch.cat([torch.ones(1), middles])
     return {
         "float32": randn(8, 64),
         "bfloat16": randn(8, 64).bfloat16(),
-        "float16": randn(8, 64).half(),
+        "float16": randn(4, 64).half(),
         "odd_numel": randn(7, 33),
         "partial_block": randn(5, 100).bfloat16(),
         "partial_columns": randn(16, 96),
@@ -47,9 +49,24 @@ def awkward_weights():
         "subnormal": randn(4, 64) * 1e-40,
         "outlier": torch.cat([randn(3, 64) * 0.01, torch.full((1, 64), 100.0)]),
         "ties": ties,
+        "reciprocal": reciprocal(middles),
         "nested": (randn(65, 256) * 0.02).bfloat16(),
-        "nested_odd": (randn(37, 27) * 0.02).bfloat16(),
     }
+
+
+def reciprocal(middles):
+    """A whole block and a partial one of values whose code depends on how absmax divides them."""
+    row = [1.7]
+    absmax = torch.tensor(row)
+    for middle in middles:
+        x = absmax * middle
+        for _ in range(4):
+            if (x / absmax > middle) != (x * (1 / absmax) > middle):
+                row.append(x.item())
+            x = torch.nextafter(x, absmax)
+    assert 1 < len(row) < 32, len(row)
+    row += [0.0] * (32 - len(row))
+    return torch.tensor([row, [0.0] * 32, row])
 
 
 def dequantised(packed, state):
@@ -76,11 +93,15 @@ def make_tensors():
             kind = f"{name}.{'double' if double else 'single'}"
             tensors[f"{name}.packed"] = packed
             tensors[f"{kind}.absmax"] = state.absmax
-            if double or not name.startswith("nested"):  # those are large
+            if double or name != "nested":  # which is large
                 tensors[f"{kind}.dequantised"] = dequantised(packed, state)
             if double:
                 tensors[f"{kind}.absmax2"] = state.state2.absmax
                 tensors[f"{kind}.offset"] = state.offset.view(1)
+    absmax = (torch.randn(1500).abs() * 4096).round() / 4096  # again an exact mean
+    codes, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+    tensors |= {"scales": absmax, "scales.absmax": codes, "scales.absmax2": state.absmax,
+                "scales.offset": absmax.mean().view(1)}
     save_file({name: value.contiguous().clone() for name, value in tensors.items()},
               OUT / "tensors.safetensors")
 

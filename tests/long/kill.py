@@ -6,7 +6,8 @@
 A small run gets SIGKILL at random moments (up to three times in a row), and in a second sweep ends
 at each call that changes the disk: every write, flush, rename, mkdir, unlink. Each time the next
 start must go on from the newest checkpoint, which must be whole, and the finished run must equal
-an undisturbed one bit for bit: weights, moments, random states, `final/`, logged numbers.
+an undisturbed one bit for bit: weights, moments, random states, `final/`, logged numbers. Two more
+sweeps have each of these calls fail, as on a full and on a broken disk.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from faults import KILLED, end_process
+from faults import KILLED, broken_disk, disk_full, end_process
 
 import small_runs
 
@@ -101,6 +102,24 @@ def every_change(sweep, choose=lambda calls: range(len(calls))):
     return afters
 
 
+def every_failure(sweep, fault, choose=lambda calls: range(len(calls))):
+    """As `every_change`, but the call fails, as on a full or a broken disk: the run must end with
+    one clear line, or go on where that is right; Counter of the exit codes."""
+    sweep.fresh()
+    calls = small_runs.changes_of_the_disk(
+        [*sweep.options, "--out", sweep.run], sweep.chapter)
+    codes = Counter()
+    for at in choose(calls):
+        sweep.fresh()
+        where = f"{fault.__name__} at call {at} of {len(calls)} ({calls[at]})"
+        code, text = sweep.begin(fault=fault, at=at)
+        assert code in (0, 2) and "Traceback" not in text, (where, text)
+        assert code == 0 or text.splitlines()[-1].startswith("error: "), (where, text)
+        codes[code] += 1
+        sweep.finish(where)
+    return codes
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--chapter", default="01")
@@ -120,6 +139,10 @@ def main():
         afters = every_change(sweep, lambda calls: range(0, len(calls), options.every))
         print(f"{afters.total()} runs ended at a change of the disk, each equal afterwards; gone on "
               f"after step: {dict(sorted(afters.items()))}")
+        for fault in (disk_full, broken_disk):
+            codes = every_failure(sweep, fault, lambda calls: range(0, len(calls), options.every))
+            print(f"{codes.total()} runs with {fault.__name__} at a change of the disk: "
+                  f"{codes[2]} ended with one line, {codes[0]} went on; each equal afterwards")
         print(f"{time.monotonic() - began:.0f} s")
 
 

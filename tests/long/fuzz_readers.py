@@ -1,0 +1,350 @@
+"""What `fuzz.py` reads: for each reader a folder of real files, and a function that reads it."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import small_runs
+import torch
+from helpers import GOLDENS, ROOT, load
+
+from common import (
+    cache, checkpoint, cli, datasets, encode, hub, manifest, metrics, presets, state, weights)
+from common.chat import Chat
+from common.errors import UserError, named
+from common.template import Refused
+
+CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
+PEFT, NF4 = load("chapter-02/peft_files.py"), load("chapter-03/bnb_files.py")
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do you do?"},
+        {"role": "assistant", "content": "Well.\nAnd you?"}]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`prepare(folder)` fills it and gives the names to damage, `read(folder)` reads it all."""
+
+    name: str
+    share: float  # of all inputs
+    prepare: Callable
+    read: Callable
+
+
+def copy(source, folder, *names):
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    return list(names)
+
+
+def model_of(family=CHAPTER_1.Qwen3Config, kind=CHAPTER_1.Qwen3ForCausalLM):
+    torch.manual_seed(0)
+    return kind(family.from_dict({**small_runs.CONFIG, "rope_scaling": None}))
+
+
+# --- data sets ---
+
+RECORDS = {
+    "messages.jsonl": {"messages": TALK, "tools": [{"type": "function", "function": {
+        "name": "look", "parameters": {"type": "object", "properties": {}}}}]},
+    "parts.jsonl": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                                 {"role": "assistant", "content": None, "tool_calls": [
+                                     {"function": {"name": "f", "arguments": {"x": 1}}}]}]},
+    "sharegpt.jsonl": {"conversations": [{"from": "human", "value": "Hi"},
+                                         {"from": "gpt", "value": "<think>\na\n</think>\nHo"}]},
+    "alpaca.jsonl": {"instruction": "Add.", "input": "1 2", "output": "3", "system": "s"},
+    "prompt.jsonl": {"prompt": "a", "completion": "b"}, "text.jsonl": {"text": "once upon a time"}}
+
+
+def prepare_data(folder):
+    small_runs.write_inputs(folder / "made")
+    for name, record in RECORDS.items():
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for _ in range(3)))
+        (folder / name.replace("jsonl", "json")).write_text(json.dumps([record] * 2, indent=1))
+    (folder / "data.json").write_text(json.dumps({"data": [RECORDS["prompt.jsonl"]] * 2}))
+    (folder / "book.txt").write_text("Once upon a time\r\nthere was é.\n" * 9)
+    global _chat
+    _chat = Chat.load(folder / "made/model")
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def read_data(folder):
+    """Each file for itself: the records, their tokens, and the columns that a person might name."""
+    for path in sorted(folder.iterdir()):
+        if path.name == "made":
+            continue
+        was = _seen.get(path.name)
+        now = path.lstat().st_ino, path.lstat().st_mtime_ns
+        if was == now:  # as at the start: read once
+            continue
+        failure = None
+        try:
+            encode.encode(datasets.read_records(hub.resolve_data(path)), _chat, 64,
+                          vocab_size=512)
+        except UserError as error:
+            failure = error
+        if failure is None:
+            _seen[path.name] = now
+        elif not str(failure).isprintable():
+            raise failure
+    columns = {"prompt": "instruction", "completion": "output"}
+    for path in folder.glob("alpaca.json*"):
+        for _ in datasets.read_records([path], columns):
+            pass
+
+
+_seen = {}
+
+
+# --- models ---
+
+def prepare_config(folder):
+    (folder / "config.json").write_text(json.dumps({
+        **small_runs.CONFIG, "attention_bias": False, "hidden_act": "silu", "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32}, "sliding_window": None,
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0,
+                            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                            "original_max_position_embeddings": 32}}, indent=1))
+    (folder / "plain").mkdir()
+    (folder / "plain/config.json").write_text(json.dumps(small_runs.CONFIG))
+    return ["config.json", "plain/config.json"]
+
+
+def read_configs(folder):
+    for place in (folder, folder / "plain"):
+        failures = []
+        for family, kind in ((CHAPTER_1.Qwen3Config, CHAPTER_1.Qwen3ForCausalLM),
+                             (CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)):
+            try:
+                values = weights.read_config(place)
+                with named(place / "config.json"):
+                    config = family.from_dict(values)
+                with torch.device("meta"):
+                    kind(config)
+                (place / "out").mkdir(exist_ok=True)
+                weights.write_config(values, place / "out", torch.float32)
+                weights.read_config(place / "out")
+            except UserError as error:
+                failures.append(error)
+        for error in failures:
+            if not str(error).isprintable():
+                raise error
+
+
+def prepare_weights(folder):
+    model = model_of()
+    weights.save_weights(model, small_runs.CONFIG, folder / "single")
+    weights.save_weights(model, small_runs.CONFIG, folder / "shards", max_shard_bytes=20_000)
+    copy(folder / "single", folder, "model.safetensors")
+    for path in (folder / "shards").iterdir():
+        shutil.copyfile(path, folder / path.name)
+    shutil.rmtree(folder / "single")
+    (folder / "one").mkdir()
+    shutil.move(folder / "model.safetensors", folder / "one/model.safetensors")
+    shutil.rmtree(folder / "shards")
+    return [*sorted(path.name for path in folder.iterdir() if path.is_file()
+                    and path.name != "config.json"), "one/model.safetensors"]
+
+
+def read_weights(folder):
+    first = None
+    for place in (folder, folder / "one"):
+        try:
+            weights.load_weights(model_of(), place)
+        except UserError as error:
+            first = first or error
+    if first:
+        raise first
+
+
+def prepare_quantised(folder):
+    return copy(GOLDENS / "bnb/double", folder, *sorted(
+        path.name for path in (GOLDENS / "bnb/double").iterdir()
+        if path.suffix in (".json", ".safetensors")))
+
+
+def read_quantised(folder):
+    for _ in NF4.iter_bnb(folder):
+        pass
+
+
+def prepare_adapter(folder):
+    lora = load("chapter-02/lora.py")
+    names = []
+    for method in ("lora", "dora", "vera"):
+        model = model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)
+        config = lora.AdapterConfig(method=method, rank=2, alpha=4.0)
+        lora.apply_adapter(model, config)
+        PEFT.save_adapter(model, config, folder / method, "tiny")
+        names += [f"{method}/adapter_config.json", f"{method}/adapter_model.safetensors"]
+    return names
+
+
+def read_adapter(folder):
+    first = None
+    for method in ("lora", "dora", "vera"):
+        model = model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)
+        try:
+            PEFT.base_model_name(folder / method)
+            PEFT.load_adapter(model, folder / method)
+        except UserError as error:
+            first = first or error
+    if first:
+        raise first
+
+
+# --- tokenizer and template ---
+
+def prepare_tokenizer(folder):
+    names = copy(ROOT / "common/tiny", folder, "tokenizer.json", "tokenizer_config.json",
+                 "generation_config.json")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {
+        "content": "<|im_end|>", "lstrip": False}, "additional_special_tokens": ["<|im_start|>"]}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").write_text(config["chat_template"])
+    return [*names, "special_tokens_map.json", "chat_template.jinja"]
+
+
+def read_tokenizer(folder):
+    chat = Chat.load(folder)
+    for talk in (TALK, TALK[1:2]):
+        try:
+            ids, _ = chat.encode_messages(talk)
+            chat.decode(ids)
+            chat.encode_prompt(talk[:1])
+        except Refused as error:
+            if not str(error).isprintable():
+                raise
+    chat.decode(chat.encode_text("once")[0])
+
+
+def prepare_template(folder):
+    prepare_tokenizer(folder)
+    (folder / "qwen").mkdir(), (folder / "llama").mkdir()
+    names = ["chat_template.jinja"]
+    for name, source in (("qwen", "qwen3"), ("llama", "llama3")):
+        copy(folder, folder / name, "tokenizer.json", "generation_config.json")
+        source = GOLDENS / "chat" / source
+        template = source / "chat_template.jinja"
+        text = template.read_text() if template.exists() else json.loads(
+            (source / "tokenizer_config.json").read_text())["chat_template"]
+        (folder / name / "chat_template.jinja").write_text(text)
+        names.append(f"{name}/chat_template.jinja")
+    return names
+
+
+def read_template(folder):
+    first = None
+    for place in (folder, folder / "qwen", folder / "llama"):
+        try:
+            read_tokenizer(place)
+        except UserError as error:
+            first = first or error
+    if first:
+        raise first
+
+
+# --- runs ---
+
+def prepare_run(folder):
+    """A run's own files, and a checkpoint whose manifest is put right again after the damage."""
+    model = model_of()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([1, 2]), torch.tensor([0, 2]).int(), 2, torch.tensor([0, 1])).sum().backward()
+    optimizer.step()
+    values = {"step": 2, "next_pack": 2, "tokens": 9, "best_loss": 1.5, "best_step": 2}
+    for step in (2, 4):
+        checkpoint.commit(checkpoint.step_folder(folder, step), lambda tmp: state.save_state(
+            tmp, model, optimizer, values), {"step": step})
+    options = presets.parse(cli.Options, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL,
+                            ["--model", "tiny", "--data", "tiny", "--device", "cpu"])
+    presets.save(options, "01", folder)
+    report = metrics.Metrics(folder, 10, quiet=False)
+    for step in range(1, 6):
+        report.log_step(step, 1.0, 1e-3, 1.0, 10, 0.5)
+    report.log_eval(2, eval_loss=1.0)
+    report.close()
+    (folder / "options.json").write_text(json.dumps(
+        {"lr": 1e-3, "steps": 5, "data": ["tiny"], "model": "tiny", "too_long": "drop"}))
+    return ["train_config.json", "metrics.jsonl", "options.json"]
+
+
+def read_run(folder):
+    def parse(*arguments):
+        return presets.parse(cli.Options, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
+
+    first = None
+    for read in (lambda: parse("--resume", str(folder)),
+                 lambda: parse("--device", "cpu", "--config", str(folder / "options.json")),
+                 lambda: metrics.Metrics(folder, 10, start_step=3, quiet=False).close()):
+        try:
+            read()
+        except UserError as error:
+            first = first or error
+    if first:
+        raise first
+
+
+def prepare_manifest(folder):
+    prepare_run(folder)
+    return [f"step-{step:06d}/{name}" for step in (2, 4) for name in (
+        "manifest.json", "manifest.json", "state.json", "model.safetensors")]
+
+
+def read_manifest(folder):
+    checkpoint.latest(folder)
+    for step in (2, 4):
+        manifest.read_manifest(folder / f"step-{step:06d}")
+        manifest.claims(folder / f"step-{step:06d}")
+    checkpoint.verify(folder / "step-000002")
+    checkpoint.verify(folder / "step-000004")
+
+
+def prepare_state(folder):
+    prepare_run(folder)
+    return [f"step-000004/{name}" for name in (
+        "state.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors")]
+
+
+def read_state(folder):
+    """As if somebody had made the checkpoint so: its manifest agrees."""
+    step = folder / "step-000004"
+    whole = (step / "manifest.json").read_bytes()
+    model = model_of()
+    try:
+        checkpoint.seal(step)
+        newest = checkpoint.latest(folder)
+        if newest is not None:
+            state.load_state(newest, model, torch.optim.AdamW(model.parameters()))
+    finally:
+        (step / "manifest.json").write_bytes(whole)
+
+
+def prepare_cache(folder):
+    made = encode.virtual(3, 100, 20, 0)
+    cache._write(folder / "kept.safetensors", made)
+    return ["kept.safetensors"]
+
+
+def read_cache(folder):
+    found = cache._read(folder / "kept.safetensors", encode.Encoded)
+    if found is not None:
+        for i in range(len(found)):
+            found[i]
+
+
+TARGETS = [
+    Target("data", 4, prepare_data, read_data),
+    Target("config", 4, prepare_config, read_configs),
+    Target("weights", 3, prepare_weights, read_weights),
+    Target("quantised", 1, prepare_quantised, read_quantised),
+    Target("adapter", 2, prepare_adapter, read_adapter),
+    Target("tokenizer", 2, prepare_tokenizer, read_tokenizer),
+    Target("template", 2, prepare_template, read_template),
+    Target("run", 4, prepare_run, read_run),
+    Target("manifest", 2, prepare_manifest, read_manifest),
+    Target("state", 2, prepare_state, read_state),
+    Target("cache", 1, prepare_cache, read_cache),
+]
