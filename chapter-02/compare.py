@@ -28,7 +28,7 @@ from lora import METHODS
 
 TRAIN = Path(__file__).with_name("train.py")
 # The middle of each grid; its other rates are a factor of three away, on both sides.
-CENTRE = {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 3e-3}
+CENTRE = {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}
 
 
 def grid(method, factors):

@@ -7,9 +7,7 @@ give an operator to its bucket by one function, `bucket`, so that both columns m
 """
 
 import contextlib
-import math
 import re
-import time
 from collections import Counter
 from dataclasses import dataclass
 from unittest import mock
@@ -21,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import ceilings
 import loss
 import modeling_llama
 from packing import IGNORE
@@ -48,17 +47,20 @@ def region(name):
 
 @contextlib.contextmanager
 def named_parts(model):
-    """While this is open the model's forward opens the region "forward", and its loss "loss"."""
-    parts = contextlib.ExitStack()
-    handles = [
-        model.model.register_forward_pre_hook(lambda *_: parts.enter_context(region("forward"))),
-        model.model.register_forward_hook(
-            lambda *_: (parts.close(), parts.enter_context(region("loss")))[:0] or None),
-        model.register_forward_hook(lambda *_: parts.close()),
-    ]
+    """While this is open, the model's forward opens the region "forward", and its head "loss"."""
+    part = contextlib.ExitStack()
+
+    def begin(name):
+        part.close()
+        part.enter_context(region(name))
+
+    handles = [model.model.register_forward_pre_hook(lambda *_: begin("forward")),
+               model.model.register_forward_hook(lambda *_: begin("loss")),
+               model.register_forward_hook(lambda *_: part.close())]
     try:
         yield
     finally:
+        part.close()
         for handle in handles:
             handle.remove()
 
@@ -93,9 +95,8 @@ class Op:
 
     name: str
     bucket: str
-    product: tuple  # of a matrix product: (m, k, n, whether each factor is transposed)
+    call: tuple | None  # for `ceilings.alone`
     flops: int
-    dtype: torch.dtype  # the narrowest that it reads or writes
     reads: dict  # storage: bytes
     writes: dict
 
@@ -106,20 +107,25 @@ class Op:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down the operators that run while it is active."""
+    """Writes down the operators that run while it is active; `calls` counts views as well."""
 
     def __init__(self):
         super().__init__()
-        self.ops = []
+        self.ops, self.calls = [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        call = ceilings.call(function, args, kwargs or {})  # before it changes anything
         result = function(*args, **(kwargs or {}))
         name = "::".join(str(function).split(".")[:2])
-        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        if not function.is_view and "empty" not in name and outputs and inputs:
+        outputs = _tensors(result)
+        self.calls += not name.startswith("prim")
+        if outputs and not function.is_view and not re.search("empty|detach|prim", name):
             node = torch._C._current_autograd_node()
             names = [name, *([node.name()] if node else []), *reversed(_open)]
-            self.ops.append(_op(name, bucket(names), inputs, outputs))
+            kind = bucket(names)
+            if kind == "attention":
+                name = kind if kind in names else "attention backward"
+            self.ops.append(_op(name, kind, call, _tensors((args, kwargs)), outputs))
         return result
 
 
@@ -131,22 +137,16 @@ def _storage(tensor):
     return tensor.untyped_storage()._cdata
 
 
-def _op(name, kind, inputs, outputs):
+def _op(name, kind, call, inputs, outputs):
     reads = {_storage(t): t.nbytes for t in inputs}
     writes = {_storage(t): t.nbytes for t in outputs}
     if re.search("embedding$|gather|scatter|index", name):  # a row for each index, not the table
         rows = inputs[-1] if name.endswith("_") else outputs[0]
         reads, writes = {id(rows): rows.nbytes}, {_storage(outputs[0]): rows.nbytes}
-    elif re.search(r"::(copy_|fill_|zero_|zeros_like|ones_like)$", name):
+    elif re.search("::(copy_|fill_|zero_|zeros_like|ones_like)$", name):
         del reads[_storage(inputs[0])]  # what it holds is not looked at
-    product, flops = (), 0
-    if kind == "matrix products":
-        a, b = inputs[-2:]
-        product = (*a.shape[-2:], b.shape[-1], a.stride(-1) != 1, b.stride(-1) != 1)
-        flops = 2 * a.numel() * b.shape[-1]
-    dtype = min((t.dtype for t in (*inputs, *outputs) if t.is_floating_point()),
-                key=lambda dtype: dtype.itemsize, default=torch.float32)
-    return Op(name, kind, product, flops, dtype, reads, writes)
+    flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if kind == "matrix products" else 0
+    return Op(name, kind, call, flops, reads, writes)
 
 
 class _Attention(torch.autograd.Function):
@@ -159,7 +159,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(t.clone() for t in ctx.saved_tensors)
+        q, k, v = ctx.saved_tensors
+        return grad.clone(), torch.empty_like(k), torch.empty_like(v)
 
 
 def record(model, pack):
@@ -208,8 +209,92 @@ def fused(ops):
                 reads.update({s: n for s, n in each.reads.items() if s not in made})
                 made.update(each.writes)
             writes = {s: n for s, n in made.items() if last_use.get(s, 0) >= i}
-            result.append(Op("fused", "element-wise", (), 0, run[0].dtype, reads, writes))
+            result.append(Op("fused", "element-wise", None, 0, reads, writes))
             run = []
         if op is not None:
             result.append(op)
     return result
+
+
+def predict(model, pack, ops, device, optimizer="fused"):
+    """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run.
+
+    The first number is FLOPs and bytes over the two large ceilings; the second adds up what every
+    operator takes alone on its own shapes, and the cost of calling them. `ops` are those of
+    `record`, or `fused` of them.
+    """
+    config, dtype = model.config, model.compute_dtype
+    lengths = tuple(length for length in pack["cu_seqlens"].diff().tolist() if length)
+    width = config.num_attention_heads * config.head_dim
+    pairs = sum(n * n for n in lengths) / 2  # the causal half
+    forward, backward = ceilings.attention(device, dtype, lengths, config.num_attention_heads,
+                                           config.num_key_value_heads, config.head_dim)
+    peak, bandwidth = ceilings.large_product(device, dtype), ceilings.large_copy(device)
+    roofline, alone = Counter(), Counter()
+    for op in ops:
+        if op.bucket == "attention":  # two products; in the backward five
+            again = op.name == "attention backward"
+            roofline[op.bucket] += (5 if again else 2) * 2 * width * pairs / peak
+            alone[op.bucket] += backward if again else forward
+            continue
+        best = op.flops / peak if op.flops else op.bytes / bandwidth
+        roofline[op.bucket] += best
+        alone[op.bucket] += ceilings.alone(device, *op.call) if op.call else best
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    roofline["optimizer"] = trained * (ADAMW_BYTES[optimizer] + CLIP_BYTES) / bandwidth
+    alone["optimizer"] = roofline["optimizer"]
+    alone["idle"] = len(ops) * ceilings.small_operator(device)
+    return {name: (roofline[name], alone[name]) for name in BUCKETS}
+
+
+# --- measured ---
+
+def measure(step, device, trace=None):
+    """Run `step()` under the profiler: seconds by bucket, which add up to those of the step.
+
+    `trace` is a file for the timeline. On a CPU an operator's time is its own, without that of
+    the operators that it calls; on CUDA it is that of its kernels, and idle is what is left.
+    """
+    on_gpu = device.type == "cuda"
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=kinds) as profiler, region("step"):
+        step()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
+    (whole,) = (event for event in events if event.name == "step")
+    times = dict.fromkeys(BUCKETS, 0.0)
+    for event in events:
+        names, above = [event.name], event.cpu_parent
+        while above is not None:
+            names.append(above.name)
+            above = above.cpu_parent
+        if on_gpu:
+            times[bucket(names)] += event.self_device_time_total / 1e6
+        elif names[-1] == "step":
+            times[bucket(names)] += event.self_cpu_time_total / 1e6
+    if on_gpu:
+        times["idle"] = whole.cpu_time_total / 1e6 - sum(
+            seconds for name, seconds in times.items() if name != "idle")
+    return times, len(events)
+
+
+def compare(predicted, measured):
+    """The two as a table, with what the prediction leaves unexplained: the sum of the buckets'
+    differences, so that a bucket too slow does not make up for one too fast. Gives (text, share
+    explained)."""
+    total = sum(measured.values())
+    rest = sum(abs(measured[name] - predicted[name][1]) for name in BUCKETS)
+    lines = [f"{'milliseconds':<18}{'roofline':>12}{'alone':>12}{'measured':>12}{'rest':>12}"]
+    for name in BUCKETS:
+        roofline, alone = predicted[name]
+        lines.append(f"{name:<18}{1e3 * roofline:>12.1f}{1e3 * alone:>12.1f}"
+                     f"{1e3 * measured[name]:>12.1f}{1e3 * (measured[name] - alone):>+12.1f}")
+    sums = [1e3 * sum(predicted[name][i] for name in BUCKETS) for i in (0, 1)]
+    lines.append(f"{'step':<18}{sums[0]:>12.1f}{sums[1]:>12.1f}{1e3 * total:>12.1f}"
+                 f"{1e3 * total - sums[1]:>+12.1f}")
+    lines.append(f"explained {1 - rest / total:.1%}; unexplained {1e3 * rest:.1f} ms, differences of "
+                 "all buckets added up whatever their sign")
+    return "\n".join(lines), 1 - rest / total

@@ -86,7 +86,7 @@ def _cross_entropy(logits, labels, wide, gradient):
         onehot = torch.arange(logits.shape[1], device=logits.device) == target
         return loss, (log_p.exp() - onehot.to(wide)).masked_fill(masked, 0).to(logits.dtype)
     loss = torch.zeros((), dtype=wide, device=logits.device)
-    minus_one = torch.tensor(-1, dtype=wide, device=logits.device)
+    minus_one = target.new_full((), -1, dtype=wide)
     # A few rows at a time, whose float32 copy stays in a CPU's cache (on a GPU: 256 MB).
     size = max(1, (2**21 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
     for rows, goal, out in zip(logits.split(size), target.split(size), masked.split(size)):

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
 TINY = 1e-38  # a block of zeros is divided by this, not by 0
-CHUNK = 2**19  # weights (de)quantised at a time, so that the float32 scratch stays in cache
+CHUNK = 2**19  # weights (de)quantised at a time, so that the float32 scratch stays in cache;
+CUDA_CHUNK = 2**22  # a GPU's cache is larger, and so is the cost of starting a kernel
 
 
 def nf4_levels():
@@ -78,15 +79,16 @@ class NF4Weight:
 def quantize_nf4(weight, double_quant=False):
     """Quantise a floating-point tensor of any shape to an `NF4Weight` on its device.
 
-    Needs no second copy of the weight: 2 MB pieces are converted one after another.
+    Needs no second copy of the weight: pieces of `CHUNK` elements are converted in turn.
     Raises ValueError for a weight with an infinite or NaN element.
     """
     flat = weight.detach().reshape(-1)
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
-    for start in range(0, n, CHUNK):
-        x = flat[start : start + CHUNK].float()
+    chunk = CUDA_CHUNK if flat.is_cuda else CHUNK
+    for start in range(0, n, chunk):
+        x = flat[start : start + chunk].float()
         whole = x.numel() // BLOCK * BLOCK
         blocks, tail = x[:whole].view(-1, BLOCK), x[whole:]
         scale = absmax[start // BLOCK :][: -(-x.numel() // BLOCK)]
@@ -144,8 +146,8 @@ def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, in
     if absmax2 is not None:
         scale2 = absmax2.repeat_interleave(NESTED_BLOCK)[: absmax.shape[0]]
         absmax = F.embedding(absmax.to(index), nested[:, None]).view(-1) * scale2 + offset
-    n = shape.numel()
-    if torch.compiler.is_compiling() or n <= CHUNK or n % BLOCK:
+    n, chunk = shape.numel(), CUDA_CHUNK if packed.is_cuda else CHUNK
+    if torch.compiler.is_compiling() or n <= chunk or n % BLOCK:
         # One kernel when compiled. Blocks need not align with rows, the last may be partial.
         weight = F.embedding(packed.view(-1).to(index), pairs).view(-1)
         if n % BLOCK:
@@ -154,7 +156,7 @@ def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, in
             weight = weight.view(-1, BLOCK) * absmax[:, None]
         return weight.to(dtype).view(shape)
     weight = torch.empty(n, dtype=dtype, device=packed.device).view(-1, BLOCK)
-    step = CHUNK // BLOCK
+    step = chunk // BLOCK
     for start in range(0, len(weight), step):
         codes = packed.view(-1)[start * BLOCK // 2 : (start + step) * BLOCK // 2]
         piece = F.embedding(codes.to(index), pairs).view(-1, BLOCK)

@@ -8,6 +8,7 @@ file, the file over the run that is resumed, and that over the preset.
 import argparse
 import difflib
 import os
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, field, fields
@@ -34,7 +35,7 @@ class Options:
 
     # --- what ---
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
-    init: str = option(None, "start from the checkpoint's weights, or from random ones",
+    init: str = option(None, "weights to start from",
                        choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
                         "or a Hub dataset as owner/name[:file]", many=True)
@@ -57,20 +58,20 @@ class Options:
     grad_accum: int = option(1, "packs per optimizer step and rank", int, least=1)
     max_seq_len: int = option(2048, "longest document in tokens; also bounded by --batch-tokens "
                               "and the model's max_position_embeddings", int, least=2)
-    too_long: str = option("truncate", "what to do with a longer one",
+    too_long: str = option("truncate", "what to do with a longer document",
                            choices=("truncate", "drop", "error"))
     # --- optimization ---
     lr: float = option(None, "highest learning rate", float, least=0)
     min_lr: float = option(0.0, "learning rate at the end of the schedule", float, least=0)
     warmup: int = option(None, "steps over which the learning rate rises linearly", int, least=0)
-    schedule: str = option("cosine", "what follows: wsd stays constant, then falls linearly over "
-                           "the last fifth", choices=("cosine", "linear", "constant", "wsd"))
+    schedule: str = option("cosine", "how it goes on after the warm-up; wsd stays constant, then "
+                           "falls linearly over the last fifth", choices=("cosine", "linear", "constant", "wsd"))
     weight_decay: float = option(0.1, "AdamW's, on matrices only", float, least=0)
     clip: float = option(1.0, "largest gradient norm; 0 switches clipping off", float, least=0)
     # --- machine ---
-    dtype: str = option("auto", "dtype of the computation; the weights that are trained stay "
-                        "float32", choices=("auto", "bfloat16", "float32"))
-    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "of the computation (weights that are trained stay float32); "
+                        "auto takes bfloat16 where the hardware has it", choices=("auto", "bfloat16", "float32"))
+    device: str = option("auto", "where to compute; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
     seed: int = option(0, "fixes the initial weights, the order of the data and dropout", int,
                        least=0)
     # --- reports and checkpoints ---
@@ -91,6 +92,9 @@ def nearest(word, candidates):
     """' (did you mean X?)' for the candidate that resembles `word`, or nothing."""
     match = difflib.get_close_matches(word, list(candidates), 1)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+NAMES = {int: "N", float: "X"}  # what --help calls a value
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,14 +130,22 @@ def check(options_class, name, value, source):
     return value
 
 
+def help_formatter(prog):
+    """Help in two columns, no wider than a person reads easily."""
+    width = min(100, shutil.get_terminal_size().columns)
+    return argparse.HelpFormatter(prog, max_help_position=26, width=width)
+
+
 def read_flags(options_class, description, argv):
     """What was typed, as a dict; options that were not typed are absent."""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, 26, 80))
+    parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
+                    argument_default=argparse.SUPPRESS, formatter_class=help_formatter)
     for f in fields(options_class):
         meta, flag = f.metadata, "--" + f.name.replace("_", "-")
         text = meta["text"]
-        if f.default not in (None, False):
+        if meta["choices"]:
+            text += f": {', '.join(meta['choices'])}"
+        if f.default not in (None, False) and "default" not in text:
             default = " ".join(f.default) if meta["many"] else f.default
             text += f" (default: {default})"
         if meta["kind"] is bool:
@@ -141,7 +153,7 @@ def read_flags(options_class, description, argv):
             parser.add_argument(flag, action=action, help=text)
         else:
             parser.add_argument(flag, type=meta["kind"], nargs="+" if meta["many"] else None,
-                                metavar="|".join(meta["choices"] or [f.name.upper()]), help=text)
+                                metavar=NAMES.get(meta["kind"], "TEXT"), help=text)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [name for name in parser._option_string_actions if name.startswith("--")]

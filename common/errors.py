@@ -3,11 +3,24 @@
 from contextlib import contextmanager
 
 
+LONGEST = 2000  # characters of a message
+
+
 class UserError(Exception):
     """Wrong input of any kind. Its text is one line that says where, what, and what to do.
 
-    Scripts print it as `error: ...` and end with exit code 2 (see `common.cli.run`).
+    Scripts print it as `error: ...` and end with exit code 2 (see `common.cli.run`). Whatever of a
+    hostile file is quoted in it, it stays one line that cannot command a terminal.
     """
+
+    def __str__(self):
+        return printable(super().__str__(), LONGEST)
+
+
+def printable(text, limit):
+    """At most `limit` characters of a text, control characters spelled out."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return shown if len(text) <= limit else shown + "…"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ _WHOLE = (
 _REAL = ("rms_norm_eps", "initializer_range")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _TEXTS = ("model_type", "hidden_act")
+LARGEST = 2**25  # bytes of a JSON file; the index of a model of 700 billion parameters has 9 MB
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 def read_config(path):
@@ -55,10 +56,14 @@ def write_config(config, path, dtype):
 def read_json(file):
     """The JSON object in `file` as a dict; anything else is a UserError that says where."""
     try:
+        if Path(file).exists() and not Path(file).is_file():  # say, a link to a device
+            raise UserError(f"{file}: not a regular file")
+        if Path(file).stat().st_size > LARGEST:
+            raise UserError(f"{file}: larger than {LARGEST >> 20} MiB; is it the right file?")
         value = json.loads(Path(file).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8; numbers, nesting beyond all limits
         raise UserError(f"{file}: not valid JSON: {error}") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error

@@ -50,7 +50,18 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     options.dtype = str(cli.choose_dtype(options.dtype, device)).removeprefix("torch.")
     if options.lr < options.min_lr:
         raise UserError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}")
+    _say(_summary(options))
     return options
+
+
+def _summary(options):
+    """What was resolved: a line, or with --dry-run every option."""
+    if options.dry_run:
+        return "\n".join(f"{name:<22} {value}" for name, value in asdict(options).items())
+    steps = f"{options.steps} steps" if options.steps else f"{options.epochs} epoch(s)"
+    return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}: {steps} of "
+            f"{options.grad_accum} x {options.batch_tokens} tokens, learning rate {options.lr:g}, "
+            f"{options.dtype} on {options.device}")
 
 
 def _choose_model_and_data(options, chapter, device, tiny, real):

@@ -10,7 +10,7 @@ import os
 
 import jinja2
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.sandbox import Exceeded, Sandbox
 
 MEMORY = 256 * 2**20      # bytes by which a rendering may enlarge the process
@@ -81,8 +81,7 @@ class Template:
 def one_line(error, limit=200):
     """An exception, or any value, as one printable line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit + 1])
-    return text if len(text) <= limit else text[:limit] + "…"
+    return printable(text, limit)
 
 
 _STATM = "/proc/self/statm"  # the first of its numbers is the size of this process, in pages

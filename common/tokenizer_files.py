@@ -97,6 +97,8 @@ def call(what, function, *arguments, **keywords):
 
 def _read(path):
     try:
+        if path.exists() and not path.is_file():  # say, a link to a device
+            raise UserError(f"{path}: not a regular file")
         if path.stat().st_size > LARGEST:
             raise UserError(f"{path}: larger than {LARGEST >> 20} MiB; is it the right file?")
         return path.read_bytes()

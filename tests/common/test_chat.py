@@ -15,7 +15,7 @@ from helpers import GOLDENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors
 
-from common import masks, template
+from common import masks, template, tokenizer_files
 from common.chat import Chat
 from common.errors import UserError
 from common.template import Refused, Template
@@ -315,6 +315,33 @@ def test_a_hostile_template_ends_soon_with_one_line(tmp_path, source):
         chat.encode_messages(talk("a", "b"))
     assert time.process_time() - start < 5
     assert "\n" not in str(caught.value) and "chat" in str(caught.value)
+
+
+def test_bounds_that_hold_without_a_memory_limit(monkeypatch):
+    monkeypatch.setattr(template, "_enforced", False)
+    grow = "{% set s = namespace(x=[1, 2]) %}{% for i in range(40) %}{% set s.x = @ %}{% endfor %}"
+    for source, why in (
+            ("{{ 'x' * 10**9 }}", "repeats"), ("{{ 10**9 * 'x' }}", "repeats"),
+            ("{{ [1] * 10**9 }}", "repeats"), ("{{ 9 ** 9999 }}", "huge power"),
+            (grow.replace("[1, 2]", "9").replace("@", "s.x * s.x"), "huge number"),
+            (grow.replace("@", "s.x + s.x"), "builds"), (grow.replace("@", "[s.x, s.x]"), "builds"),
+            (grow.replace("[1, 2]", "'ab'").replace("@", "s.x ~ s.x"), "builds"),
+            ("{% for i in range(99999) %}0123456789{% endfor %}" * 3, "writes more than")):
+        with pytest.raises(UserError, match=why):
+            Template(source, "t").render({}, 0)
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_and_ctrl_c_is_not():
+    class PanicException(BaseException):  # as pyo3's, no Exception
+        pass
+
+    def fail(error):
+        raise error
+
+    with pytest.raises(UserError, match="tokenizer.json: byte index 1 is wrong"):
+        tokenizer_files.call("tokenizer.json", fail, PanicException("byte index\n1 is wrong"))
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer_files.call("tokenizer.json", fail, KeyboardInterrupt())
 
 
 def test_a_template_reaches_nothing_outside(tmp_path):

@@ -73,6 +73,17 @@ def test_what_cannot_be_used_is_skipped_counted_and_named(chat, capsys):
     assert all(note in said for note in encoded.notes) and "data: 2 documents" in said
 
 
+def test_a_trained_first_token_is_nothing_to_train_on(tmp_path):
+    """Nothing predicts it: the loss of such a document would be an empty sum."""
+    shutil.copytree(GOLDENS / "chat" / "qwen3", tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").unlink()
+    chat = Chat.load(tmp_path / "t")
+    turns = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
+    assert chat.encode_messages(turns)[1] == [True, False, False]
+    with pytest.raises(UserError, match="1 skipped, nothing in it to train on"):
+        encode.encode([{"messages": turns}], chat, 100)
+
+
 @pytest.mark.parametrize("records", [
     [talk("a", "")], [{"text": ""}], [talk("<|im_end|>", "a")], [],
     [{"messages": [{"role": "user", "content": "a"}]}]])

@@ -124,6 +124,7 @@ THINKING = {
     "tool": [turn("system", "Be brief."), turn("user", "Weather?"),
              turn("assistant", None, tool_calls=CALL), turn("tool", "sun, \"hot\""),
              turn("assistant", "Sunny.")],
+    "tool at the end": [turn("user", "Weather?"), turn("assistant", "", tool_calls=CALL)],
     "words and a tool": [turn("user", "Weather?"),
                          turn("assistant", "I look.", tool_calls=CALL * 2), turn("tool", "sun"), turn("assistant", "Sunny.")],
 }

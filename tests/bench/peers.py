@@ -1,0 +1,214 @@
+"""Ours and the others on the same work, side by side: time, memory, losses. Development only.
+
+    pip install transformers peft bitsandbytes trl datasets      (the peers; each may be missing)
+    python tests/bench/peers.py --size mid --kind all --out peers.json
+    python tests/bench/peers.py --size tiny --dtype float32      (are the losses the same?)
+
+All rows begin with the same weights and see the same documents in the same order, and have the
+same optimizer (fused AdamW; dense: on float32 masters), clipping and threads. They take turns step
+by step, another one first each time, so that a busy moment of the machine hits all. Only the
+documents' tokens count: padding, ours or theirs, is no work done. Prints Markdown; --out is JSON.
+With --dtype float32 the exit code is 1 if losses differ by more than 1e-3, relative.
+"""
+
+import argparse
+import ctypes
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
+                str(Path(__file__).parents[2])]
+from contestants import SIZES, WARM, config_of, ours, peer, trl_row
+from helpers import load
+from report import conditions, show_conditions, table, write
+
+from common import weights
+from common.encode import virtual
+from common.memory import LivePeak
+
+TOLERANCE = 1e-3  # relative, of the losses in float32
+
+
+# --- measuring ---
+
+def resident(key):
+    """VmRSS or VmHWM of this process, in bytes."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith(key))
+
+
+def memory(row, documents):
+    """Peak bytes of one step of a row, its model and optimizer included, those of the other rows
+    not: live tensors, and resident (on Linux, where the high-water mark can be reset)."""
+    state = {}
+    for thing in (*row.model.parameters(), *row.model.buffers(),
+                  *(v for s in row.optimizer.state.values() for v in s.values())):
+        storage = thing.untyped_storage()
+        state[storage.data_ptr()] = storage.nbytes()
+    held = sum(state.values())
+    row.figures["resident_bytes"] = None
+    if Path("/proc/self/clear_refs").exists():
+        ctypes.CDLL(None).malloc_trim(0)  # else it would use what another row has left behind
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        row.step(documents)
+        row.figures["resident_bytes"] = held + resident("VmHWM") - before
+    with LivePeak() as live:
+        row.step(documents)
+    row.figures["live_bytes"] = held + live.grown
+
+
+def measure(rows, packs, options):
+    """Train all rows on `packs`, taking turns, and fill in their figures."""
+    for row in rows:
+        trained = [p for p in row.model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+                  {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}]
+        row.optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
+                                          lr=options.lr, betas=(0.9, 0.95), fused=True)
+    for number, documents in enumerate(packs):
+        for turn in range(len(rows)):
+            row = rows[(number + turn) % len(rows)]
+            started = time.perf_counter()
+            row.losses.append(row.step(documents))
+            row.seconds.append(time.perf_counter() - started)
+    tokens = [sum(len(ids) for ids, _ in documents) for documents in packs]
+    for row in rows:
+        # Median seconds per token of each repeat, so that the repeats can be compared.
+        costs = [seconds / count for seconds, count in zip(row.seconds, tokens)][WARM:]
+        repeats = [1 / statistics.median(costs[i:i + options.steps])
+                   for i in range(0, len(costs), options.steps)]
+        middle = statistics.median(repeats)
+        row.figures |= {"tokens_per_second": middle, "repeats": repeats, "losses": row.losses,
+                        "step_seconds": row.seconds,
+                        "spread": (max(repeats) - min(repeats)) / middle}
+        memory(row, packs[-1])
+
+
+# --- reporting ---
+
+def report(kind, rows):
+    """Print every row, with its tokens/s and memory over those of each peer."""
+    peers = [row for row in rows if not row.ours and row.losses]
+    lines = []
+    for row in rows:
+        f = row.figures
+        if not row.losses:
+            rate = f"{f['tokens_per_second']:.0f}" if f else row.missing
+            lines.append([row.name, rate, *[""] * (3 + 2 * len(peers))])
+            continue
+        f["over"] = {p.name: {
+            "tokens_per_second": statistics.median(
+                a / b for a, b in zip(f["repeats"], p.figures["repeats"])),
+            "live_bytes": f["live_bytes"] / p.figures["live_bytes"]} for p in peers}
+        rss = f["resident_bytes"]
+        lines.append([
+            row.name, f"{f['tokens_per_second']:.0f}", f"{f['spread']:.0%}",
+            f"{f['live_bytes'] / 1e6:.0f}", "unknown" if rss is None else f"{rss / 1e6:.0f}",
+            *(f"{o[key]:.2f}x" for o in f["over"].values()
+              for key in ("tokens_per_second", "live_bytes"))])
+    print(f"\n### {kind}")
+    table(["row", "tokens/s", "spread", "peak live MB", "peak resident MB",
+           *(f"{what} / {p.name}" for p in peers for what in ("tokens/s", "live"))], lines)
+
+
+def compare_losses(rows):
+    """Print the losses of steps 1 to 20 side by side; gives the largest relative difference of
+    one of ours from a peer's, None without a peer."""
+    rows = [row for row in rows if row.losses]
+    table(["step", *(row.name for row in rows)],
+          [[i + 1, *(f"{row.losses[i]:.5f}" for row in rows)]
+           for i in range(min(20, len(rows[0].losses)))])
+    gaps = [abs(a / b - 1) for mine in rows if mine.ours for peer in rows if not peer.ours
+            for a, b in zip(mine.losses[:20], peer.losses[:20])]
+    worst = max(gaps, default=None)
+    if worst is not None:
+        print(f"\nlargest relative difference of ours from a peer's, 20 steps: {worst:.1e}")
+    return worst
+
+
+# --- the work ---
+
+def contestants(kind, folder, dtype, shape, documents, options):
+    """The rows of one kind."""
+    adapters = {}  # first values of A, drawn by ours
+    if kind == "dense":
+        rows = [ours(1, kind, folder, dtype), ours(3, kind, folder, dtype),
+                ours(3, kind, folder, dtype, shape),
+                peer("transformers, packed", kind, folder, dtype, adapters),
+                peer("transformers, padded", kind, folder, dtype, adapters, padded=True)]
+    elif kind == "lora":
+        rows = [ours(2, kind, folder, dtype, adapters=adapters),
+                ours(3, kind, folder, dtype, shape),
+                peer("PEFT, packed", kind, folder, dtype, adapters,
+                     needs=("transformers", "peft"))]
+    else:
+        rows = [ours(3, kind, folder, dtype, adapters=adapters),
+                ours(3, kind, folder, dtype, shape),
+                # QLoRA's own price: the same adapters beside a 16-bit base.
+                ours(3, "lora", folder, dtype, shape),
+                peer("bitsandbytes and PEFT, packed", kind, folder, dtype, adapters,
+                     needs=("transformers", "peft", "bitsandbytes", "accelerate"))]
+    measure([row for row in rows if not row.missing], documents, options)
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="mid")
+    parser.add_argument("--kind", choices=("dense", "lora", "qlora", "all"), default="all")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
+    parser.add_argument("--out", help="file for the figures, as JSON")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    dtype, budget = getattr(torch, options.dtype), SIZES[options.size][0]
+    packing, modeling = (load(f"chapter-03/{name}.py") for name in ("packing", "modeling_llama"))
+    config, found = config_of(options.size), conditions()
+
+    # Half of the documents are shorter than a sixteenth of a pack, the longest is a quarter.
+    documents = virtual(4000, config["vocab_size"], budget // 4, seed=0)
+    sampler = packing.PackSampler(documents.lengths, budget, seed=0)
+    count = WARM + options.steps * options.repeats
+    packs = [[documents[i] for i in sampler.pack(n)] for n in range(count)]
+    shape = packing.StaticShape.of([documents.lengths], budget, budget // 4)
+    show_conditions(found)
+    padded = sum(len(pack) * max(len(ids) for ids, _ in pack) for pack in packs)
+    real = sum(len(ids) for pack in packs for ids, _ in pack)
+    print(f"\n{options.size}: {options.dtype}, packs of at most {budget} tokens in "
+          f"{sum(map(len, packs)) / count:.0f} documents, {padded / real:.1f} times as many when "
+          f"padded; median of {options.repeats} repeats of {options.steps} steps")
+
+    figures, worst = {}, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.manual_seed(0)
+        model = modeling.LlamaForCausalLM(modeling.LlamaConfig.from_dict(config))
+        weights.save_weights(model, config, scratch)
+        del model
+        for kind in ("dense", "lora", "qlora") if options.kind == "all" else (options.kind,):
+            rows = contestants(kind, scratch, dtype, None if options.no_compile else shape, packs,
+                               options)
+            if kind == "dense":
+                rows.append(trl_row(scratch, documents, options))
+            report(kind, rows)
+            worst = max(worst, compare_losses(rows) or 0)
+            figures[kind] = {row.name: row.figures or row.missing for row in rows}
+    write(options.out, {**found, "options": vars(options), "figures": figures})
+    if options.dtype == "float32" and worst > TOLERANCE:
+        print(f"not the same work: {worst:.1e} is more than {TOLERANCE:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What the benchmarks share: where and with what a number was measured, tables, JSON."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
+
+
+def conditions():
+    """Machine, versions, threads, date and command, without which a number says nothing."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    command = " ".join(["python", "tests/bench/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions,
+            "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "command": command}
+
+
+def machine():
+    """The processor's name and what it multiplies bfloat16 with; the GPU's name if there is one."""
+    names = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    cpu = Path("/proc/cpuinfo")
+    found = cpu.exists() and re.search(r"model name\s*: (.+)", cpu.read_text())
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = next((name for name in ("amx_bf16", "avx512_bf16") if able.get(name)), "no fast bf16")
+    names.append(f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores, {fast}")
+    return "; ".join(names)
+
+
+def show_conditions(found):
+    """One Markdown line of what `conditions` found, load of the machine included."""
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    print(f"{found['machine']}, {found['threads']} threads, load {load}; {versions}; "
+          f"{found['date']}\n\n    {found['command']}")
+
+
+def table(columns, rows):
+    """Print a Markdown table."""
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def write(path, figures):
+    """Write what was measured as JSON, if a path is given."""
+    if path:
+        Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
