@@ -64,10 +64,12 @@ def evaluate(model, dataset, options):
     """Mean loss per labelled token of `dataset`. Every rank computes the whole of it."""
     sampler = PackSampler(dataset.lengths, options.batch_tokens, seed=None)
     total, targets = 0.0, 0
+    model.eval()
     for index in range(sampler.packs_in(1)):
         pack = packed_sequence_collate_fn([dataset[i] for i in sampler.pack(index)])
         targets += int((pack["labels"] != IGNORE).sum())
         total += loss_sum(model, to_device(pack, options.device)).item()
+    model.train()
     return total / max(1, targets)
 
 

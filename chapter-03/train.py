@@ -101,7 +101,7 @@ def to_device(pack, device):
             for name, value in pack.items()}
 
 
-# Changed from chapter-01: without dropout; static shapes.
+# Changed from chapter-02: static shapes; the model gives the loss.
 @torch.no_grad()
 def evaluate(model, dataset, options, shape):
     """Mean loss per labelled token of `dataset`. Every rank computes the whole of it."""

@@ -40,6 +40,7 @@ class Row:
     model: object = None
     loss: object = None
     missing: str = ""  # why there are no figures
+    same: bool = True  # its losses should be the others'
     optimizer: object = None
     seconds: list = field(default_factory=list)
     losses: list = field(default_factory=list)
@@ -100,17 +101,17 @@ def ours(chapter, kind, folder, dtype, shape=None, adapters=None):
         total = model(**pack) if chapter == 3 else part["train"].loss_sum(model, pack)
         return total / targets
 
-    how = {True: "compiled", False: "eager"}[shape is not None]
+    how = "eager" if shape is None else "compiled"
     return Row(f"chapter {chapter}, {how}" + (", NF4" if kind == "qlora" else ""), True, model, loss)
 
 
 # --- peers ---
 
-def transformers_model(kind, folder, dtype, adapters):
+def transformers_model(kind, folder, dtype, adapters, pure):
     """transformers' model: float32 masters, or a frozen base in `dtype` or 4 bits under PEFT."""
     from transformers import AutoModelForCausalLM
 
-    stored = torch.float32 if kind == "dense" else dtype
+    stored = torch.float32 if kind == "dense" and not pure else dtype
     extra = {}
     if kind == "qlora":
         from transformers import BitsAndBytesConfig
@@ -131,13 +132,13 @@ def transformers_model(kind, folder, dtype, adapters):
     return model.train()
 
 
-def peer(name, kind, folder, dtype, adapters, padded=False, needs=("transformers",)):
-    """A row of transformers in a plain loop, or why there is none."""
+def peer(name, kind, folder, dtype, adapters, padded=False, pure=False, needs=("transformers",)):
+    """A row of transformers in a plain loop, or why there is none. `pure`: no float32 masters."""
     absent = [package for package in needs if importlib.util.find_spec(package) is None]
     if absent:
         return Row(name, False, missing=f"not installed: {', '.join(absent)}")
     try:
-        model = transformers_model(kind, folder, dtype, adapters)
+        model = transformers_model(kind, folder, dtype, adapters, pure)
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
         return Row(name, False, missing=f"does not run here: {str(error).splitlines()[0][:90]}")
     pad, packing = torch.nn.utils.rnn.pad_sequence, load("chapter-01/packing.py")
@@ -155,12 +156,12 @@ def peer(name, kind, folder, dtype, adapters, padded=False, needs=("transformers
 
     def loss(documents, targets):
         fields, labels = inputs_of(documents)
-        mixed = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        mixed = torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not pure)
         with mixed:
             logits = model(**fields, use_cache=False).logits.flatten(0, 1)
         return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum") / targets
 
-    return Row(name, False, model, loss)
+    return Row(name, False, model, loss, same=not pure)
 
 
 def trl_row(folder, documents, options):

@@ -125,7 +125,8 @@ def compare_losses(rows):
     table(["step", *(row.name for row in rows)],
           [[i + 1, *(f"{row.losses[i]:.5f}" for row in rows)]
            for i in range(min(20, len(rows[0].losses)))])
-    gaps = [abs(a / b - 1) for mine in rows if mine.ours for peer in rows if not peer.ours
+    gaps = [abs(a / b - 1) for mine in rows if mine.ours and mine.same
+            for peer in rows if not peer.ours and peer.same
             for a, b in zip(mine.losses[:20], peer.losses[:20])]
     worst = max(gaps, default=None)
     if worst is not None:
@@ -138,21 +139,22 @@ def compare_losses(rows):
 def contestants(kind, folder, dtype, shape, documents, options):
     """The rows of one kind."""
     adapters = {}  # first values of A, drawn by ours
+    compiled = [] if shape is None else [ours(3, kind, folder, dtype, shape)]
     if kind == "dense":
-        rows = [ours(1, kind, folder, dtype), ours(3, kind, folder, dtype),
-                ours(3, kind, folder, dtype, shape),
+        rows = [ours(1, kind, folder, dtype), ours(3, kind, folder, dtype), *compiled,
                 peer("transformers, packed", kind, folder, dtype, adapters),
                 peer("transformers, padded", kind, folder, dtype, adapters, padded=True)]
+        if dtype != torch.float32:  # less exact, and less work, than any of ours
+            rows.append(peer("transformers, packed, without masters", kind, folder, dtype, adapters,
+                             pure=True))
     elif kind == "lora":
-        rows = [ours(2, kind, folder, dtype, adapters=adapters),
-                ours(3, kind, folder, dtype, shape),
+        rows = [ours(2, kind, folder, dtype, adapters=adapters), *compiled,
                 peer("PEFT, packed", kind, folder, dtype, adapters,
                      needs=("transformers", "peft"))]
     else:
-        rows = [ours(3, kind, folder, dtype, adapters=adapters),
-                ours(3, kind, folder, dtype, shape),
-                # QLoRA's own price: the same adapters beside a 16-bit base.
-                ours(3, "lora", folder, dtype, shape),
+        beside = ours(3, "lora", folder, dtype, shape)  # the same without NF4: what that costs
+        beside.name, beside.same = "LoRA, " + beside.name, False
+        rows = [ours(3, kind, folder, dtype, adapters=adapters), *compiled, beside,
                 peer("bitsandbytes and PEFT, packed", kind, folder, dtype, adapters,
                      needs=("transformers", "peft", "bitsandbytes", "accelerate"))]
     measure([row for row in rows if not row.missing], documents, options)

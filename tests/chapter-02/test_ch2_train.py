@@ -156,3 +156,15 @@ def test_dry_run_counts_the_adapter(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "adapters" in process.stdout and "%" in process.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_is_without_dropout(tmp_path, data):
+    """The same weights score the same twice, whatever --dropout is."""
+    scores = []
+    for dropout in ("0", "0.5"):
+        run = tmp_path / dropout
+        train.main([*arguments(data, "--dropout", dropout, "--lr", "0", "--steps", "1",
+                               "--eval-every", "1"), "--out", str(run)])
+        lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+        scores += [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(scores) == 2 and scores[0] == scores[1]

@@ -155,7 +155,7 @@ def results(tmp_path_factory):
                       "c10d", "--rdzv-endpoint", "localhost:0", script, out[2]),
         *start_ranks(script, 3, out[3])]
     for process in processes:
-        output = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
     return {world: load_file(path) for world, path in out.items()}
 
