@@ -217,8 +217,9 @@ def main(argv=None):
     prepare.show_answers(data, after, "after", say)
     if data.scored:
         metrics.log_eval(total_steps, eval_loss=eval_loss, **prepare.exact_match(after))
-    say(f"wrote {run / 'final'}: a Hugging Face model folder. Ask it something:\n"
-        f"  python chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")
+    say(f"wrote {run / 'final'}: a Hugging Face model folder")
+    if data.chat is not None:
+        say(f"ask it: python chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")
     metrics.close()
     distributed.stop()
     return 0

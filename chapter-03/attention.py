@@ -21,13 +21,13 @@ T / BLOCK of them, be the documents few and long or many and short. As in FlashA
 
 import torch
 
-BLOCK = 128  # queries at a time: more compute more that is masked, fewer are small products
+BLOCK = 128
 
 
 def _blocks(cu_seqlens, dtype):
     """(first, end, begin of the keys, mask (queries, keys) of 0 and -inf) of each block."""
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())  # (T,) where one's document is
-    begins, positions = starts[::BLOCK].tolist(), torch.arange(len(starts), device=starts.device)
+    begins, positions = (starts[::BLOCK] // BLOCK * BLOCK).tolist(), torch.arange(len(starts), device=starts.device)
     for number, begin in enumerate(begins):
         first = number * BLOCK
         end = min(first + BLOCK, len(starts))
@@ -45,13 +45,13 @@ def _probabilities(q, k, mask, scale):
 
 
 def _heads_first(x, heads):
-    """(T, H, d) -> (K, T, G·d) with the G = H / K query heads of each key/value head together."""
-    return x.unflatten(1, (heads, -1)).transpose(0, 1).flatten(2).contiguous()
+    """(T, H, d) -> (K, T·G, d), G = H / K: the query heads of a key/value head are its rows."""
+    return x.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
 def _tokens_first(x, like):
-    """(K, T, G·d) -> (T, H, d)."""
-    return x.transpose(0, 1).contiguous().view(like.shape)
+    """(K, T·G, d) -> (T, H, d)."""
+    return x.unflatten(1, (len(like), -1)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
 @torch.library.custom_op("bareloop::block_attention", mutates_args=())
@@ -61,12 +61,13 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
     One operator to autograd, to the compiler and to selective checkpointing; none looks inside.
     """
-    (_, heads, d), like = k.shape, q
-    q, k, v = (_heads_first(x, heads) for x in (q, k, v))
+    (_, K, d), G, like = k.shape, q.shape[1] // k.shape[1], q
+    q, k, v = (_heads_first(x, K) for x in (q, k, v))
     output = torch.empty_like(q)
     for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):
-        p = _probabilities(q[:, first:end].reshape(heads, -1, d), k[:, begin:end], mask, d**-0.5)
-        output[:, first:end] = torch.bmm(p, v[:, begin:end]).view(heads, end - first, -1)
+        rows = slice(first * G, end * G)
+        p = _probabilities(q[:, rows], k[:, begin:end], mask, d**-0.5)
+        output[:, rows] = torch.bmm(p, v[:, begin:end])
     return _tokens_first(output, like)
 
 
@@ -75,20 +76,19 @@ def block_attention_backward(
         gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
-    (_, heads, d), like_q, like_k = k.shape, q, k
-    gradient, q, k, v = (_heads_first(x, heads) for x in (gradient, q, k, v))
+    (_, K, d), G, like_q, like_k = k.shape, q.shape[1] // k.shape[1], q, k
+    gradient, q, k, v = (_heads_first(x, K) for x in (gradient, q, k, v))
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
                       for x in (k, v))  # the sum of several blocks'
     for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):
-        q_b, gradient_b = (x[:, first:end].reshape(heads, -1, d) for x in (q, gradient))
-        k_b, v_b = k[:, begin:end], v[:, begin:end]
-        p = _probabilities(q_b, k_b, mask, d**-0.5)
-        grad_v[:, begin:end] += torch.bmm(p.transpose(1, 2), gradient_b)
-        grad_p = torch.bmm(gradient_b, v_b.transpose(1, 2))
+        rows, keys = slice(first * G, end * G), slice(begin, end)
+        p = _probabilities(q[:, rows], k[:, keys], mask, d**-0.5)
+        grad_v[:, keys] += torch.bmm(p.transpose(1, 2), gradient[:, rows])
+        grad_p = torch.bmm(gradient[:, rows], v[:, keys].transpose(1, 2))
         grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(d**-0.5)
-        grad_q[:, first:end] = torch.bmm(grad_s, k_b).view(heads, end - first, -1)
-        grad_k[:, begin:end] += torch.bmm(grad_s.transpose(1, 2), q_b)
+        grad_q[:, rows] = torch.bmm(grad_s, k[:, keys])
+        grad_k[:, keys] += torch.bmm(grad_s.transpose(1, 2), q[:, rows])
     return (_tokens_first(grad_q, like_q),
             *(_tokens_first(x.to(k.dtype), like_k) for x in (grad_k, grad_v)))
 

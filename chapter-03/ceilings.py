@@ -15,16 +15,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from modeling_llama import varlen_attention
 
 
-def duration(function, device, repeats=5):
-    """Seconds of a call: the median of a few, after one that does not count. On CUDA each is ten
-    calls in a row, so that the wait for the first does not count either."""
+def duration(function, device, prepare=None, repeats=5):
+    """Seconds of a call: the median of a few, after one that does not count.
+
+    `prepare` runs before each, outside the time. On CUDA each is ten calls in a row, so that the
+    wait for the first does not count either.
+    """
     calls, times = 10 if device.type == "cuda" else 1, []
     for _ in range(repeats + 1):
+        if prepare is not None:
+            prepare()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
@@ -114,4 +119,18 @@ def alone(device, function, leaves, tree):
 
     args, kwargs = tree_unflatten(
         [make(leaf) if isinstance(leaf, Layout) else leaf for leaf in leaves], tree)
-    return duration(lambda: function(*args, **kwargs), device)
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    first = inputs[0].clone() if inputs else None
+
+    def prepare():
+        if "_." in str(function):  # in place: e to the e to the e ... is soon no number
+            inputs[0].copy_(first)
+        if device.type == "cpu":
+            _flush()
+
+    return duration(lambda: function(*args, **kwargs), device, prepare)
+
+
+_FLUSH=torch.ones(2**24)
+def _flush():
+    _FLUSH.add_(1)

@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
                 str(Path(__file__).parents[2])]
 from contestants import SIZES, WARM, config_of, ours, peer, trl_row
 from helpers import load
-from report import conditions, show_conditions, table, write
+from report import adamw, conditions, held_bytes, importable, show_conditions, table, write
 
 from common import weights
 from common.encode import virtual
@@ -46,12 +46,7 @@ def resident(key):
 def memory(row, documents):
     """Peak bytes of one step of a row, its model and optimizer included, those of the other rows
     not: live tensors, and resident (on Linux, where the high-water mark can be reset)."""
-    state = {}
-    for thing in (*row.model.parameters(), *row.model.buffers(),
-                  *(v for s in row.optimizer.state.values() for v in s.values())):
-        storage = thing.untyped_storage()
-        state[storage.data_ptr()] = storage.nbytes()
-    held = sum(state.values())
+    held = held_bytes(row.model, row.optimizer)
     row.figures["resident_bytes"] = None
     if Path("/proc/self/clear_refs").exists():
         ctypes.CDLL(None).malloc_trim(0)  # else it would use what another row has left behind
@@ -67,11 +62,7 @@ def memory(row, documents):
 def measure(rows, packs, options):
     """Train all rows on `packs`, taking turns, and fill in their figures."""
     for row in rows:
-        trained = [p for p in row.model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
-                  {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}]
-        row.optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
-                                          lr=options.lr, betas=(0.9, 0.95), fused=True)
+        row.optimizer = adamw(row.model, options.lr)
     for number, documents in enumerate(packs):
         for turn in range(len(rows)):
             row = rows[(number + turn) % len(rows)]
@@ -157,7 +148,8 @@ def contestants(kind, folder, dtype, shape, documents, options):
         rows = [ours(3, kind, folder, dtype, adapters=adapters), *compiled, beside,
                 peer("bitsandbytes and PEFT, packed", kind, folder, dtype, adapters,
                      needs=("transformers", "peft", "bitsandbytes", "accelerate"))]
-    measure([row for row in rows if not row.missing], documents, options)
+    with importable("chapter-03"):
+        measure([row for row in rows if not row.missing], documents, options)
     return rows
 
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: where and with what a number was measured, tables, JSON."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -10,6 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+import helpers
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
@@ -44,6 +48,40 @@ def show_conditions(found):
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     print(f"{found['machine']}, {found['threads']} threads, load {load}; {versions}; "
           f"{found['date']}\n\n    {found['command']}")
+
+
+@contextlib.contextmanager
+def importable(chapter):
+    """While this is open, the files of a chapter that `load` has loaded can be imported by name,
+    which the compiler needs: it looks there for the globals of a function."""
+    mine = dict(helpers._loaded[helpers.ROOT / chapter])
+    outside = {name: sys.modules[name] for name in mine if name in sys.modules}
+    sys.modules.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            sys.modules.pop(name, None)
+        sys.modules.update(outside)
+
+
+def held_bytes(model, optimizer):
+    """Bytes of a model's parameters and buffers and of its optimizer's state."""
+    state = {}
+    for thing in (*model.parameters(), *model.buffers(),
+                  *(value for each in optimizer.state.values() for value in each.values())):
+        storage = thing.untyped_storage()
+        state[storage.data_ptr()] = storage.nbytes()
+    return sum(state.values())
+
+
+def adamw(model, lr):
+    """The optimizer of every benchmark: fused AdamW, without decay of vectors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+              {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]],
+                             lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def table(columns, rows):

@@ -148,8 +148,8 @@ def test_a_tokenizer_that_looks_across_line_ends_gets_the_text_whole(tmp_path, m
 
 
 def test_a_token_beyond_the_vocabulary_is_an_error_with_its_place(chat):
-    top = chat.tokenizer.token_to_id("<|im_end|>")
-    encode.encode([talk("a", "b")], chat, 100, vocab_size=chat.vocab_size)
+    top = max(chat.encode_messages(talk("a", "b")["messages"])[0])
+    encode.encode([talk("a", "b")], chat, 100, vocab_size=top + 1)
     with pytest.raises(UserError, match=rf"f:9: token \d+ is not below .* vocab_size {top}"):
         encode.encode([talk("a", "b", where="f:9")], chat, 100, vocab_size=top)
 

@@ -169,7 +169,7 @@ def read_one(target, place, names, rng):
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     began = time.monotonic()
     try:
-        target.read(place)
+        target.read(place, chosen)
         problem = None
     except UserError as error:
         text = str(error)
@@ -217,7 +217,8 @@ def _work(target, place, indices, seed, progress, report):
 def fuzz(target, count, seed=0, first=0):
     """`count` inputs for one target; gives its findings, [(number, what)]."""
     findings, last = [], first + count
-    with tempfile.TemporaryDirectory() as folder:
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a disk would be flushed all the time
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
         report = Path(folder) / "report"
         while first < last:
             end = min(first + CHUNK, last)

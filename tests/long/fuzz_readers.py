@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable
 
 import small_runs
@@ -14,7 +13,6 @@ from common import (
     cache, checkpoint, cli, datasets, encode, hub, manifest, metrics, presets, state, weights)
 from common.chat import Chat
 from common.errors import UserError, named
-from common.template import Refused
 
 CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
 PEFT, NF4 = load("chapter-02/peft_files.py"), load("chapter-03/bnb_files.py")
@@ -24,12 +22,30 @@ TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 @dataclass(frozen=True)
 class Target:
-    """`prepare(folder)` fills it and gives the names to damage, `read(folder)` reads it all."""
+    """`prepare(folder)` fills it and gives the names of the files that may be damaged,
+    `read(folder, names)` reads what these files are a part of."""
 
     name: str
     share: float  # of all inputs
     prepare: Callable
     read: Callable
+
+
+def each(*actions):
+    """Do all of them; the first UserError comes at the end, any other exception at once."""
+    first = None
+    for action in actions:
+        try:
+            action()
+        except UserError as error:
+            first = first or error
+    if first:
+        raise first
+
+
+def folders(folder, names):
+    """The folders that the named files lie in."""
+    return sorted({(folder / name).parent for name in names})
 
 
 def copy(source, folder, *names):
@@ -69,32 +85,15 @@ def prepare_data(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
-def read_data(folder):
-    """Each file for itself: the records, their tokens, and the columns that a person might name."""
-    for path in sorted(folder.iterdir()):
-        if path.name == "made":
-            continue
-        was = _seen.get(path.name)
-        now = path.lstat().st_ino, path.lstat().st_mtime_ns
-        if was == now:  # as at the start: read once
-            continue
-        failure = None
-        try:
-            encode.encode(datasets.read_records(hub.resolve_data(path)), _chat, 64,
-                          vocab_size=512)
-        except UserError as error:
-            failure = error
-        if failure is None:
-            _seen[path.name] = now
-        elif not str(failure).isprintable():
-            raise failure
+def read_data(folder, names):
+    """The records, their tokens, and the columns that a person might name."""
+    def records(name, columns=None):
+        return datasets.read_records(hub.resolve_data(folder / name), columns)
+
     columns = {"prompt": "instruction", "completion": "output"}
-    for path in folder.glob("alpaca.json*"):
-        for _ in datasets.read_records([path], columns):
-            pass
-
-
-_seen = {}
+    each(*(lambda name=name: encode.encode(records(name), _chat, 64, vocab_size=512)
+           for name in names),
+         *(lambda name=name: list(records(name, columns)) for name in names if "alp" in name))
 
 
 # --- models ---
@@ -112,25 +111,22 @@ def prepare_config(folder):
     return ["config.json", "plain/config.json"]
 
 
-def read_configs(folder):
-    for place in (folder, folder / "plain"):
-        failures = []
-        for family, kind in ((CHAPTER_1.Qwen3Config, CHAPTER_1.Qwen3ForCausalLM),
-                             (CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)):
-            try:
-                values = weights.read_config(place)
-                with named(place / "config.json"):
-                    config = family.from_dict(values)
-                with torch.device("meta"):
-                    kind(config)
-                (place / "out").mkdir(exist_ok=True)
-                weights.write_config(values, place / "out", torch.float32)
-                weights.read_config(place / "out")
-            except UserError as error:
-                failures.append(error)
-        for error in failures:
-            if not str(error).isprintable():
-                raise error
+def read_configs(folder, names):
+    def read(place, family, kind):
+        values = weights.read_config(place)
+        with named(place / "config.json"):
+            config = family.from_dict(values)
+        if hash(str(values)) % 8 == 0:  # it takes a while
+            with torch.device("meta"):
+                kind(config)
+        (place / "out").mkdir(exist_ok=True)
+        weights.write_config(values, place / "out", torch.float32)
+        weights.read_config(place / "out")
+
+    each(*(lambda place=place, kinds=kinds: read(place, *kinds)
+           for place in folders(folder, names) for kinds in (
+               (CHAPTER_1.Qwen3Config, CHAPTER_1.Qwen3ForCausalLM),
+               (CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM))))
 
 
 def prepare_weights(folder):
@@ -148,15 +144,9 @@ def prepare_weights(folder):
                     and path.name != "config.json"), "one/model.safetensors"]
 
 
-def read_weights(folder):
-    first = None
-    for place in (folder, folder / "one"):
-        try:
-            weights.load_weights(model_of(), place)
-        except UserError as error:
-            first = first or error
-    if first:
-        raise first
+def read_weights(folder, names):
+    each(*(lambda place=place: weights.load_weights(model_of(), place)
+           for place in folders(folder, names)))
 
 
 def prepare_quantised(folder):
@@ -165,7 +155,7 @@ def prepare_quantised(folder):
         if path.suffix in (".json", ".safetensors")))
 
 
-def read_quantised(folder):
+def read_quantised(folder, names):
     for _ in NF4.iter_bnb(folder):
         pass
 
@@ -182,17 +172,12 @@ def prepare_adapter(folder):
     return names
 
 
-def read_adapter(folder):
-    first = None
-    for method in ("lora", "dora", "vera"):
-        model = model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)
-        try:
-            PEFT.base_model_name(folder / method)
-            PEFT.load_adapter(model, folder / method)
-        except UserError as error:
-            first = first or error
-    if first:
-        raise first
+def read_adapter(folder, names):
+    def read(place):
+        PEFT.base_model_name(place)
+        PEFT.load_adapter(model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM), place)
+
+    each(*(lambda place=place: read(place) for place in folders(folder, names)))
 
 
 # --- tokenizer and template ---
@@ -207,17 +192,15 @@ def prepare_tokenizer(folder):
     return [*names, "special_tokens_map.json", "chat_template.jinja"]
 
 
-def read_tokenizer(folder):
+def read_tokenizer(folder, names=()):
     chat = Chat.load(folder)
-    for talk in (TALK, TALK[1:2]):
-        try:
-            ids, _ = chat.encode_messages(talk)
-            chat.decode(ids)
-            chat.encode_prompt(talk[:1])
-        except Refused as error:
-            if not str(error).isprintable():
-                raise
-    chat.decode(chat.encode_text("once")[0])
+
+    def talk(messages):
+        ids, _ = chat.encode_messages(messages)
+        chat.decode(ids)
+
+    each(lambda: talk(TALK), lambda: talk(TALK[1:2]), lambda: chat.encode_prompt(TALK[:1]),
+         lambda: chat.decode(chat.encode_text("once")[0]))
 
 
 def prepare_template(folder):
@@ -235,15 +218,8 @@ def prepare_template(folder):
     return names
 
 
-def read_template(folder):
-    first = None
-    for place in (folder, folder / "qwen", folder / "llama"):
-        try:
-            read_tokenizer(place)
-        except UserError as error:
-            first = first or error
-    if first:
-        raise first
+def read_template(folder, names):
+    each(*(lambda place=place: read_tokenizer(place) for place in folders(folder, names)))
 
 
 # --- runs ---
@@ -271,20 +247,15 @@ def prepare_run(folder):
     return ["train_config.json", "metrics.jsonl", "options.json"]
 
 
-def read_run(folder):
+def read_run(folder, names):
     def parse(*arguments):
         return presets.parse(cli.Options, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
 
-    first = None
-    for read in (lambda: parse("--resume", str(folder)),
-                 lambda: parse("--device", "cpu", "--config", str(folder / "options.json")),
-                 lambda: metrics.Metrics(folder, 10, start_step=3, quiet=False).close()):
-        try:
-            read()
-        except UserError as error:
-            first = first or error
-    if first:
-        raise first
+    readers = {
+        "train_config.json": lambda: parse("--resume", str(folder)),
+        "options.json": lambda: parse("--device", "cpu", "--config", str(folder / "options.json")),
+        "metrics.jsonl": lambda: metrics.Metrics(folder, 10, start_step=3).close()}
+    each(*(readers[name] for name in names))
 
 
 def prepare_manifest(folder):
@@ -293,13 +264,12 @@ def prepare_manifest(folder):
         "manifest.json", "manifest.json", "state.json", "model.safetensors")]
 
 
-def read_manifest(folder):
+def read_manifest(folder, names):
     checkpoint.latest(folder)
-    for step in (2, 4):
-        manifest.read_manifest(folder / f"step-{step:06d}")
-        manifest.claims(folder / f"step-{step:06d}")
-    checkpoint.verify(folder / "step-000002")
-    checkpoint.verify(folder / "step-000004")
+    for place in folders(folder, names):
+        manifest.read_manifest(place)
+        manifest.claims(place)
+    each(*(lambda place=place: checkpoint.verify(place) for place in folders(folder, names)))
 
 
 def prepare_state(folder):
@@ -308,7 +278,7 @@ def prepare_state(folder):
         "state.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors")]
 
 
-def read_state(folder):
+def read_state(folder, names):
     """As if somebody had made the checkpoint so: its manifest agrees."""
     step = folder / "step-000004"
     whole = (step / "manifest.json").read_bytes()
@@ -328,7 +298,7 @@ def prepare_cache(folder):
     return ["kept.safetensors"]
 
 
-def read_cache(folder):
+def read_cache(folder, names):
     found = cache._read(folder / "kept.safetensors", encode.Encoded)
     if found is not None:
         for i in range(len(found)):

@@ -105,7 +105,7 @@ def plot(series, title, labels, log_y=True):
     low, high = scale(min(ys)), scale(max(ys))
 
     def place(x, y):
-        return (left + (right - left) * (x - min(xs)) / (max(xs) - min(xs)),
+        return (left + (right - left) * (x - min(xs)) / (max(xs) - min(xs) or 1),
                 bottom - (bottom - top) * (scale(y) - low) / (high - low or 1))
 
     parts = [text(left, 24, title, 15, weight=600), line((left, top), (left, bottom)),

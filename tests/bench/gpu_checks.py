@@ -1,0 +1,187 @@
+"""Is what a device computes right? The first part of gpu.py; every check gives (name, error, limit).
+
+The yardstick is the CPU in float32, each document by itself: no packing, no kernel of the device.
+So the checks mean something on a CPU too.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from helpers import load
+
+modeling = load("chapter-03/modeling_llama.py")
+packing, lora, nf4 = (load(f"chapter-03/{name}.py") for name in ("packing", "lora", "nf4"))
+loss_module = load("chapter-03/loss.py")
+
+PACKS = ([1], [64], [7, 1, 64], [33] * 5, [200, 3, 57], [2, 2, 2, 129])  # lengths of documents
+VOCABULARY = 515  # no multiple of anything that kernels like
+
+
+def small_model():
+    """A model of a few layers, float32, on the CPU."""
+    torch.manual_seed(0)
+    model = modeling.LlamaForCausalLM(modeling.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
+        qk_norm=True, qkv_bias=False, rope_theta=1e6, tie_word_embeddings=True,
+        initializer_range=0.05))
+    return model
+
+
+def documents_of(lengths):
+    """Random documents, a third of each not trained on."""
+    random = torch.Generator().manual_seed(sum(lengths))
+    documents = [torch.randint(0, VOCABULARY, (n,), generator=random) for n in lengths]
+    return [(ids, torch.where(torch.arange(len(ids)) % 3 == 0, -100, ids)) for ids in documents]
+
+
+def on(device, pack):
+    """The pack, its tensors on `device`."""
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in pack.items()}
+
+
+def logits_and_gradients(model, examples, device):
+    """(logits (T, V) float32, {name: gradient}) of a pack of `examples`, on the CPU."""
+    model.zero_grad(set_to_none=True)
+    pack = on(device, packing.packed_sequence_collate_fn(examples))
+    inputs = {k: v for k, v in pack.items() if k != "labels"}
+    with torch.no_grad():
+        logits = model(**inputs).float().cpu()
+    model(**pack).backward()
+    return logits, {n: p.grad.float().cpu() for n, p in model.named_parameters()
+                    if p.grad is not None}
+
+
+def alone(model, examples):
+    """The same from each document by itself, on the CPU."""
+    found = [logits_and_gradients(model, [one], "cpu") for one in examples]
+    names = found[0][1]
+    return (torch.cat([logits for logits, _ in found]),
+            {n: sum(gradients[n] for _, gradients in found) for n in names})
+
+
+def distance(found, wanted):
+    """‖a - b‖ / ‖b‖ of tensors, or the largest of a dict of them."""
+    if isinstance(wanted, dict):
+        if found.keys() != wanted.keys():
+            return float("inf")
+        return max(distance(found[n], wanted[n]) for n in wanted if wanted[n].norm() > 0)
+    return float((found.double().cpu() - wanted.double().cpu()).norm()
+                 / wanted.double().norm().cpu())
+
+
+def models(device, dtype):
+    """Logits and gradients of packs on the device against each document alone on the CPU."""
+    reference = small_model()
+    there = copy.deepcopy(reference).to(device)
+    there.compute_dtype = dtype
+    errors = []
+    for lengths in PACKS:
+        if lengths == [1]:
+            continue  # one token has no target; it counts among others
+        examples = documents_of(lengths)
+        found, wanted = logits_and_gradients(there, examples, device), alone(reference, examples)
+        errors.append([distance(a, b) for a, b in zip(found, wanted)])
+    limits = (1e-5, 1e-4) if dtype == torch.float32 else (3e-2, 6e-2)
+    name = str(dtype).removeprefix("torch.")
+    for what, worst, limit in zip(("logits", "gradients"), map(max, zip(*errors)), limits):
+        yield f"{name} {what}, {len(errors)} packs, against the CPU's of documents alone", \
+            worst, limit
+
+
+def isolation(device, dtype):
+    """Another first document leaves the second one's logits as they are, to the last bit."""
+    model = small_model().to(device)
+    model.compute_dtype = dtype
+    first, second = documents_of([70, 90])
+    other = ((first[0] + 1) % VOCABULARY, first[1])
+    logits = []
+    for one in (first, other):
+        pack = on(device, packing.packed_sequence_collate_fn([one, second]))
+        with torch.no_grad():
+            logits.append(model(**{k: v for k, v in pack.items() if k != "labels"})[70:])
+    yield "logits of a document when its neighbour changes", \
+        float((logits[0].float() - logits[1].float()).abs().max()), 0.0
+
+
+def chunked_loss(device, dtype):
+    """The loss against float64 on the same rounded logits; gradients against float64's."""
+    torch.manual_seed(1)
+    hidden = torch.randn(700, 64, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(1003, 64, device=device) * 0.1).requires_grad_()
+    labels = torch.randint(0, 1003, (700,), device=device)
+    labels[::5] = -100
+    loss = loss_module.chunked_cross_entropy(hidden, weight, labels, 256)
+    (loss / 560).backward()
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight.to(dtype))]
+    logits = exact[0] @ exact[1].t()
+    (F.cross_entropy(logits, labels, reduction="sum") / 560).backward()
+    rounded = torch.tensor(0.0, dtype=torch.float64, device=device)
+    rows = (labels >= 0).nonzero()[:, 0] if device.type == "cpu" else torch.arange(
+        700, device=device)
+    parts = -(-len(rows) // 256)
+    with torch.no_grad():
+        for i in range(parts):  # the same pieces, so that the same products are rounded
+            part = rows[len(rows) * i // parts:len(rows) * (i + 1) // parts]
+            product = hidden[part] @ weight.to(dtype).t()
+            rounded += F.cross_entropy(product.double(), labels[part], reduction="sum")
+    name = str(dtype).removeprefix("torch.")
+    yield f"{name} chunked loss, against float64", abs(loss.item() / rounded.item() - 1), 1e-6
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    yield f"{name} chunked loss, its gradients", max(
+        distance(hidden.grad, exact[0].grad), distance(weight.grad, exact[1].grad)), limit
+
+
+def four_bits(device):
+    """NF4's codes and scales as the CPU's, to the bit; the layer as its dequantised weight."""
+    torch.manual_seed(2)
+    for shape, double in (((96, 128), False), ((33, 65), False), ((128, 256), True)):
+        weight = torch.randn(shape)
+        here, there = nf4.quantize_nf4(weight, double), nf4.quantize_nf4(weight.to(device), double)
+        wrong = int((here.packed != there.packed.cpu()).sum())
+        if not double:  # the mean that is subtracted is a sum, whose order the device chooses
+            wrong += int((here.absmax != there.absmax.cpu()).sum())
+        yield f"NF4 codes of {shape}{', double' if double else ''}: different bytes", wrong, 0
+    layer = nf4.NF4Linear(nf4.quantize_nf4(weight.to(device)))
+    x = torch.randn(50, 256, device=device, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    dense = nf4.dequantize_nf4(layer.quantized).cpu()
+    wanted = x.detach().cpu() @ dense.t()
+    yield "NF4Linear, against the dequantised weight", distance(y.detach(), wanted), 1e-5
+    yield "NF4Linear, its gradient", distance(x.grad, 2 * wanted @ dense), 1e-5
+
+
+def adapters(device):
+    """Each method's gradients, after one step, on the device and on the CPU."""
+    examples = documents_of([40, 25, 63])
+    for method in lora.METHODS:
+        if method == "full":
+            continue
+        model, config = small_model(), lora.AdapterConfig(method=method, rank=4, alpha=8.0)
+        lora.apply_adapter(model, config)
+        random = torch.Generator().manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:  # away from B = 0, where A has no gradient
+                parameter.data += 0.02 * torch.randn(parameter.shape, generator=random)
+        there = copy.deepcopy(model).to(device)
+        found = logits_and_gradients(there, examples, device)
+        wanted = alone(model, examples)
+        yield f"{method}: logits and gradients", max(
+            distance(a, b) for a, b in zip(found, wanted)), 1e-4
+
+
+def all_checks(device):
+    """Every check, one after another."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from models(device, dtype)
+        yield from chunked_loss(device, dtype)
+    yield from isolation(device, torch.bfloat16)
+    yield from four_bits(device)
+    yield from adapters(device)
