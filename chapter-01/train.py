@@ -27,7 +27,7 @@ from packing import IGNORE, PackSampler, packed_sequence_collate_fn
 
 CHAPTER = "01"
 # What `auto` sets for the embedded model and data; and for everything else.
-TINY = {"init": "random", "lr": 3e-3, "min_lr": 3e-4, "warmup": 50, "steps": 800,
+TINY = {"init": "random", "lr": 3e-3, "min_lr": 3e-4, "warmup": 50, "steps": 500,
         "batch_tokens": 1024, "dtype": "float32", "eval_every": 100, "save_every": 200}
 REAL = {"lr": 1e-5, "warmup": 20}
 

@@ -2,8 +2,8 @@
 
 Two ceilings make a roofline: how many FLOPs a second in a large matrix product, how many bytes a
 second in a large copy. No model reaches them. Its products have their own shapes, its other
-operators read tensors that fit a cache or do not, in a dtype that the processor computes in or has
-to convert. So each operator of a step can also be measured alone, on its own shapes.
+operators read tensors that are in the cache or are not, in a dtype that the processor computes in
+or has to convert. So each operator of a step can also be measured alone, on its own shapes.
 
 Every function measures once and remembers.
 """
@@ -15,30 +15,32 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-
-from modeling_llama import varlen_attention
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def duration(function, device, prepare=None, repeats=5):
     """Seconds of a call: the median of a few, after one that does not count.
 
     `prepare` runs before each, outside the time. On CUDA each is ten calls in a row, so that the
-    wait for the first does not count either.
+    wait for the first of them hardly counts.
     """
     calls, times = 10 if device.type == "cuda" else 1, []
     for _ in range(repeats + 1):
         if prepare is not None:
             prepare()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         started = time.perf_counter()
         for _ in range(calls):
             function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         times.append((time.perf_counter() - started) / calls)
     return statistics.median(times[1:])
+
+
+def wait(device):
+    """Until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @functools.cache
@@ -73,14 +75,17 @@ def small_operator(device):
 
 
 @functools.cache
-def attention(device, dtype, lengths, heads, kv_heads, head_dim):
-    """(forward, backward) seconds of attention in one layer, on documents of these lengths."""
+def attention(function, device, dtype, lengths, heads, kv_heads, head_dim):
+    """(forward, backward) seconds of attention in one layer, on documents of these lengths.
+
+    `function` is the model's: (q, k, v, cu_seqlens, max_seqlen) to the output.
+    """
     q, k, v = (torch.randn(sum(lengths), n, head_dim, device=device).to(dtype).requires_grad_()
                for n in (heads, kv_heads, kv_heads))
     ends = F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
 
     def forward():
-        return varlen_attention(q, k, v, ends, max(lengths))
+        return function(q, k, v, ends, max(lengths))
 
     output = forward()
     grad = torch.ones_like(output)
@@ -95,12 +100,16 @@ class Layout(NamedTuple):
     shape: tuple
     stride: tuple
     dtype: torch.dtype
+    cached: bool  # whether an operator just before has touched it
 
 
-def call(function, args, kwargs):
-    """An operator and its arguments, with a `Layout` for each tensor: hashable, for `alone`."""
+def call(function, args, kwargs, cached):
+    """An operator and its arguments, a `Layout` in place of each tensor: hashable, for `alone`.
+
+    `cached` says of a tensor whether it is in the cache.
+    """
     leaves, tree = tree_flatten((args, kwargs))
-    leaves = [Layout(tuple(leaf.shape), leaf.stride(), leaf.dtype)
+    leaves = [Layout(tuple(leaf.shape), leaf.stride(), leaf.dtype, cached(leaf))
               if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return function, tuple(leaves), tree
 
@@ -109,28 +118,30 @@ def call(function, args, kwargs):
 @torch.no_grad()
 def alone(device, function, leaves, tree):
     """Seconds of a `call` on random numbers, and on zeros where it wants integers."""
-    def make(layout):
-        size = 1 + sum((n - 1) * stride for n, stride in zip(layout.shape, layout.stride))
-        if 0 in layout.shape:
-            size = 0
-        numbers = torch.rand if layout.dtype.is_floating_point else torch.zeros
-        flat = numbers(size, device=device).to(layout.dtype)
-        return flat.as_strided(layout.shape, layout.stride)
-
-    args, kwargs = tree_unflatten(
-        [make(leaf) if isinstance(leaf, Layout) else leaf for leaf in leaves], tree)
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    first = inputs[0].clone() if inputs else None
+    made = [_tensor(leaf, device) if isinstance(leaf, Layout) else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(made, tree)
+    mutable = function._schema.is_mutable
+    original = args[0].clone() if mutable else None
 
     def prepare():
-        if "_." in str(function):  # in place: e to the e to the e ... is soon no number
-            inputs[0].copy_(first)
+        if mutable:  # or e to the power of e to the power of e ... is soon not a number
+            args[0].copy_(original)
         if device.type == "cpu":
-            _flush()
+            _larger_than_caches().add_(1)
+            for layout, tensor in zip(leaves, made):
+                if isinstance(layout, Layout) and layout.cached:
+                    tensor.clone()
 
     return duration(lambda: function(*args, **kwargs), device, prepare)
 
 
-_FLUSH=torch.ones(2**24)
-def _flush():
-    _FLUSH.add_(1)
+def _tensor(layout, device):
+    size = 1 + sum((n - 1) * stride for n, stride in zip(layout.shape, layout.stride))
+    numbers = torch.rand if layout.dtype.is_floating_point else torch.zeros
+    flat = numbers(size * (0 not in layout.shape), device=device).to(layout.dtype)
+    return flat.as_strided(layout.shape, layout.stride)
+
+
+@functools.cache
+def _larger_than_caches():
+    return torch.ones(2**24)

@@ -7,10 +7,10 @@ Shapes, here and in every chapter:
     H  query heads      K  key/value heads               d  head size (head_dim)
     V  vocabulary size
 
-The mathematics is chapter 2's. New is how much of it is kept and how it is run: with labels the
+The mathematics is chapter 2's. New is how it is run, and how much of it is kept: with labels the
 model gives the loss, chunk by chunk (loss.py), and never holds the logits; a layer may forget
-what it computed and compute it again in the backward (`checkpointing`); and a layer falls into a
-part before attention and a part after it, each of which compiles to one graph (`compile_model`).
+what it has computed and compute it again in the backward (`checkpointing`); attention is one
+operator on every device, so that a layer compiles to one graph (compiling.py).
 
 Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
 """
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from common.errors import UserError
+from attention import block_attention
 from llama_config import LlamaConfig
 from loss import chunked_cross_entropy
 
-__all__ = ["LlamaConfig", "LlamaForCausalLM", "compile_model", "initialise"]
+__all__ = ["LlamaConfig", "LlamaForCausalLM", "initialise"]
 
 CHUNK = 1024  # tokens whose logits exist at a time
 
@@ -95,16 +95,12 @@ def apply_rotary(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-# Changed from chapter-02: documents without tokens, which fill up `cu_seqlens` (packing.py).
+# Changed from chapter-02: in blocks of queries where there is no FlashAttention (attention.py).
 def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
     """Causal softmax(q kᵀ / √d) v within each document; nothing crosses a document's border.
 
     q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document
-    n is the tokens cu_seqlens[n] to cu_seqlens[n+1]. Returns (T, H, d).
-
-    On CUDA in 16 bits this is one call of PyTorch's FlashAttention for packed sequences.
-    Elsewhere the documents take turns. `split` and not slices: the backward of a slice fills a
-    whole pack with zeros, for every document anew.
+    n is the tokens cu_seqlens[n] to cu_seqlens[n+1], and may have none. Returns (T, H, d).
     """
     if q.is_cuda and q.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn  # needs CUDA already at import
@@ -114,20 +110,12 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
             window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
         )
-    lengths = [length for length in cu_seqlens.diff().tolist() if length]
-    outputs = []
-    for q_n, k_n, v_n in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        output = F.scaled_dot_product_attention(  # it wants (1, heads, tokens, d)
-            q_n.transpose(0, 1)[None], k_n.transpose(0, 1)[None], v_n.transpose(0, 1)[None],
-            is_causal=True, enable_gqa=True,
-        )
-        outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs)
+    return block_attention(q, k, v, cu_seqlens)
 
 
-# Changed from chapter-02: only what comes before attention; the layer does the rest.
+# Copied from chapter-02/modeling_llama.py
 class Attention(nn.Module):
-    """Grouped-query attention: its projections, and q, k and v from the hidden states."""
+    """Grouped-query attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,13 +131,17 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cu_seqlens, max_seqlen, cache=None):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         q = apply_rotary(self.q_norm(q), cos, sin)
         k = apply_rotary(self.k_norm(k), cos, sin)
-        return q, k, v
+        if cache is None:
+            output = varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+        else:
+            output = cache.attention(self, q, k, v, cu_seqlens, max_seqlen)
+        return self.o_proj(output.flatten(-2))  # (T, H·d) -> (T, D)
 
 
 # Copied from chapter-02/modeling_llama.py
@@ -166,28 +158,16 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def selective(function, *inputs):
-    """`function(*inputs)`, whose backward computes it again but for its matrix products and
-    attention: what is dear to compute is kept, what is cheap (norms, rotation, SwiGLU) is not."""
-    def policy(context, operator, *args, **kwargs):
-        return bool(re.search(r"mm_?$|att", str(operator.overloadpacket)))
-
-    # An adapter adds to its base's product in place. Both are kept, and are one tensor.
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy,
-                                 allow_cache_entry_mutation=True)
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-# Changed from chapter-02: in parts that can be compiled, and computed again in the backward.
+# Changed from chapter-02: through `run`, which may forget, and may be compiled.
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)).
 
-    `checkpointing` says what is kept for the backward: "none": all; "full": x, and nothing else;
-    "selective": x, and the outputs of matrix products and attention.
+    `checkpointing` says what is kept for the backward. "none": all that it needs; "full": x alone;
+    "selective": x, and the outputs of matrix products and of attention, which are dear to compute.
+    What is cheap (norms, rotation, SwiGLU) is then computed again.
     """
 
     checkpointing = "none"
-    compiled = None  # the two parts as `compile_model` has made them
 
     def __init__(self, config):
         super().__init__()
@@ -195,30 +175,34 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.run = run
 
-    def before_attention(self, x, cos, sin):
-        return self.self_attn(self.input_layernorm(x), cos, sin)
-
-    def after_attention(self, x, attended):
-        x = x + self.self_attn.o_proj(attended.flatten(-2))  # (T, H·d) -> (T, D)
+    def compute(self, x, cos, sin, cu_seqlens, max_seqlen, cache=None):
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, cos, sin, cu_seqlens, max_seqlen, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def compute(self, x, cos, sin, cu_seqlens, max_seqlen, cache):
-        if cache is not None:  # a few tokens, never as many as the last time: not compiled
-            q, k, v = self.before_attention(x, cos, sin)
-            attended = cache.attention(self.self_attn, q, k, v, cu_seqlens, max_seqlen)
-            return self.after_attention(x, attended)
-        before, after = self.compiled or (DecoderLayer.before_attention,
-                                          DecoderLayer.after_attention)
-        q, k, v = before(self, x, cos, sin)
-        return after(self, x, varlen_attention(q, k, v, cu_seqlens, max_seqlen))
+    def forward(self, x, cos, sin, cu_seqlens, max_seqlen, cache=None):
+        if cache is not None:  # never of the same shape twice: not to be compiled
+            return self.compute(x, cos, sin, cu_seqlens, max_seqlen, cache)
+        return self.run(self, x, cos, sin, cu_seqlens, max_seqlen)
 
-    def forward(self, *inputs):
-        if self.checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self.compute, *inputs, use_reentrant=False)
-        if self.checkpointing == "selective" and torch.is_grad_enabled() and not self.compiled:
-            return selective(self.compute, *inputs)
-        return self.compute(*inputs)
+
+def run(layer, *inputs):
+    """`layer.compute(*inputs)`, keeping for the backward what `layer.checkpointing` says."""
+    if layer.checkpointing == "none" or not torch.is_grad_enabled():
+        return layer.compute(*inputs)
+    if layer.checkpointing == "full":
+        return checkpoint(layer.compute, *inputs, use_reentrant=False)
+    # An adapter adds to its base's product in place: both are kept, and are one tensor.
+    contexts = functools.partial(create_selective_checkpoint_contexts, is_dear,
+                                 allow_cache_entry_mutation=True)
+    return checkpoint(layer.compute, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def is_dear(context, operator, *args, **kwargs):
+    """Whether PyTorch's `operator` is a matrix product or attention."""
+    return bool(re.search(r"mm_?$|att", str(operator.overloadpacket)))
 
 
 # Copied from chapter-02/modeling_llama.py
@@ -295,26 +279,3 @@ class LlamaForCausalLM(nn.Module):
         if labels is None:
             return logits
         return F.cross_entropy(logits.float(), labels, reduction="sum")
-
-
-def compile_model(model, backend="inductor"):
-    """Compile each layer's part before attention and its part after it, in place.
-
-    One graph each, made at the first step and used by all layers; only packs of the same T fit it
-    (`packing.StaticShape`). Attention, which looks at `cu_seqlens`, stays as it is, and so does
-    generation. Call it last, once weights, adapters and `checkpointing` are as they will be.
-    Raises UserError where nothing can be compiled, for example without a C++ compiler.
-    """
-    device = next(model.parameters()).device
-    try:
-        torch.compile(lambda x: x.exp() + 1, backend=backend)(torch.ones(8, device=device))
-    except Exception as error:
-        raise UserError(f"--compile: PyTorch cannot compile here ({str(error).splitlines()[0]}):"
-                        " install a C++ compiler (such as g++) or leave --compile out") from error
-    before, after = DecoderLayer.before_attention, DecoderLayer.after_attention
-    if model.model.layers[0].checkpointing == "selective":
-        before, after = (functools.partial(selective, part) for part in (before, after))
-    halves = [torch.compile(part, backend=backend, fullgraph=True, dynamic=False)
-              for part in (before, after)]
-    for layer in model.model.layers:
-        layer.compiled = halves

@@ -23,11 +23,12 @@ from common import checkpoint, cli, distributed, guard, hub, predict, prepare, p
 from common.errors import UserError, named
 from common.metrics import Metrics
 from bnb_files import is_bnb
+from compiling import compile_model
 from generate import generate
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
                   state_names)
 from merge import merge_into
-from modeling_llama import CHUNK, LlamaConfig, LlamaForCausalLM, compile_model
+from modeling_llama import CHUNK, LlamaConfig, LlamaForCausalLM
 from packing import IGNORE, PackSampler, StaticShape, packed_sequence_collate_fn
 from peft_files import save_adapter
 from quantized_model import quantized_model

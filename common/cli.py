@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, printable
+from common.guard import out_of_memory
 
 
 def option(default, text, kind=str, choices=None, least=None, many=False, result=True):
@@ -106,9 +107,12 @@ class Parser(argparse.ArgumentParser):
 
 def check(options_class, name, value, source):
     """`value` of option `name` as its type, or a UserError that names `source`."""
-    meta = {f.name: f.metadata for f in fields(options_class)}[name]
+    field = {f.name: f for f in fields(options_class)}[name]
+    meta = field.metadata
     where = f"{source}: {name}={value!r}"
     if value is None:
+        if field.default is not None:
+            raise UserError(f"{source}: {name} may not be null")
         return None
     if meta["many"]:
         values = [value] if isinstance(value, str) else value
@@ -193,6 +197,13 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
+def show_any_text():
+    """Have print spell out what the terminal's encoding lacks, rather than fail in mid-run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main):
     """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130.
 
@@ -203,10 +214,16 @@ def run(main):
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGTERM, terminated)
+    show_any_text()
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory: {printable(str(error), 300)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

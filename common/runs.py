@@ -72,9 +72,7 @@ def memory_advice(options, predicted):
     """Turn running out of memory into a UserError with the prediction and the next flags to try."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(guard.out_of_memory_advice(error, options, predicted)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how PyTorch's CPU allocator says it
+    except (MemoryError, RuntimeError) as error:
+        if not guard.out_of_memory(error):
             raise
         raise UserError(guard.out_of_memory_advice(error, options, predicted)) from error

@@ -10,6 +10,7 @@ What makes a large value in one stroke (`replace`, `center`...) is left to
 import datetime
 import json
 import time
+import warnings
 
 import jinja2
 from jinja2 import nodes
@@ -111,7 +112,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def template(self, source):
         """The compiled template. Raises whatever jinja2 and Python's compiler raise."""
-        code = self.compile(_Watch().visit(self.parse(source)))
+        with warnings.catch_warnings():  # of Python's compiler, about code that nobody wrote
+            warnings.simplefilter("ignore")
+            code = self.compile(_Watch().visit(self.parse(source)))
         return jinja2.Template.from_code(self, code, self.make_globals(None))
 
     def getattr(self, obj, attribute):

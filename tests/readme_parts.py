@@ -106,12 +106,13 @@ def numbers_of(value):
 def check_table(table, data):
     """Complaints about a Markdown table that is not what the JSON value `data` says.
 
-    The row of `data` is the dict that has the first cell's text among its values. A number must be
-    one of that dict's, rounded to the digits shown, in the unit that follows it in the cell.
+    The row of `data` is the dict that has the first cell's text among its values, or as its key.
+    A number must be one of that dict's, rounded to the digits shown, in the unit in its cell.
     """
     for line in table.strip().splitlines()[2:]:
         first, *cells = (cell.strip(" `*") for cell in line.strip().strip("|").split("|"))
         found = [row for row in rows_of(data) if first in row.values()]
+        found += [row[first] for row in rows_of(data) if first in row]
         known = [number for row in found for number in numbers_of(row)]
         if not found:
             yield f"{first}: not in the JSON"

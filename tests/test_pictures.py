@@ -28,9 +28,13 @@ def test_every_word_lies_within_its_picture(path):
             assert 0 <= begin and begin + length <= width and 0 < y < height, item.text
 
 
-def test_curves_are_drawn_from_results():
+def test_pictures_of_results():
     rows = [{"method": name, "curve": [[step, 4 / step + n] for step in range(1, 41)]}
             for n, name in enumerate(("lora", "dora", "vera"), 1)]
     svg = figures.curves(rows)
     assert all(f">{row['method']}<" in svg for row in rows)
     assert svg.count("<polyline") == 2 + 2 * len(rows)  # axes, lines, and a stroke to each name
+    rows = [{"name": "naive", "tokens_per_second": 1234.4, "peak_memory_bytes": 3 << 30},
+            {"name": "packed", "tokens_per_second": 2468.8, "peak_memory_bytes": 2 << 30}]
+    svg = figures.ladder(rows)
+    assert all(f">{shown}<" in svg for shown in ("naive", "1,234", "2,469", "3.0 GiB", "2.0 GiB"))

@@ -102,7 +102,8 @@ def ours(chapter, kind, folder, dtype, shape=None, adapters=None):
         return total / targets
 
     how = "eager" if shape is None else "compiled"
-    return Row(f"chapter {chapter}, {how}" + (", NF4" if kind == "qlora" else ""), True, model, loss)
+    name = f"chapter {chapter}, {how}" + (", NF4" if kind == "qlora" else "")
+    return Row(name, True, model, loss)
 
 
 # --- peers ---

@@ -1,4 +1,4 @@
-"""Is what a device computes right? The first part of gpu.py; every check gives (name, error, limit).
+"""Is what a device computes right? The first part of gpu.py; each check: (name, error, limit).
 
 The yardstick is the CPU in float32, each document by itself: no packing, no kernel of the device.
 So the checks mean something on a CPU too.

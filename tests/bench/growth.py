@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
                 str(Path(__file__).parents[2])]
 from helpers import ROOT, load
-from report import conditions, show_conditions, table, write
+from report import conditions, peak_resident, show_conditions, table, write
 
 # What is not varied: tokens per pack, documents in it, vocabulary, layers; D stays 256.
 BASE = {"tokens": 1024, "documents": 8, "vocabulary": 4096, "layers": 4}
@@ -117,7 +116,7 @@ def prepare(path):
     from common.chat import Chat
 
     packing, chat = load("chapter-01/packing.py"), Chat.load(hub.resolve("tiny"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
 
     def encoded():
         started = time.perf_counter()
@@ -132,10 +131,8 @@ def prepare(path):
     sampler = packing.PackSampler(train.lengths, 4096, seed=0)
     sampler.packs_in(1)
     packed = time.perf_counter() - started
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"tokenise": first, "cached": again, "pack": packed, "resident": peak * unit,
-            "before": before * unit}
+    return {"tokenise": first, "cached": again, "pack": packed, "resident": peak_resident(),
+            "before": before}
 
 
 def data(options):

@@ -26,7 +26,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
                 str(Path(__file__).parents[2])]
 from contestants import SIZES, WARM, config_of, ours, peer, trl_row
 from helpers import load
-from report import adamw, conditions, held_bytes, importable, show_conditions, table, write
+from report import (adamw, conditions, held_bytes, importable, resident, show_conditions, table,
+                    write)
 
 from common import weights
 from common.encode import virtual
@@ -36,12 +37,6 @@ TOLERANCE = 1e-3  # relative, of the losses in float32
 
 
 # --- measuring ---
-
-def resident(key):
-    """VmRSS or VmHWM of this process, in bytes."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in status if line.startswith(key))
-
 
 def memory(row, documents):
     """Peak bytes of one step of a row, its model and optimizer included, those of the other rows

@@ -15,6 +15,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import helpers
 
+from common.memory import peak_memory_bytes
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
@@ -73,6 +75,18 @@ def held_bytes(model, optimizer):
         storage = thing.untyped_storage()
         state[storage.data_ptr()] = storage.nbytes()
     return sum(state.values())
+
+
+def resident(key):
+    """VmRSS or VmHWM (its high-water mark) of this process, in bytes; Linux only."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith(key))
+
+
+def peak_resident():
+    """The most bytes that this process has had in memory."""
+    # getrusage's figure begins with what the process that started this one had.
+    return resident("VmHWM") if Path("/proc/self/status").exists() else peak_memory_bytes("cpu")
 
 
 def adamw(model, lr):

@@ -30,6 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from fuzz_readers import TARGETS
 
+from common import cli
 from common.errors import UserError
 
 SECONDS, MEMORY = 5.0, 2**30
@@ -200,6 +201,7 @@ def _work(target, place, indices, seed, progress, report):
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+    cli.show_any_text()
     names = target.prepare(place)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for index in indices:

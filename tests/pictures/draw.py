@@ -22,7 +22,10 @@ FROM_CODE = {
     "chapter-03/nf4.svg": figures.nf4,
     "chapter-03/memory.svg": figures.memory,
 }
-FROM_RESULTS = {"chapter-02/curves.svg": ("chapter-02/results.json", figures.curves)}
+FROM_RESULTS = {
+    "chapter-02/curves.svg": ("chapter-02/results.json", figures.curves),
+    "chapter-03/ladder.svg": ("chapter-03/ladder.json", figures.ladder),
+}
 
 
 def pictures():

@@ -12,6 +12,7 @@ from svg import (BLUE, GREEN, GREY, INK, OLIVE, ORANGE, PINK, PURPLE, RED, TEAL,
                  polygon, rectangle, text)
 
 from common import hub, predict, weights
+from common.metrics import readable_bytes
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, OLIVE, PINK, GREY)
 
@@ -139,3 +140,23 @@ def curves(rows):
     series = [(row["method"], smooth(row["curve"])) for row in rows]
     return plot(series, "Training loss, each method at its own best learning rate",
                 ("step", "loss (mean of 10 steps)"))
+
+
+def ladder(rows):
+    """Speed and memory of every rung, from ladder.py's JSON: dicts with name, tokens_per_second
+    and peak_memory_bytes, in the order in which they were measured."""
+    left, speed, space, width = 20, 290, 600, 170
+    fastest = max(row["tokens_per_second"] for row in rows)
+    largest = max(row["peak_memory_bytes"] for row in rows)
+    parts = [text(left, 24, "One change at a time", 15, weight=600),
+             text(speed, 24, "tokens per second", 13), text(space, 24, "peak memory", 13)]
+    for n, row in enumerate(rows):
+        y = 40 + 28 * n
+        fast = width * row["tokens_per_second"] / fastest
+        big = width * row["peak_memory_bytes"] / largest
+        parts += [text(left, y + 15, row["name"], 13), rectangle(speed, y, fast, 20, BLUE),
+                  text(speed + fast + 8, y + 15, f"{row['tokens_per_second']:,.0f}", 13),
+                  rectangle(space, y, big, 20, ORANGE),
+                  text(space + big + 8, y + 15, readable_bytes(row["peak_memory_bytes"]), 13)]
+    return document(870, 56 + 28 * len(rows), "Tokens per second and peak memory, from the naive "
+                    "loop one change at a time", parts)
