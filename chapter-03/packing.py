@@ -7,12 +7,14 @@ dummy documents after the real ones, and `cu_seqlens` of fixed length. The rest 
 """
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 IGNORE = -100  # the label of a position that is not trained on; F.cross_entropy knows it too
+LOOK_AHEAD = 64  # documents among which a pack looks for one that still fits
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,15 @@ def packed_sequence_collate_fn(examples, shape=None):
     return pack
 
 
-# Copied from chapter-01/packing.py
+# Changed from chapter-01: looks ahead, so that little is left to be filled up.
 class PackSampler:
     """The endless row of packs: epoch after epoch, each shuffled anew, filled to a token budget.
 
     `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes the
-    documents in shuffled order for as long as the next one still fits. With `seed=None` nothing
-    is shuffled (evaluation). Pack number i is always the same, so the whole state of a sampler
-    is one number: the next pack.
+    documents in shuffled order, but leaves out those that do not fit any more and looks for some
+    that do among the next LOOK_AHEAD; what is left out comes first in the next pack. With
+    `seed=None` nothing is shuffled (evaluation). Pack number i is always the same, so the whole
+    state of a sampler is one number: the next pack.
     """
 
     def __init__(self, lengths, batch_tokens, seed):
@@ -113,11 +116,22 @@ class PackSampler:
         order = np.arange(len(self.lengths))
         if self.seed is not None:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
-        ends = self.lengths[order].cumsum()
-        starts = [0]
-        while starts[-1] < len(order):
-            tokens_before = ends[starts[-1] - 1] if starts[-1] else 0
-            starts.append(int(ends.searchsorted(tokens_before + self.batch_tokens, "right")))
+        following = iter(zip(order.tolist(), self.lengths[order].tolist()))
+        waiting = list(islice(following, LOOK_AHEAD))  # (document, its length)
+        packed, starts = [], [0]
+        while waiting:
+            room, place = self.batch_tokens, 0
+            while place < len(waiting):
+                document, length = waiting[place]
+                if length > room:
+                    place += 1
+                    continue
+                packed.append(document)
+                room -= length
+                del waiting[place]
+                waiting += islice(following, 1)
+            starts.append(len(packed))
+        order = np.array(packed)
         if epoch + 1 == len(self.first_packs):
             self.first_packs.append(self.first_packs[-1] + len(starts) - 1)
         self._epoch, self._order, self._starts = epoch, order, starts

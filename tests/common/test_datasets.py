@@ -180,7 +180,7 @@ def test_arbitrary_bytes_give_records_or_one_line(tmp_path):
     seeds = [json.dumps([value for value, _ in FORMATS]).encode(),
              "\n".join(json.dumps(value) for value, _ in FORMATS).encode()]
     pool = b'[]{}",:\\ \n\r0123-.eEtruefalsn\xef\xbb\xbf\xff\x00'
-    for turn in range(600):
+    for turn in range(300):
         raw = bytearray(seeds[turn % 2][:rng.integers(1, 900)])
         for place in rng.integers(0, len(raw), rng.integers(0, 5)):
             raw[place] = pool[rng.integers(len(pool))]

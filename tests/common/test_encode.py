@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDENS, ROOT
+from helpers import GOLDENS
 
 from common import cache, encode
 from common.chat import Chat
@@ -240,27 +241,24 @@ def test_a_failure_while_writing_leaves_no_file(tmp_path, chat, home, monkeypatc
             fail()
 
 
-def test_of_several_processes_one_does_the_work(tmp_path):
-    path = tmp_path / "a.jsonl"
+def test_of_several_at_once_one_does_the_work(tmp_path, chat):
+    """As the processes of one run do (here threads: the lock is the open file's)."""
+    path, calls, results = tmp_path / "a.jsonl", [], []
     path.write_text("\n".join(json.dumps(talk(f"question {i}", "b " * i)) for i in range(60)))
-    code = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from common import encode
-from common.chat import Chat
-from common.datasets import read_records
-chat = Chat.load({str(GOLDENS / "chat" / "qwen3")!r})
-def make():
-    print("made")
-    time.sleep(0.5)
-    return encode.encode(read_records([{str(path)!r}]), chat, 100)
-print("sum", encode.cached(make, 1, [{str(path)!r}]).tokens.sum())
-"""
-    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-            for _ in range(2)]
-    said = [run.communicate()[0] for run in runs]
-    assert sorted("made" in text for text in said) == [False, True]
-    assert len({text.split("sum")[1] for text in said}) == 1
+
+    def make():
+        calls.append(1)
+        time.sleep(0.3)
+        return encode.encode(read_records([path]), chat, 100)
+
+    threads = [threading.Thread(target=lambda: results.append(cached(make, 1, [path])))
+               for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(results) == 3
+    assert len({int(encoded.tokens.sum()) for encoded in results}) == 1
 
 
 def test_preparation_streams(tmp_path, chat, home):

@@ -126,7 +126,8 @@ THINKING = {
              turn("assistant", "Sunny.")],
     "tool at the end": [turn("user", "Weather?"), turn("assistant", "", tool_calls=CALL)],
     "words and a tool": [turn("user", "Weather?"),
-                         turn("assistant", "I look.", tool_calls=CALL * 2), turn("tool", "sun"), turn("assistant", "Sunny.")],
+                         turn("assistant", "I look.", tool_calls=CALL * 2), turn("tool", "sun"),
+                         turn("assistant", "Sunny.")],
 }
 
 
