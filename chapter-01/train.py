@@ -120,7 +120,8 @@ def main(argv=None):
 
     # --- run folder, resume ---
     saved = None  # the last whole checkpoint
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None}
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
+             "eval_loss": None}
     if options.resume:
         run = Path(options.resume)
         saved = checkpoint.latest(run)
@@ -135,14 +136,13 @@ def main(argv=None):
                       quiet=not ranks.main, start_step=state["step"])
 
     # --- before ---
-    if not options.resume:
+    if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
         data.show_example(say)
         say(f"run folder: {run}")
         before = prepare.ask(data, model, generate)
         prepare.show_answers(data, before, "before", say)
         if data.scored:
             metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
-    eval_loss = None
 
     # --- loop ---
     nonfinite = guard.NonFinite()
@@ -195,6 +195,7 @@ def main(argv=None):
             improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 eval_loss = evaluate(model, data.held_out, options)
+                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
                 metrics.log_eval(step, eval_loss=eval_loss)
                 improved = eval_loss < (state["best_loss"] or math.inf)
                 if improved:
@@ -211,12 +212,14 @@ def main(argv=None):
 
         # --- result ---
         runs.save_model(run / "final", model, config_json, source, dtype, ranks)
+        if distributed.any_rank(signals.requested):  # one that came during the saving
+            return runs.stopped(run, state, signals, ranks)
 
     # --- after ---
     after = prepare.ask(data, model, generate)
     prepare.show_answers(data, after, "after", say)
     if data.scored:
-        metrics.log_eval(total_steps, eval_loss=eval_loss, **prepare.exact_match(after))
+        metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
     say(f"wrote {run / 'final'}: a Hugging Face model folder")
     if data.chat is not None:
         say(f"ask it: python chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")

@@ -125,6 +125,7 @@ def _target_names(model):
 
 def base_model_name(path):
     """The folder or Hub id of the model that the adapter in folder `path` belongs to, or None."""
+    verify(path)  # or else a flipped bit would have another model loaded
     return _read_options(Path(path)).get("base_model_name_or_path")
 
 

@@ -159,7 +159,8 @@ def main(argv=None):
 
     # --- run folder, resume --- Changed from chapter-01: `names`.
     saved = None  # the last whole checkpoint
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None}
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
+             "eval_loss": None}
     if options.resume:
         run = Path(options.resume)
         saved = checkpoint.latest(run)
@@ -174,14 +175,13 @@ def main(argv=None):
                       quiet=not ranks.main, start_step=state["step"])
 
     # --- before --- Copied from chapter-01/train.py
-    if not options.resume:
+    if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
         data.show_example(say)
         say(f"run folder: {run}")
         before = prepare.ask(data, model, generate)
         prepare.show_answers(data, before, "before", say)
         if data.scored:
             metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
-    eval_loss = None
 
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
@@ -236,6 +236,7 @@ def main(argv=None):
             improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 eval_loss = evaluate(model, data.held_out, options)
+                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
                 metrics.log_eval(step, eval_loss=eval_loss)
                 improved = eval_loss < (state["best_loss"] or math.inf)
                 if improved:
@@ -258,12 +259,14 @@ def main(argv=None):
         else:
             runs.save_files(run / "final", lambda folder: save_adapter(
                 model, adapter, folder, options.model, metadata=checkpoint.MARK), source, ranks)
+        if distributed.any_rank(signals.requested):  # one that came during the saving
+            return runs.stopped(run, state, signals, ranks)
 
     # --- after --- Changed from chapter-01: it may be an adapter.
     after = prepare.ask(data, model, generate)
     prepare.show_answers(data, after, "after", say)
     if data.scored:
-        metrics.log_eval(total_steps, eval_loss=eval_loss, **prepare.exact_match(after))
+        metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
     say(f"wrote {run / 'final'}: a folder with {kind} files as Hugging Face has them")
     if data.chat is not None:

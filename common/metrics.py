@@ -43,6 +43,8 @@ class Metrics:
             self.board = _summary_writer(Path(run_folder) / "tensorboard", start_step)
         with writing(self.path):
             if self.path.exists():
+                if not self.path.is_file():
+                    raise UserError(f"{self.path}: not a regular file")
                 self.evaluated = _cut(self.path, start_step)
             self.file = open(self.path, "a", encoding="ascii")
 

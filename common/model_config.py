@@ -17,6 +17,7 @@ _WHOLE = (
 _REAL = ("rms_norm_eps", "initializer_range")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _TEXTS = ("model_type", "hidden_act")
+MOST_LAYERS = 1000
 LARGEST = 2**25  # bytes of a JSON file; the index of a model of 700 billion parameters has 9 MB
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -48,7 +49,7 @@ def write_config(config, path, dtype):
     scaling = config["rope_scaling"]
     rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config["rope_theta"]}
     config |= {"rope_parameters": rope, "dtype": name, "torch_dtype": name}
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with writing(file):
         file.write_text(text, encoding="utf-8")
 
@@ -84,6 +85,8 @@ def _normalise(config, file):
     for key in _TEXTS:
         _check(config, key, file, "text", lambda value: isinstance(value, str))
 
+    if (config.get("num_hidden_layers") or 0) > MOST_LAYERS:  # it would take for ever to make them
+        raise UserError(f"{file}: num_hidden_layers must be at most {MOST_LAYERS}")
     ropes = [config.pop("rope_parameters", None), config.get("rope_scaling")]
     for rope in ropes:
         if rope is not None and not isinstance(rope, dict):
