@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import ceilings
 import loss
 import modeling_llama
+from attention import block_attention
 from buckets import BUCKETS, bucket, named_parts, open_regions, region
 from packing import IGNORE
 
@@ -61,10 +62,8 @@ class _Recorder(TorchDispatchMode):
         if outputs and not function.is_view and not re.search("empty|detach|prim::", name):
             node = torch._C._current_autograd_node()
             names = [name, *([node.name()] if node else []), *reversed(open_regions)]
-            kind = bucket(names)
-            if kind == "attention":
-                name = kind if kind in names else "attention backward"
-            self.ops.append(_op(name, kind, call, _tensors((args, kwargs)), outputs))
+            inputs = _tensors((args, kwargs))
+            self.ops.append(_op(name, bucket(names), call, inputs, outputs))
             self.recent.append({**self.ops[-1].reads, **self.ops[-1].writes})
         return result
 
@@ -89,20 +88,6 @@ def _op(name, kind, call, inputs, outputs):
     return Op(name, kind, call, flops, reads, writes)
 
 
-class _Attention(torch.autograd.Function):
-    """Stands for attention where there are only shapes: one operator each way."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        ctx.save_for_backward(q, k, v)
-        return q.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        _, k, v = ctx.saved_tensors
-        return grad.clone(), torch.empty_like(k), torch.empty_like(v)
-
-
 def record(model, pack, finish=None):
     """The `Op`s of one forward and backward of `pack`, without computing anything.
 
@@ -117,9 +102,8 @@ def record(model, pack, finish=None):
         parts = -(-count // chunk)
         return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
-    def attention(q, k, v, *_):
-        with region("attention"):
-            return _Attention.apply(q, k, v)
+    def attention(q, k, v, cu_seqlens, max_seqlen):
+        return block_attention(q, k, v, cu_seqlens)  # whichever the device has: it is one operator
 
     with (FakeTensorMode() as mode, mock.patch.object(loss, "_chunks", chunks),
           mock.patch.object(modeling_llama, "varlen_attention", attention),
@@ -174,7 +158,7 @@ def predict(model, pack, ops, device, optimizer="fused", attention=None):
     roofline, alone = collections.Counter(), collections.Counter()
     for op in ops:
         if op.bucket == "attention":  # two products; in the backward five
-            again = op.name == "attention backward"
+            again = op.name.endswith("backward")
             roofline[op.bucket] += (5 if again else 2) * 2 * width * pairs / peak
             alone[op.bucket] += backward if again else forward
             continue

@@ -1,9 +1,15 @@
 """Make `import common` and `from helpers import load` work from every test file."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a defect
+# Tokenised data of the tests, not of the person who runs them: made anew for every session.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bareloop-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 collect_ignore = ["long", "bench", "goldens"]

@@ -45,7 +45,7 @@ def main(argv=None):
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each kind")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; eager: no compiler")
+    parser.add_argument("--backend", default="inductor", help="torch.compile's; eager: none needed")
     parser.add_argument("--seconds", type=int, default=540, help="nothing new begins after these")
     parser.add_argument("--out", help="file for the figures, as JSON")
     options = parser.parse_args(argv)

@@ -227,6 +227,7 @@ def eight_billion(options, figures):
     packs = packs_of(config, length, length, 3, False, options.device)
     seconds, peak, _ = train(model, packs, options.device, warm=1)
     figures["qlora-8b"] = {"peak_bytes": peak, "tokens_per_second": length / seconds}
-    yield (f"QLoRA of {'8B' if options.size == 'full' else 'a tiny model'}, one sequence of {length}",
+    name = "Qwen3-8B" if options.size == "full" else "a tiny model"
+    yield (f"QLoRA of {name}, one sequence of {length}",
            f"{peak / 2**30:.2f} GiB", "10 GiB",
            verdict(peak <= 10 * 2**30, options.size == "full" and options.device.type == "cuda"))
