@@ -35,13 +35,12 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     One operator to autograd, to the compiler and to selective checkpointing: none looks inside.
     """
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
-    q, k, v = (_heads_first(x, K) for x in (q, k, v))
-    output = torch.empty_like(q)
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):
-        rows, keys = slice(first * G, end * G), slice(begin, end)
-        p = _probabilities(q[:, rows], k[:, keys], mask, d**-0.5)
-        output[:, rows] = torch.bmm(p, v[:, keys])
-    return _tokens_first(output, G)
+        q_b, k_b, v_b = (_by_head(x, K) for x in (q[first:end], k[begin:end], v[begin:end]))
+        p = _probabilities(q_b, k_b, mask, d**-0.5)
+        output[first:end] = _by_token(torch.bmm(p, v_b), G)
+    return output
 
 
 @torch.library.custom_op("bareloop::block_attention_backward", mutates_args=())
@@ -50,20 +49,19 @@ def block_attention_backward(
         cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, each of its shape."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
-    gradient, q, k, v = (_heads_first(x, K) for x in (gradient, q, k, v))
     wide = torch.promote_types(k.dtype, torch.float32)  # a key's gradient is several blocks' sum
-    grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grad_k, grad_v = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in "kv")
     for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):
-        rows, keys = slice(first * G, end * G), slice(begin, end)
-        p = _probabilities(q[:, rows], k[:, keys], mask, d**-0.5)
-        grad_v[:, keys] += torch.bmm(p.transpose(1, 2), gradient[:, rows])
-        grad_p = torch.bmm(gradient[:, rows], v[:, keys].transpose(1, 2))
+        q_b, gradient_b = (_by_head(x[first:end], K) for x in (q, gradient))
+        k_b, v_b = (_by_head(x[begin:end], K) for x in (k, v))
+        p = _probabilities(q_b, k_b, mask, d**-0.5)
+        grad_p = torch.bmm(gradient_b, v_b.transpose(1, 2))
         grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)  # p (grad_p - Σ p grad_p)
-        grad_q[:, rows] = torch.bmm(grad_s, k[:, keys])
-        grad_k[:, keys] += torch.bmm(grad_s.transpose(1, 2), q[:, rows])
-    return (_tokens_first(grad_q.mul_(d**-0.5), G),
-            _tokens_first(grad_k.mul_(d**-0.5).to(k.dtype), 1),
-            _tokens_first(grad_v.to(v.dtype), 1))
+        grad_q[first:end] = _by_token(torch.bmm(grad_s, k_b), G)
+        grad_k[begin:end] += _by_token(torch.bmm(grad_s.transpose(1, 2), q_b), 1)
+        grad_v[begin:end] += _by_token(torch.bmm(p.transpose(1, 2), gradient_b), 1)
+    return grad_q.mul_(d**-0.5), grad_k.mul_(d**-0.5).to(k.dtype), grad_v.to(v.dtype)
 
 
 def _blocks(cu_seqlens, dtype):
@@ -86,26 +84,26 @@ def _probabilities(q, k, mask, scale):
     return scores.softmax(-1)
 
 
-def _heads_first(x, K):
-    """(T, H, d) -> (K, T·G, d), G = H / K: all that looks at one key/value head, in one matrix."""
+def _by_head(x, K):
+    """(B, H, d) -> (K, B·G, d), G = H / K: all that looks at one key/value head, in one matrix."""
     return x.unflatten(1, (K, -1)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
-def _tokens_first(x, G):
-    """(K, T·G, d) -> (T, H, d)."""
-    return x.unflatten(1, (-1, G)).transpose(0, 1).flatten(1, 2).contiguous()
+def _by_token(x, G):
+    """(K, B·G, d) -> (B, H, d)."""
+    return x.unflatten(1, (-1, G)).transpose(0, 1).flatten(1, 2)
 
 
 # --- what autograd and the compiler need to know of the operators ---
 
 @block_attention.register_fake
 def _(q, k, v, cu_seqlens):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q.new_empty(q.shape)
 
 
 @block_attention_backward.register_fake
 def _(gradient, q, k, v, cu_seqlens):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output):

@@ -103,7 +103,7 @@ def quantize_nf4(weight, double_quant=False):
         # A value on the middle goes to the lower level; |scaled| may exceed 1 by a rounding.
         codes = torch.zeros(len(scaled), dtype=torch.uint8, device=flat.device)
         for middle in ((LEVELS[:-1] + LEVELS[1:]) / 2).tolist():
-            codes += scaled > middle  # four times as fast as torch.bucketize
+            codes += scaled > middle  # 2.6 times as fast as torch.bucketize
         packed[start // 2 :][: len(codes) // 2] = codes[0::2] << 4 | codes[1::2]
     absmax2 = offset = None
     if not absmax.isfinite().all():

@@ -63,17 +63,19 @@ def build(options, config, source, device):
     return model.to(device).train(), adapter
 
 
-def step_of(model, optimizer, pack, adapter, clip, loss_of=None):
+def step_of(model, optimizer, pack, adapter, clip, finish=None):
     """A function that makes one optimizer step on `pack`, part by part in named regions. The
-    loss is the model's own, or `loss_of(model, pack)`."""
-    targets = max(1, int((pack["labels"] != IGNORE).sum()))
+    loss is the model's own, or `finish(logits, labels)`."""
+    labels = pack["labels"]
+    inputs = pack if finish is None else {n: v for n, v in pack.items() if n != "labels"}
+    targets = max(1, int((labels != IGNORE).sum()))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step():
         with buckets.named_parts(model):
-            loss = (model(**pack) if loss_of is None else loss_of(model, pack)) / targets
+            loss = model(**inputs) if finish is None else finish(model(**inputs), labels)
         with buckets.region("backward"):
-            loss.backward()
+            (loss / targets).backward()
         with buckets.region("optimizer"):
             before_step(model, adapter)
             torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)

@@ -11,6 +11,30 @@ from nf4 import BLOCK, NESTED_BLOCK, NF4Linear, NF4Weight
 from nf4_load import load_nf4
 
 from common import weights
+from common.errors import UserError
+
+# What these methods do to the base weights cannot be done to four-bit ones.
+DENSE_ONLY = {
+    "full": "it trains every weight, in steps far smaller than from one of 16 levels to the next",
+    "pissa": "it takes a part out of every weight, and the rest would have to be rounded anew",
+    "delta-lora": "it moves every weight by far less than from one of 16 levels to the next",
+}
+
+
+def check_options(options):
+    """Raise UserError if --quantize and another option exclude one another."""
+    if options.quantize == "nf4" and options.method in DENSE_ONLY:
+        raise UserError(f"--method {options.method} needs --quantize none:"
+                        f" {DENSE_ONLY[options.method]}")
+    if options.quantize == "none" and options.double_quant:
+        raise UserError("--double-quant needs --quantize nf4: without it there are no scales")
+
+
+def check_base(config, options):
+    """A base model's config without its quantization, if any; UserError if it must not have one."""
+    if is_bnb(config) and options.quantize == "none":
+        raise UserError("this folder is quantised already: say --quantize nf4, or give the original")
+    return {**config, "quantization_config": None}
 
 
 def quantized_model(config, source, dtype, device="cpu", double_quant=False, init="pretrained"):

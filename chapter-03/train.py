@@ -1,5 +1,4 @@
-"""Fine-tune Llama, Qwen3 or Qwen2.5 beside a base of four bits: QLoRA. Or, with --quantize none,
-as chapter 2 does, in less memory and faster.
+"""Fine-tune Llama, Qwen3 or Qwen2.5 beside a base of four bits (QLoRA), or as chapter 2 does.
 
     python chapter-03/train.py                                  the embedded tiny model, new skills
     python chapter-03/train.py --model Qwen/Qwen3-8B --data my.jsonl --double-quant --compile
@@ -19,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from common import checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs, weights
+from common import (checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs,
+                    weights)
 from common.errors import UserError, named
 from common.metrics import Metrics
-from bnb_files import is_bnb
 from compiling import compile_model
 from generate import generate
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
@@ -31,23 +30,16 @@ from merge import merge_into
 from modeling_llama import CHUNK, LlamaConfig, LlamaForCausalLM
 from packing import IGNORE, PackSampler, StaticShape, packed_sequence_collate_fn
 from peft_files import save_adapter
-from quantized_model import quantized_model
+from quantized_model import DENSE_ONLY, check_base, check_options, quantized_model
 
 CHAPTER = "03"
 # What `auto` sets for the embedded model and data; and for everything else. A learning rate
 # depends on the method: VeRA's two vectors per layer want a far higher one than whole matrices.
-TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "default": 5e-3}, "warmup": 20, "steps": 300,
-        "batch_tokens": 2048, "rank": 8, "alpha": 16.0, "eval_every": 100, "save_every": 100}
+TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}, "warmup": 20,
+        "steps": 220, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
+        "eval_every": 50, "save_every": 100}
 REAL = {"lr": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "warmup": 20, "rank": 16,
         "alpha": 32.0}
-
-
-# What these methods do to the base weights cannot be done to four-bit ones.
-DENSE_ONLY = {
-    "full": "it trains every weight, in steps far smaller than from one of 16 levels to the next",
-    "pissa": "it takes a part out of every weight, and the rest would have to be rounded anew",
-    "delta-lora": "it moves every weight by far less than from one of 16 levels to the next",
-}
 
 
 # Changed from chapter-02: the last four options.
@@ -102,7 +94,7 @@ def to_device(pack, device):
             for name, value in pack.items()}
 
 
-# Changed from chapter-02: static shapes; the model gives the loss.
+# Changed from chapter-01: without dropout; static shapes.
 @torch.no_grad()
 def evaluate(model, dataset, options, shape):
     """Mean loss per labelled token of `dataset`. Every rank computes the whole of it."""
@@ -120,11 +112,7 @@ def evaluate(model, dataset, options, shape):
 def main(argv=None):
     # --- options --- Changed from chapter-02: methods that need a dense base.
     options = presets.parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    quantize, method = options.quantize == "nf4", options.method
-    if quantize and method in DENSE_ONLY:
-        raise UserError(f"--method {method} needs --quantize none: {DENSE_ONLY[method]}")
-    if options.double_quant and not quantize:
-        raise UserError("--double-quant needs --quantize nf4: without it there are no scales")
+    check_options(options)
     ranks = distributed.start(options.device)
     if options.method == "delta-lora" and ranks.world_size > 1:
         raise UserError("--method delta-lora runs on one process: it moves whole weights")
@@ -138,21 +126,19 @@ def main(argv=None):
     checkpoint.verify(source)
     config_json = weights.read_config(source)
     with named(source / "config.json"):
-        if is_bnb(config_json) and not quantize:
-            raise UserError("quantised by bitsandbytes: say --quantize nf4, or give the original")
-        config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
+        config = LlamaConfig.from_dict(check_base(config_json, options))
     data = prepare.load(options, source, config, skills="new")
 
     # --- model --- Changed from chapter-02: the NF4 base, streamed in; checkpointing; compile.
     home = device if ranks.world_size == 1 else torch.device("cpu")
-    if quantize:
+    if options.quantize == "nf4":
         init = "shapes" if options.dry_run else options.init
         model = quantized_model(config, source, dtype, home, options.double_quant, init)
     else:
         with torch.device("cpu" if options.init == "random" else "meta"):
             model = LlamaForCausalLM(config)
         model.compute_dtype = dtype
-        if method not in DENSE_ONLY:
+        if options.method not in DENSE_ONLY:
             model.to(dtype)
         if options.init == "random":
             model.to(home)

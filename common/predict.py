@@ -11,9 +11,10 @@ import re
 import numpy as np
 import torch
 
+from common.layers import base, linears, matrix
 from common.memory import peak_memory_bytes
 from common.metrics import readable_bytes
-from common.predict_memory import base, linears, matrix, memory
+from common.predict_memory import memory
 
 __all__ = ["Prediction", "flops_per_token", "mean_attended", "memory", "parameters", "peak_flops",
            "peak_memory_bytes", "training"]

@@ -7,6 +7,8 @@ Sizes: T tokens in the pack, D model width, H query heads, K key/value heads, d 
 F feed-forward width, V vocabulary, r rank; c bytes of one number of the compute dtype.
 """
 
+from common.layers import base, keeps_input, linears, matrix
+
 FLOAT32 = 4  # bytes; master weights, gradients, both Adam moments, norm statistics, the loss
 
 
@@ -46,6 +48,7 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
 
     if not tied and base(model.lm_head) is not model.lm_head:
         chunk = None  # a head with an adapter gives logits
+
     # --- what stays from step to step ---
     weights = sum(t.nbytes for t in model.parameters()) // ranks
     weights += sum(t.nbytes for t in model.buffers())  # not sharded
@@ -69,7 +72,11 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     if checkpointing != "none":
         # Kept: the layer's input, and if selective what is dear to compute. The layer at work is
         # computed once more, so its own tensors are there a second time.
+        # Attention in blocks has q, k and v there a third time, heads first.
         again = max(per_layer) * tokens + max(copies)
+        if hasattr(layers[0], "run") and not kernel_joins:
+            again += c * tokens * sum(base(getattr(layers[0].self_attn, f"{n}_proj")).out_features
+                                      for n in "qkv")
         kept = len(layers) * (c * D + (dear_per_token(layers[0], dtype)
                                        if checkpointing == "selective" else 0))
         copies = [0] * len(copies)
@@ -139,7 +146,7 @@ def loss_and_head(tokens, V, D, c, chunk, trained, copy, kernel_joins):
     rows = -(-tokens // -(-tokens // chunk))
     both = c * tokens * D + FLOAT32 * V * D * trained
     pieces = (1 + narrow) * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
-    share = (c + FLOAT32) * V * D * narrow * trained
+    share = (c + FLOAT32) * min(V, 2**13) * D * narrow * trained  # in parts of 8,192 rows of W
     return both + c * rows * (V + 2 * D) + max(pieces, share), 2 * both - copy
 
 
@@ -167,9 +174,12 @@ def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
         terms["norms of q and k: x, x / rms"] = (
             norm(attention.q_norm, Hd, False, Hd // d) + norm(attention.k_norm, Kd, False, Kd // d))
     terms["attention: q, k, v"] = c * (Hd + 2 * Kd)
-    terms["attention: output, log-sum-exp"] = c * Hd + FLOAT32 * Hd // d
-    # One call a document: the outputs are then joined in a tensor of their own.
-    terms["input of o_proj"] = c * Hd * (keeps_input(o) and not kernel_joins)
+    if hasattr(layer, "run") and not kernel_joins:  # chapter 3's blocks: nothing but q, k and v
+        terms["input of o_proj"] = c * Hd * keeps_input(o)
+    else:
+        terms["attention: output, log-sum-exp"] = c * Hd + FLOAT32 * Hd // d
+        # One call a document: the outputs are then joined in a tensor of their own.
+        terms["input of o_proj"] = c * Hd * (keeps_input(o) and not kernel_joins)
     terms["feed-forward norm: x, x / rms, result"] = norm(
         layer.post_attention_layernorm, D, any(map(keeps_input, (mlp.gate_proj, mlp.up_proj))))
     terms["gate, up, silu(gate)"] = c * F * (2 if compiled else 3)
@@ -220,30 +230,3 @@ def weight_copies(layer, dtype):
             A, B = module.factors()
             total += c * A.numel() * (A.dtype.itemsize != c) + c * B.numel()
     return total
-
-
-def base(module):
-    """The linear layer itself, under an adapter or not."""
-    return getattr(module, "base", module)
-
-
-def linears(module):
-    """The linear layers within `module`, each with its adapter if it has one."""
-    adapted = [m for m in module.modules() if hasattr(m, "base") and hasattr(m, "factors")]
-    inside = {id(m.base) for m in adapted}
-    plain = [m for m in module.modules() if hasattr(m, "in_features") and id(m) not in inside
-             and not hasattr(m, "factors")]
-    return adapted + plain
-
-
-def matrix(module):
-    """The weight of a linear layer as a parameter, None if it is quantised."""
-    return base(module)._parameters.get("weight")
-
-
-def keeps_input(module):
-    """Whether a linear layer needs its input again: for the gradient of its weight, or of A."""
-    weight = matrix(module)
-    if weight is not None and weight.requires_grad:
-        return True
-    return base(module) is not module and not module.dropout and module.factors()[0].requires_grad

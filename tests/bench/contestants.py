@@ -93,7 +93,7 @@ def ours(chapter, kind, folder, dtype, shape=None, adapters=None):
             adapters.update({n: p.detach().clone() for n, p in model.named_parameters()
                              if "lora_" in n})
     if shape is not None:
-        modeling.compile_model(model)
+        load("chapter-03/compiling.py").compile_model(model)
 
     def loss(documents, targets):
         collate = part["packing"].packed_sequence_collate_fn

@@ -17,6 +17,7 @@ from helpers import load
 modeling = load("chapter-03/modeling_llama.py")
 packing, lora, nf4 = (load(f"chapter-03/{name}.py") for name in ("packing", "lora", "nf4"))
 loss_module = load("chapter-03/loss.py")
+compile_model = load("chapter-03/compiling.py").compile_model
 
 PACKS = ([1], [64], [7, 1, 64], [33] * 5, [200, 3, 57], [2, 2, 2, 129])  # lengths of documents
 VOCABULARY = 515  # no multiple of anything that kernels like

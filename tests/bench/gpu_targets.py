@@ -15,7 +15,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
                 str(Path(__file__).parents[2])]
 import loss_bench
-from gpu_checks import lora, modeling, on, packing
+from gpu_checks import compile_model, lora, modeling, on, packing
 from helpers import load
 from report import adamw, held_bytes
 
@@ -120,7 +120,7 @@ def speed(options, figures):
     for kind in ("dense", "lora", "qlora"):
         torch.compiler.reset()
         model = make(kind, config, options)
-        modeling.compile_model(model, options.backend)
+        compile_model(model, options.backend)
         packs = packs_of(config, length, budget, 2 + options.steps, False, device)
         seconds[kind], peak, losses = train(model, packs, device)
         rate = budget / seconds[kind]
@@ -154,7 +154,7 @@ def shapes(options, figures):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     model = make("dense", config, options)
-    modeling.compile_model(model, options.backend)
+    compile_model(model, options.backend)
     packs = packs_of(config, 96, 256, 50, True, options.device)
     train(model, packs[:1], options.device, warm=0)
     stats = torch._dynamo.utils.counters

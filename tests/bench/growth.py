@@ -34,8 +34,8 @@ WHY = {
     "and attention looks no further than the document",
     "tokens, in one document": "attention grows with the square of a document; how far above 1 the "
     "exponent is tells attention's share",
-    "documents in 2048 tokens": "the more documents the shorter they are, so attention falls; "
-    "on a CPU each is a call of its own, which takes some of it back",
+    "documents in 2048 tokens": "the more documents the shorter they are, so attention falls, until "
+    "a document is no longer than a block of queries (attention.py); the rest does not care",
     "vocabulary": "the head and its loss, the embedding's optimizer step: in proportion, beside "
     "layers that do not change",
     "layers": "in proportion, beside a head that does not change",

@@ -6,8 +6,8 @@
 The simulation is in scale_model.py; what it assumes about a machine is printed above each table.
 "Of perfect" compares with as many GPUs on their own, each with the whole optimizer: more than 100 %
 means that sharing the optimizer's work saves more than communication costs. Memory is that of
-`common.predict`. The check measures the speed of one model on one rank, and the links between two
-ranks, and predicts from these the other model and the other number of ranks.
+`common.predict`. The check measures one model on ranks that share nothing, and the link between two
+ranks, and predicts from these another model, and both models sharded over two ranks.
 """
 
 import argparse
@@ -89,36 +89,44 @@ def cpu_model(layers):
         qk_norm=True, qkv_bias=False, rope_theta=1e6, tie_word_embeddings=True))
 
 
-def worker(steps):
-    """One rank of a real run: prints, on rank 0, the fastest step, optimizer and collective."""
-    torch.set_num_threads(1)
-    ranks, found = distributed.start("cpu"), {}
-    packing = load("chapter-03/packing.py")
-    for name, (layers, tokens) in CHECKED.items():
-        torch.manual_seed(0)
-        model = cpu_model(layers)
+def measure(layers, tokens, steps, ranks, sharded):
+    """(seconds of the fastest step, of its clipping and optimizer), of all ranks at once."""
+    torch.manual_seed(0)
+    model, packing = cpu_model(layers), load("chapter-03/packing.py")
+    if sharded:
         distributed.shard(model, ranks, torch.float32)
-        optimizer, times, updates = adamw(model, 1e-4), [], []
-        ids = torch.randint(0, 2048, (tokens // 128, 128))
-        pack = packing.packed_sequence_collate_fn([(row, row) for row in ids])
-        for _ in range(2 + steps):
-            distributed.barrier()
-            started = time.perf_counter()
-            (model(**pack) / tokens).backward()
-            middle = time.perf_counter()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            times.append(time.perf_counter() - started)
-            updates.append(time.perf_counter() - middle)
-        found[name] = min(times[2:]), min(updates[2:])
+    optimizer, times, updates = adamw(model, 1e-4), [], []
+    ids = torch.randint(0, 2048, (tokens // 128, 128))
+    pack = packing.packed_sequence_collate_fn([(row, row) for row in ids])
+    for _ in range(2 + steps):
+        distributed.barrier()
+        started = time.perf_counter()
+        (model(**pack) / tokens).backward()
+        middle = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - started)
+        updates.append(time.perf_counter() - middle)
+    return min(times[2:]), min(updates[2:])
+
+
+def worker(steps):
+    """One rank of a real run; on rank 0 it prints what was measured: every model, sharded; the
+    small one when each rank has it to itself, "alone"; and what the link carries a second."""
+    torch.set_num_threads(1)
+    ranks = distributed.start("cpu")
+    found = {"alone": measure(*CHECKED["small"], steps, ranks, False)}
+    for name, (layers, tokens) in CHECKED.items():
+        found[name] = measure(layers, tokens, steps, ranks, True)
     if ranks.world_size > 1:
         parts, times = [torch.ones(2**20) for _ in range(ranks.world_size)], []
         for _ in range(2 + steps):
             started = time.perf_counter()
             torch.distributed.all_gather(parts, torch.ones(2**20))
+            torch.distributed.reduce_scatter(torch.empty(2**20), parts)
             times.append(time.perf_counter() - started)
-        found["bandwidth"] = (ranks.world_size - 1) * parts[0].nbytes / min(times[2:])
+        found["bandwidth"] = 2 * (ranks.world_size - 1) * parts[0].nbytes / min(times[2:])
     if ranks.main:
         print("FOUND " + json.dumps(found), flush=True)
     distributed.stop()
@@ -134,22 +142,27 @@ def run_ranks(count, steps):
 
 
 def check(steps):
-    """Rows of (model, ranks, predicted, measured): calibrated on one rank of the small one."""
-    one, two = run_ranks(1, steps), run_ranks(2, steps)
+    """Rows of (model, ranks, predicted, measured), and the machine with two ranks at work.
+
+    The speed is that of the small model, when as many ranks compute but share nothing: two at
+    once are slower than one, as they have one memory between them.
+    """
     cases = {}
     for name, (layers, tokens) in CHECKED.items():
         model = cpu_model(layers)
         cases[name] = (groups_of(model, tokens, 128, torch.float32),
                        sum(p.numel() for p in model.parameters()))
     groups, trained = cases["small"]
-    seconds, update = one["small"]
-    machine = Machine("this CPU", sum(g.forward + g.backward for g in groups) / (seconds - update),
-                      2, two["bandwidth"], two["bandwidth"], 0.0, 40 * trained / update, 0.0, False)
     rows = []
-    for count, found in ((1, one), (2, two)):
-        for name, (groups, trained) in cases.items():
-            rows.append({"model": name, "ranks": count, "measured": found[name][0], "predicted":
-                         simulate(groups, count, machine, trained)["step"]})
+    for count in (1, 2):
+        found = run_ranks(count, steps)
+        seconds, update = found["alone"]
+        link, work = found.get("bandwidth", 1.0), sum(g.forward + g.backward for g in groups)
+        machine = Machine("this CPU", work / (seconds - update), 2, link, link, 0.0,
+                          40 * trained / update, 0.0, overlap=False)
+        rows += [{"model": name, "ranks": count, "measured": found[name][0],
+                  "predicted": simulate(case[0], count, machine, case[1])["step"]}
+                 for name, case in cases.items()]
     return rows, machine
 
 
@@ -184,8 +197,8 @@ def main(argv=None):
                for p in figures[name]["predicted"]])
     if options.check:
         rows, machine = check(options.steps)
-        print(f"\n### This CPU: {machine.flops / 1e9:.1f} GFLOP/s (from the small model alone), "
-              f"{machine.inside / 1e6:.0f} MB/s between ranks (measured)")
+        print(f"\n### This CPU: {machine.flops / 1e9:.1f} GFLOP/s for each of two ranks that share "
+              f"nothing, {machine.inside / 1e6:.0f} MB/s between them (both measured)")
         table(["model", "ranks", "predicted s", "measured s", "predicted / measured"],
               [[r["model"], r["ranks"], f"{r['predicted']:.3f}", f"{r['measured']:.3f}",
                 f"{r['predicted'] / r['measured']:.2f}"] for r in rows])

@@ -12,6 +12,7 @@ the process is a finding. Input number i of a seed is always the same.
 
 import argparse
 import collections
+import copy
 import json
 import mmap
 import os
@@ -90,7 +91,7 @@ def change_value(value, rng):
             if isinstance(inner, (dict, list)):
                 rest.append(inner)
     if not places or rng.random() < 0.02:
-        return rng.choice(ODD)
+        return copy.deepcopy(rng.choice(ODD))
     container, key = rng.choice(places)
     kind = rng.randrange(6)
     if kind == 0:
@@ -107,7 +108,7 @@ def change_value(value, rng):
         container[key] = change_bytes(container[key].encode("utf-8", "replace"), rng).decode(
             "utf-8", "replace")
     else:
-        container[key] = rng.choice(ODD)
+        container[key] = copy.deepcopy(rng.choice(ODD))
     return value
 
 
@@ -166,9 +167,9 @@ def read_one(target, place, names, rng):
             path.symlink_to(rng.choice(("/dev/zero", "/etc/passwd", "nowhere", name, "..")))
         elif kind > 0.03:
             path.write_bytes(data)
-    signal.signal(signal.SIGALRM, _alarm)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    began = time.monotonic()
+    signal.signal(signal.SIGPROF, _alarm)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of processor time: the machine may be busy
+    began = time.process_time()
     try:
         target.read(place, chosen)
         problem = None
@@ -182,8 +183,8 @@ def read_one(target, place, names, rng):
         if "--only" in sys.argv:
             traceback.print_exc()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    seconds = time.monotonic() - began
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds = time.process_time() - began
     if problem is None and seconds > SECONDS:
         problem = f"took {seconds:.1f} s"
     for name, data in kept.items():

@@ -1,0 +1,121 @@
+"""Three bugs that make no result wrong, only the step slow. Find them with the profiler.
+
+    python chapter-03/bugs.py             a healthy step
+    python chapter-03/bugs.py --bug-1     and so on: what has changed, and where does it come from?
+
+Each prints the time of the last step, the operators of it that took longest or ran most often,
+how often PyTorch compiled, and where the timeline lies. Read those, not this file.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import modeling_llama
+from ceilings import wait
+from common import checkpoint, cli, encode, hub, weights
+from lora import AdapterConfig
+from modeling_llama import LlamaConfig, LlamaForCausalLM
+from packing import PackSampler, packed_sequence_collate_fn
+from profile_step import step_of
+from train import CHAPTER, to_device
+
+SHOWN = 12  # operators
+
+
+@dataclass
+class BugOptions:
+    """Which bug, where."""
+
+    bug_1: bool = cli.option(False, "the first bug", bool)
+    bug_2: bool = cli.option(False, "the second bug", bool)
+    bug_3: bool = cli.option(False, "the third bug", bool)
+    steps: int = cli.option(6, "steps, of which the last is profiled", int, least=2)
+    batch_tokens: int = cli.option(1024, "tokens of a step", int, least=64)
+    backend: str = cli.option("aot_eager", "torch.compile's backend: aot_eager needs no compiler, "
+                              "inductor is what training uses", choices=("aot_eager", "inductor"))
+    device: str = cli.option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    out: str = cli.option(None, "the folder of the timeline")
+
+
+def plant(options, model):
+    """Switch the bugs on that are asked for; gives the chunk of the loss."""
+    if options.bug_1:
+        for name, layer in model.model.layers.named_children():
+            layer.register_forward_hook(check_finite(name))
+    for layer in model.model.layers:
+        layer.mlp.compile(backend=options.backend, dynamic=False)
+    return 16 if options.bug_3 else 1024
+
+
+def check_finite(name):
+    """A hook that looks whether a layer still gives numbers."""
+    def hook(layer, inputs, output):
+        if not output.abs().max().item() < 1e6:
+            raise FloatingPointError(f"layer {name} has left the numbers")
+    return hook
+
+
+def packs(options, config, device):
+    """One pack for each step, as long as the documents make it, or all of the same length."""
+    data = encode.virtual(64 * options.steps, config.vocab_size, options.batch_tokens // 4, seed=0)
+    sampler = PackSampler(data.lengths, options.batch_tokens, seed=0)
+    for number in range(options.steps):
+        examples = [data[i] for i in sampler.pack(number)]
+        room = options.batch_tokens - sum(len(ids) for ids, _ in examples)
+        if options.bug_2:
+            examples = examples[number:]
+        elif room:
+            ids = torch.zeros(room, dtype=torch.int64)
+            examples.append((ids, torch.full_like(ids, -100)))
+        yield to_device(packed_sequence_collate_fn(examples), device)
+
+
+def main(argv=None):
+    options = BugOptions(**cli.read_flags(BugOptions, __doc__.split("\n\n")[0], argv))
+    device = cli.choose_device(options.device)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_dict(weights.read_config(hub.resolve("tiny")))
+    model = LlamaForCausalLM(config).to(device)
+    modeling_llama.CHUNK = plant(options, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.config.recompile_limit = max(8, 2 * options.steps)
+
+    for number, pack in enumerate(packs(options, config, device), 1):
+        step = step_of(model, optimizer, pack, AdapterConfig(method="full"), 1.0)
+        wait(device)
+        started = time.perf_counter()
+        if number < options.steps:
+            step()
+        else:
+            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+            with profile(activities=kinds) as profiler:
+                step()
+                wait(device)
+        wait(device)
+        print(f"step {number}: {1e3 * (time.perf_counter() - started):8.1f} ms, "
+              f"{len(pack['labels'])} tokens, compiled so far: "
+              f"{torch._dynamo.utils.counters['stats']['unique_graphs']}")
+
+    rows = profiler.key_averages()
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    for title, key in (("longest", time_of), ("most often", "count")):
+        print(f"\n{title:<52}{'ms':>10}{'calls':>10}")
+        for row in sorted(rows, key=lambda row: -getattr(row, key))[:SHOWN]:
+            print(f"{row.key[:50]:<52}{getattr(row, time_of) / 1e3:>10.2f}{row.count:>10}")
+    out = checkpoint.new_run_folder(f"chapter-{CHAPTER}-bugs", options.out)
+    profiler.export_chrome_trace(str(out / "trace.json"))
+    print(f"\n{out / 'trace.json'}: the timeline; open it at https://ui.perfetto.dev")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

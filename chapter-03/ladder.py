@@ -1,0 +1,251 @@
+"""From the naive loop to the fast one, a rung at a time: speed, memory, and the predicted gain.
+
+    python chapter-03/ladder.py --size tiny        half a minute
+    python chapter-03/ladder.py                    the mid-size model, a few minutes on two cores
+    python chapter-03/ladder.py --size 0.6b        Qwen3-0.6B's shapes, for a GPU
+
+The same documents on every rung. Only their own tokens count, so padding shows as lost speed.
+A rung keeps what the rungs before it have changed. Each leaves a file when it is done: interrupt
+it and run it again, and it goes on. Leaves ladder.md, ladder.json and, with matplotlib, ladder.svg.
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+import anatomy
+import modeling_llama
+import operators
+from buckets import region
+from ceilings import wait
+from common import cli, encode, hub, predict, weights
+from common.errors import UserError
+from common.metrics import readable_bytes
+from common.model_config import read_json
+from compiling import compile_model
+from lora import optimizer_groups
+from modeling_llama import LlamaConfig
+from packing import IGNORE, packed_sequence_collate_fn
+from profile_step import build, step_of
+from train import Options, to_device
+
+HERE = Path(__file__).resolve().parent
+SIZES = {  # folder or name of the config, tokens of documents per step, longest document
+    "tiny": ("tiny", 256, 64), "mid": (HERE / "mid", 2048, 512), "0.6b": ("qwen3-0.6b", 8192, 2048)}
+RUNGS = {  # what each changes; the first says how the naive loop is
+    "naive": {"packed": False, "dtype": "float32", "chunked": False, "blocks": False,
+              "compile": False, "fused": False, "activation_checkpointing": "none",
+              "method": "full", "quantize": "none"},
+    "packing": {"packed": True},
+    "bfloat16": {"dtype": "bfloat16"},
+    "chunked loss": {"chunked": True},
+    "attention in one operator": {"blocks": True},
+    "compile": {"compile": True},
+    "fused optimizer": {"fused": True},
+    "checkpointing": {"activation_checkpointing": "full"},
+    "LoRA": {"method": "lora"},
+    "QLoRA": {"quantize": "nf4"},
+}
+
+
+@dataclass
+class LadderOptions:
+    """The ladder's own options."""
+
+    size: str = cli.option("mid", "which model", choices=tuple(SIZES))
+    steps: int = cli.option(3, "timed steps of each rung", int, least=1)
+    device: str = cli.option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda",
+                                                                       "mps"))
+    compile: bool = cli.option(True, "climb the rung that compiles", bool)
+    seed: int = cli.option(0, "fixes documents and weights", int, least=0)
+    out: str = cli.option(None, "the folder of the results (default: runs/chapter-03-ladder/SIZE)")
+
+
+def documents(size, vocabulary, count, seed):
+    """`count` lists of (ids, labels), each of exactly the size's tokens in documents of varied
+    length."""
+    _, tokens, longest = SIZES[size]
+    pool = encode.virtual(8 * count * tokens // longest + 8, vocabulary, longest, seed)
+    lists, at = [], 0
+    for _ in range(count):
+        chosen, room = [], tokens
+        while room:
+            ids, labels = pool[at]
+            at += 1
+            chosen.append((ids[:room], labels[:room]))
+            room -= len(chosen[-1][0])
+        lists.append(chosen)
+    return lists
+
+
+def padded(examples):
+    """The documents as the rectangle that a padded batch is: all as long as the longest."""
+    longest = max(len(ids) for ids, _ in examples)
+    return [(F.pad(ids, (0, longest - len(ids))), F.pad(labels, (0, longest - len(ids)),
+                                                        value=IGNORE)) for ids, labels in examples]
+
+
+def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
+    """Attention document by document, on slices. The backward of a slice fills a gradient as
+    large as the whole pack with zeros, for every document anew."""
+    ends = cu_seqlens.tolist()
+    outputs = []
+    for start, end in zip(ends, ends[1:]):
+        q_n, k_n, v_n = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        output = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True, enable_gqa=True)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def whole_loss(logits, labels):
+    """The sum of the losses from all logits at once, in float32."""
+    with region("loss"):
+        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def climb(rung, options, device):
+    """Measure one rung, a dict as RUNGS has them: what of it goes into the table."""
+    name, tokens, _ = SIZES[options.size]
+    source = hub.resolve(name)
+    config = LlamaConfig.from_dict(weights.read_config(source))
+    run = Options(model=str(name), init="random", data=["virtual"], rank=16, alpha=32.0, lr=1e-4,
+                  seed=options.seed, **{key: rung[key] for key in (
+                      "dtype", "method", "quantize", "activation_checkpointing")})
+    model, adapter = build(run, config, source, device)
+    lists = documents(options.size, config.vocab_size, options.steps + 1, options.seed)
+    mean = predict.mean_attended([len(ids) for ids, _ in lists[0]])
+    packs = [to_device(packed_sequence_collate_fn(x if rung["packed"] else padded(x)), device)
+             for x in lists]
+    optimizer = torch.optim.AdamW(optimizer_groups(model, adapter, run.lr, 0.1), lr=run.lr,
+                                  foreach=False, fused=rung["fused"])
+    attention = modeling_llama.varlen_attention if rung["blocks"] else sliced_attention
+    finish = None if rung["chunked"] else whole_loss
+
+    with mock.patch.object(modeling_llama, "varlen_attention", attention):
+        ops = operators.record(model, packs[-1], finish)
+        foreseen = operators.predict(
+            model, packs[-1], operators.fused(ops) if rung["compile"] else ops, device,
+            "fused" if rung["fused"] else "plain", attention)
+        if rung["compile"]:
+            compile_model(model)
+        steps = [step_of(model, optimizer, pack, adapter, 1.0, finish) for pack in packs]
+        steps[0]()  # makes the optimizer's moments, and compiles
+        seconds = []
+        for step in steps[1:]:
+            wait(device)
+            started = time.perf_counter()
+            step()
+            wait(device)
+            seconds.append(time.perf_counter() - started)
+        memory = anatomy.measured(steps[0], model, optimizer, device)
+    speed = tokens / statistics.median(seconds)
+    rate = speed * predict.flops_per_token(model, mean)["total"]
+    peak = predict.peak_flops(device, model.compute_dtype)
+    return {"tokens_per_second": speed, "peak_memory_bytes": sum(memory.values()),
+            "flops_per_second": rate, "mfu": None if peak is None else rate / peak,
+            "predicted_tokens_per_second": tokens / sum(alone for _, alone in foreseen.values()),
+            "seconds": seconds}
+
+
+def ladder(options, folder, device):
+    """Every rung's row, from its file or measured now."""
+    same = {"size": options.size, "steps": options.steps, "seed": options.seed,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(), "torch": torch.__version__}
+    rung, rows = {}, []
+    for number, (name, changes) in enumerate(RUNGS.items(), 1):
+        rung.update(changes)
+        if rung["compile"] and not options.compile:
+            rung["compile"] = False
+            if name == "compile":
+                continue
+        file = folder / f"{number:02d}-{name.replace(' ', '-')}.json"
+        row = read_json(file) if file.is_file() else {}
+        if {key: row.get(key) for key in (*same, "rung")} != {**same, "rung": rung}:
+            row = {"name": name, "rung": dict(rung), **same}
+            try:
+                row |= climb(rung, options, device)
+            except torch.OutOfMemoryError:
+                row["missing"] = "out of memory"
+            except UserError as error:
+                if name != "compile":
+                    raise
+                row["missing"] = str(error)
+            gc.collect()
+            torch._dynamo.reset()
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, file)
+        if name == "compile" and "missing" in row:
+            options.compile = False
+        rows.append(row)
+        print(markdown(rows).splitlines()[-1], flush=True)
+    return rows
+
+
+def markdown(rows):
+    """The rows as a table: gains are over the rung before that was measured."""
+    known = [row["mfu"] for row in rows if row.get("mfu") is not None]
+    lines = ["| rung | tokens/s | gain | predicted gain | peak memory | "
+             + ("MFU |" if known else "GFLOP/s |"), "|---|---|---|---|---|---|"]
+    before = None
+    for row in rows:
+        if "missing" in row:
+            lines.append(f"| {row['name']} | {row['missing']} | | | | |")
+            continue
+        gains = ["" if before is None else f"{row[key] / before[key]:.2f}" for key in
+                 ("tokens_per_second", "predicted_tokens_per_second")]
+        work = f"{row['mfu']:.1%}" if known else f"{row['flops_per_second'] / 1e9:,.0f}"
+        lines.append(f"| {row['name']} | {row['tokens_per_second']:,.0f} | {gains[0]} | {gains[1]} "
+                     f"| {readable_bytes(row['peak_memory_bytes'])} | {work} |")
+        before = row
+    return "\n".join(lines)
+
+
+def picture(rows, path):
+    """Speed and memory of the rungs as bars, if matplotlib is installed; gives whether it is."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = [row for row in rows if "missing" not in row][::-1]
+    figure = Figure(figsize=(10, 0.4 * len(rows) + 1), layout="constrained")
+    for axes, key, unit, title in zip(
+            figure.subplots(1, 2, sharey=True), ("tokens_per_second", "peak_memory_bytes"),
+            (1, 2**20), ("tokens per second", "peak memory, MiB")):
+        bars = axes.barh([row["name"] for row in rows], [row[key] / unit for row in rows])
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axes.set_title(title)
+        axes.margins(x=0.2)
+    figure.savefig(path)
+    return True
+
+
+def main(argv=None):
+    options = LadderOptions(**cli.read_flags(LadderOptions, __doc__.split("\n\n")[0], argv))
+    device = cli.choose_device(options.device)
+    folder = Path(options.out or Path("runs", "chapter-03-ladder", options.size))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(markdown([]), flush=True)
+    rows = ladder(options, folder, device)
+    (folder / "ladder.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    (folder / "ladder.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    drawn = picture(rows, folder / "ladder.svg")
+    print(f"\n{folder}: ladder.md, ladder.json" + (", ladder.svg" if drawn else "; for the picture "
+                                                   "ladder.svg: pip install matplotlib"))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
