@@ -28,6 +28,14 @@ def check_config(config, methods):
         if not (value > 0 if least is None else value >= least) or value == math.inf or (
                 name == "dropout" and value >= 1):
             raise UserError(f"{flag} {value!r} is out of range")
+    if config.rank > 2**14:
+        raise UserError(f"--rank {config.rank} is out of range")
+    if type(config.seed) is not int or not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed!r} is not a whole number from 0 to 2⁶³")
+    targets = config.target_modules
+    if not isinstance(targets, str) and not (isinstance(targets, (list, tuple)) and all(
+            isinstance(name, str) for name in targets)):
+        raise UserError(f"--target-modules {targets!r} is neither names nor a regular expression")
     reason = getattr(methods[config.method], "no_dropout", None)
     if config.dropout and reason:
         raise UserError(f"--dropout must be 0 with {config.method}: {reason}")

@@ -3,8 +3,9 @@
     python chapter-03/bugs.py             a healthy step
     python chapter-03/bugs.py --bug-1     and so on: what has changed, and where does it come from?
 
-Each prints the time of the last step, the operators of it that took longest or ran most often,
-how often PyTorch compiled, and where the timeline lies. Read those, not this file.
+Each prints the time of every step and how often PyTorch has compiled until then; of the last
+step the operators, counted and those that took longest; and where its timeline lies. Read that,
+not this file.
 """
 
 import sys
@@ -27,6 +28,8 @@ from profile_step import step_of
 from train import CHAPTER, to_device
 
 SHOWN = 12  # operators
+COUNTED = {"aten::mm": "matrix products", "aten::copy_": "copies",
+           "aten::_local_scalar_dense": "numbers that Python has waited for"}
 
 
 @dataclass
@@ -105,12 +108,14 @@ def main(argv=None):
               f"{len(pack['labels'])} tokens, compiled so far: "
               f"{torch._dynamo.utils.counters['stats']['unique_graphs']}")
 
-    rows = profiler.key_averages()
+    rows = {row.key: row for row in profiler.key_averages()}
     time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    for title, key in (("longest", time_of), ("most often", "count")):
-        print(f"\n{title:<52}{'ms':>10}{'calls':>10}")
-        for row in sorted(rows, key=lambda row: -getattr(row, key))[:SHOWN]:
-            print(f"{row.key[:50]:<52}{getattr(row, time_of) / 1e3:>10.2f}{row.count:>10}")
+    print(f"\n{'operators of the last step':<52}{'ms':>10}{'calls':>10}")
+    for row in sorted(rows.values(), key=lambda row: -getattr(row, time_of))[:SHOWN]:
+        print(f"{row.key[:50]:<52}{getattr(row, time_of) / 1e3:>10.2f}{row.count:>10}")
+    for name, meaning in COUNTED.items():
+        count = rows[name].count if name in rows else 0
+        print(f"{meaning:<62}{count:>10}")
     out = checkpoint.new_run_folder(f"chapter-{CHAPTER}-bugs", options.out)
     profiler.export_chrome_trace(str(out / "trace.json"))
     print(f"\n{out / 'trace.json'}: the timeline; open it at https://ui.perfetto.dev")

@@ -81,7 +81,8 @@ def plain_file(folder, name):
     from snapshots/<commit>/ into blobs/ beside it (or in the cache's root): those are accepted.
     """
     folder = Path(folder).resolve()
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    too_long = len(name.encode("utf-8", "replace")) > 255
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or too_long:
         raise UserError(f"{folder}: refused the file name {name!r}: it must be a plain name")
     file = folder / name
     if not file.is_file():

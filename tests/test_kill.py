@@ -4,11 +4,14 @@ import random
 import sys
 
 import pytest
+import torch
+from faults import forked
 from helpers import ROOT
 
 sys.path.append(str(ROOT / "tests" / "long"))
 import kill
 import small_runs
+import soak
 
 DROPOUT = ("--dropout", "0.2", "--rank", "2")
 SCORED = ("--data", "tiny", "--eval-every", "6")
@@ -60,3 +63,17 @@ def test_the_comparison_sees_one_bit(tmp_path):
     small_runs.checkpoint.seal(state)
     with pytest.raises(AssertionError, match="optimizer.safetensors differs"):
         small_runs.assert_equal(sweep.run, sweep.undisturbed)
+
+
+def test_a_short_soak_leaves_nothing_behind(tmp_path):
+    """`tests/long/soak.py` for 60 steps in 12 starts, one of them ended as by a kill."""
+    code, text = forked(lambda: soak_briefly(tmp_path))
+    assert code == 0, text
+
+
+def soak_briefly(folder):
+    torch.set_num_threads(1)
+    measured = soak.soak(folder, 60, every=5, model=())
+    last = measured[-1]
+    assert last["left"] == measured[2]["left"] and last["live"] == measured[2]["live"] > 0
+    assert last["files"] <= measured[2]["files"] and last["threads"] <= measured[2]["threads"]

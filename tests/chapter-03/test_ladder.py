@@ -1,0 +1,96 @@
+"""The ladder: the same documents on every rung, what each changes, resuming."""
+
+import json
+
+import pytest
+import torch
+from ch3_models import pack_of
+from helpers import load
+
+ladder = load("chapter-03/ladder.py")
+llama = load("chapter-03/modeling_llama.py")
+
+
+def test_documents_fill_the_step_exactly_and_padding_adds_none():
+    lists = ladder.documents("tiny", 512, 3, seed=0)
+    assert [sum(len(ids) for ids, _ in documents) for documents in lists] == [256] * 3
+    assert torch.equal(lists[0][0][0], ladder.documents("tiny", 512, 3, seed=0)[0][0][0])
+    rectangle = ladder.padded(lists[0])
+    longest = max(len(ids) for ids, _ in lists[0])
+    assert {len(ids) for ids, _ in rectangle} == {longest}
+    for (ids, labels), (wide, wide_labels) in zip(lists[0], rectangle):
+        assert torch.equal(wide[:len(ids)], ids) and torch.equal(wide_labels[:len(ids)], labels)
+        assert (wide_labels[len(ids):] == -100).all()
+
+
+def test_slices_attend_as_the_model_does():
+    pack = pack_of([33, 5, 20])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(58, heads, 16, generator=generator, requires_grad=True)
+               for heads in (4, 2, 2))
+    gradients = []
+    for function in (ladder.sliced_attention, llama.varlen_attention):
+        output = function(q, k, v, pack["cu_seqlens"], pack["max_seqlen"])
+        gradients.append((output, *torch.autograd.grad(output.square().sum(), (q, k, v))))
+    for ours, expected in zip(*gradients):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_loss_is_the_chunked_one():
+    from ch3_models import build, inputs_of
+    model, pack = build(), pack_of([40, 12])
+    with torch.no_grad():
+        whole = ladder.whole_loss(model(**inputs_of(pack)), pack["labels"])
+        assert whole.item() == pytest.approx(model(**pack).item(), rel=1e-6)
+
+
+def test_ladder_measures_every_rung_and_goes_on_when_interrupted(tmp_path, capsys, monkeypatch):
+    arguments = ["--size", "tiny", "--steps", "1", "--device", "cpu", "--no-compile",
+                 "--out", str(tmp_path)]
+    climbed, climb = [], ladder.climb
+
+    def interrupted(rung, *rest):
+        if len(climbed) == 2:
+            raise KeyboardInterrupt
+        climbed.append(dict(rung))
+        return climb(rung, *rest)
+
+    monkeypatch.setattr(ladder, "climb", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ladder.main(arguments)
+    assert not (tmp_path / "ladder.json").exists() and len(list(tmp_path.iterdir())) == 2
+
+    monkeypatch.setattr(ladder, "climb", lambda *rest: climbed.append(dict(rest[0])) or climb(*rest))
+    capsys.readouterr()
+    assert ladder.main(arguments) == 0
+    names = [name for name in ladder.RUNGS if name != "compile"]
+    assert len(climbed) == len(names)  # the first two were not measured again
+    rows = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in rows] == names
+    for row, rung in zip(rows, climbed):
+        assert row["rung"] == rung and not row["rung"]["compile"]
+        assert row["tokens_per_second"] > 0 and row["predicted_tokens_per_second"] > 0
+        assert row["mfu"] is None and row["flops_per_second"] > 0
+    memory = {row["name"]: row["peak_memory_bytes"] for row in rows}
+    assert memory["packing"] < memory["naive"] and memory["LoRA"] < memory["checkpointing"]
+    assert memory["checkpointing"] < memory["fused optimizer"]
+    table = (tmp_path / "ladder.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 2 + len(names) and table in capsys.readouterr().out
+    assert "| QLoRA | " in table
+
+    capsys.readouterr()
+    assert ladder.main([*arguments, "--seed", "0"]) == 0 and len(climbed) == len(names)
+    assert ladder.RUNGS["naive"]["packed"] is False  # the table itself has not been climbed
+
+
+def test_gains_are_over_the_rung_before_that_was_measured():
+    def row(name, speed, **more):
+        return {"name": name, "tokens_per_second": speed, "predicted_tokens_per_second": speed,
+                "peak_memory_bytes": 2**20, "flops_per_second": 2e9, "mfu": None, **more}
+
+    rows = [row("naive", 100), {"name": "compile", "missing": "no compiler"}, row("fused", 150)]
+    *_, first, second, third = ladder.markdown(rows).splitlines()
+    assert first == "| naive | 100 |  |  | 1.0 MiB | 2 |"
+    assert second == "| compile | no compiler | | | | |"
+    assert third == "| fused | 150 | 1.50 | 1.50 | 1.0 MiB | 2 |"
+    assert "MFU" in ladder.markdown([row("naive", 100, mfu=0.5)])

@@ -1,0 +1,239 @@
+"""Predicted and measured time and memory of a step: what is counted, and where it is put."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+from ch3_models import build, pack_of
+from helpers import ROOT, load, run_script
+
+from common import predict
+from common.errors import UserError
+from common.memory import LivePeak
+
+buckets = load("chapter-03/buckets.py")
+operators = load("chapter-03/operators.py")
+ceilings = load("chapter-03/ceilings.py")
+anatomy = load("chapter-03/anatomy.py")
+profile_step = load("chapter-03/profile_step.py")
+lora = load("chapter-03/lora.py")
+
+CPU = torch.device("cpu")
+
+
+def one_step(model, pack, method="full"):
+    adapter = lora.AdapterConfig(method=method, rank=4, alpha=8.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    return profile_step.step_of(model, optimizer, pack, adapter, 1.0), optimizer
+
+
+# --- buckets ---
+
+@pytest.mark.parametrize("names, expected", [
+    (["aten::mm", "aten::linear", "forward", "step"], "matrix products"),
+    (["aten::mm", "_ChunkedCrossEntropy", "loss", "step"], "matrix products"),
+    (["aten::exp_", "_ChunkedCrossEntropy", "loss", "step"], "loss"),
+    (["aten::mul", "_ChunkedCrossEntropyBackward", "backward", "step"], "loss"),
+    (["aten::nll_loss_backward", "NllLossBackward0", "backward", "step"], "loss"),
+    (["aten::bmm", "bareloop::block_attention", "forward", "step"], "attention"),
+    (["aten::_flash_attention_backward", "backward"], "attention"),
+    (["aten::silu", "forward", "step"], "element-wise"),
+    (["aten::addmm_", "optimizer", "step"], "optimizer"),
+    (["aten::_fused_adamw_", "Optimizer.step#AdamW.step", "step"], "optimizer"),
+    (["## Call CompiledFxGraph f00 ##", "CompiledFunction", "forward"], "element-wise"),
+    (["aten::mm", "## Call CompiledFxGraph f00 ##", "forward"], "matrix products"),
+    (["MmBackward0", "backward", "step"], "idle"),
+    (["autograd::engine::evaluate_function: MmBackward0", "backward"], "idle"),
+    (["forward", "step"], "idle"),
+])
+def test_bucket_by_name_and_surroundings(names, expected):
+    assert buckets.bucket(names) == expected
+
+
+@pytest.mark.parametrize("base, method", [("dense", "full"), ("nf4", "lora")])
+def test_every_operator_is_in_one_bucket_and_they_add_up(base, method):
+    model, pack = build(base, method), pack_of([40, 9, 30])
+    step, _ = one_step(model, pack, method)
+    step()
+    with torch.profiler.profile() as profiler, buckets.region("step"):
+        step()
+    events = profiler.events()
+    times = buckets.sum_up(events, CPU)
+    (whole,) = (event for event in events if event.name == "step")
+    assert tuple(times) == buckets.BUCKETS and all(seconds > 0 for seconds in times.values())
+    assert sum(times.values()) == pytest.approx(whole.cpu_time_total / 1e6, rel=1e-6)
+    own = sum(event.self_cpu_time_total for event in events) / 1e6
+    assert sum(times.values()) == pytest.approx(own, rel=1e-3)  # nothing ran outside of "step"
+
+
+def test_the_rest_counts_both_ways():
+    """A bucket that is too slow does not make up for one that is too fast."""
+    predicted = {name: (0.0, 1.0) for name in buckets.BUCKETS}
+    measured = dict.fromkeys(buckets.BUCKETS, 1.0)
+    assert buckets.explained(predicted, measured) == 1
+    measured |= {"loss": 1.5, "attention": 0.5}
+    assert buckets.explained(predicted, measured) == pytest.approx(1 - 1 / 6)
+    lines = buckets.table(predicted, measured)
+    assert len(lines) == 2 + len(buckets.BUCKETS)
+    assert lines[2].split() == ["attention", "0.0", "1000.0", "500.0", "-500.0"]
+    assert lines[-1].split() == ["step", "0.0", "6000.0", "6000.0", "+0.0"]
+
+
+# --- predicted operators ---
+
+@pytest.mark.parametrize("method, checkpointing", [("full", "none"), ("full", "full"),
+                                                   ("lora", "none")])
+def test_recorded_products_have_the_models_flops(method, checkpointing):
+    """All that common/predict.py counts, and with checkpointing the layers' forward once more."""
+    model, pack = build("dense", method), pack_of([50, 20, 31])
+    for layer in model.model.layers:
+        layer.checkpointing = checkpointing
+    ops = operators.record(model, pack)
+    flops, tokens = predict.flops_per_token(model, 1), len(pack["labels"])
+    labelled = int((pack["labels"] >= 0).sum())
+    expected = flops["matrices"] * tokens + flops["head"] * labelled
+    if checkpointing == "full":
+        expected += flops["matrices"] * tokens / 3
+    if method == "lora":  # below the first layer's q, k and v nothing is trained
+        attention = model.model.layers[0].self_attn
+        for module in (attention.q_proj, attention.k_proj, attention.v_proj):
+            expected -= 2 * tokens * (module.base.weight.numel() + module.lora_A.numel())
+    assert sum(op.flops for op in ops) == expected
+    calls = [op.name for op in ops if op.bucket == "attention"]
+    assert calls.count("bareloop::block_attention") == 3 * (1 + (checkpointing == "full"))
+    assert calls.count("bareloop::block_attention_backward") == 3
+
+
+def test_recording_computes_nothing_and_leaves_no_trace():
+    model, pack = build("nf4", "lora"), pack_of([50, 20])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    operators.record(model, pack)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
+    assert not buckets.open_regions
+    assert model(**pack).isfinite()
+
+
+def test_fused_reads_once_and_writes_what_is_needed():
+    """y = f(g(x)) between two products: g(x) is neither written nor read, if nobody else wants."""
+    def op(kind, reads, writes):
+        return operators.Op("op", kind, None, 0, dict.fromkeys(reads, 10), dict.fromkeys(writes, 10))
+
+    product = op("matrix products", ["y"], ["z"])
+    chain = [op("element-wise", ["x", "w"], ["g"]), op("element-wise", ["g"], ["y"])]
+    first, last = operators.fused([*chain, product])
+    assert (set(first.reads), set(first.writes), last) == ({"x", "w"}, {"y"}, product)
+    first, *_ = operators.fused([*chain, product, op("matrix products", ["g"], ["r"])])
+    assert set(first.writes) == {"y", "g"}
+    assert [each.bytes for each in operators.fused(chain)] == [40]  # at the end all is kept
+
+
+def test_an_operator_is_measured_on_its_own_layout():
+    """Of a transposed factor, strides and values that are valid indices."""
+    recorder = operators._Recorder()
+    with recorder:
+        torch.rand(64, 32).t() @ torch.rand(64, 8)
+        torch.nn.functional.embedding(torch.tensor([3, 1]), torch.rand(5, 4))
+        torch.rand(1000).exp_()
+    calls = {op.name: op.call for op in recorder.ops}
+    layout = calls["aten::mm"][1][0]
+    assert (layout.shape, layout.stride) == ((32, 64), (1, 32))
+    for name in ("aten::mm", "aten::embedding", "aten::exp_"):
+        assert 0 < ceilings.alone(CPU, *calls[name]) < 0.1
+
+
+def test_duration_is_the_median():
+    waits = iter([0, 0.002, 0.03, 0.002, 0.002, 0.05])
+    assert 0.002 <= ceilings.duration(lambda: time.sleep(next(waits)), CPU) < 0.02
+
+
+# --- memory ---
+
+def test_measured_memory_is_the_live_peak():
+    model, pack = build("dense", "full", hidden_size=128), pack_of([60, 50])
+    step, optimizer = one_step(model, pack)
+    step()
+    found = anatomy.measured(step, model, optimizer, CPU)
+    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert found["weights"] == own and found["quantised base"] == 0
+    with LivePeak() as live:
+        step()
+    assert sum(found.values()) - own - found["optimizer"] == pytest.approx(live.grown, rel=0.05)
+
+
+def test_where_memory_is_born_and_when_it_dies_says_what_it_is():
+    spans = {"forward": (0, 10), "loss": (10, 20), "backward": (20, 30), "optimizer": (30, 40)}
+    for born, died, expected in [(5, 25, "activations"), (12, 22, "logits and loss"),
+                                 (21, 29, "activations"), (21, 35, "gradients"),
+                                 (31, 33, "optimizer"), (22, float("inf"), "gradients")]:
+        first, *last = anatomy._life(born, 8, died, spans)
+        assert first == (born, expected, 8)
+        assert last == ([] if died == float("inf") else [(died, expected, -8)])
+
+
+def test_quantised_base_is_told_from_the_rest():
+    model = build("nf4", "lora")
+    sizes = anatomy.predicted(model, predict.Prediction({"weights": 10**7, "layer at work": 5}))
+    assert sizes["quantised base"] == anatomy.base_bytes(model) > 0
+    assert sizes["weights"] + sizes["quantised base"] == 10**7 and sizes["activations"] == 5
+
+
+# --- the snapshot: taken apart, never loaded; made by hand here, as it needs CUDA ---
+
+GOOD = b"(dVsegments\n(lsVdevice_traces\n(ls."
+
+
+@pytest.mark.parametrize("content, message", [
+    (GOOD, None),
+    (b"cos\nsystem\n(Vtrue\ntR.", "GLOBAL"),
+    (b"(dVsegments\n(lsVdevice_traces\ncos\nsystem\n(Vtrue\ntRs.", "GLOBAL"),
+    (GOOD[:-3], "not a whole snapshot"),
+    (b"(dVsegments\n(ls.", "device_traces"),
+    (b"no pickle", "not a whole snapshot"),
+])
+def test_snapshot_is_checked_without_being_read(content, message, tmp_path):
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(content)
+    if message is None:
+        return anatomy.check_snapshot(path)
+    with pytest.raises(UserError, match=message):
+        anatomy.check_snapshot(path)
+
+
+# --- the script ---
+
+def test_script_leaves_what_it_says(tmp_path):
+    done = run_script("chapter-03/profile_step.py", "--model", "tiny", "--data", "virtual",
+                      "--init", "random", "--device", "cpu", "--dtype", "float32",
+                      "--batch-tokens", 256, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trace = json.loads((tmp_path / "out" / "trace.json").read_text(encoding="utf-8"))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"step", "forward", "loss", "backward", "optimizer"} <= names
+    figures = json.loads((tmp_path / "out" / "profile.json").read_text(encoding="utf-8"))
+    assert list(figures["measured"]) == list(figures["predicted"]) == list(buckets.BUCKETS)
+    predicted, measured = (sum(figures[key].values())
+                           for key in ("predicted_bytes", "measured_bytes"))
+    assert predicted == pytest.approx(measured, rel=0.1)
+    for words in ("GFLOP/s in a large float32 product", "explained", "trace.json: the timeline",
+                  "perfetto", *buckets.BUCKETS, *anatomy.CATEGORIES):
+        assert words in done.stdout
+    assert os.listdir(tmp_path / "out") and "snapshot" not in done.stdout
+
+
+def test_script_refuses_what_is_no_step():
+    with pytest.raises(UserError, match="--quantize none"):
+        profile_step.main(["--model", "tiny", "--data", "virtual", "--device", "cpu",
+                           "--method", "full"])
+    with pytest.raises(UserError, match="--dry-run"):
+        profile_step.main(["--model", "tiny", "--data", "virtual", "--device", "cpu", "--dry-run"])
+
+
+def test_mid_is_the_size_that_readmes_speak_of():
+    config = json.loads((ROOT / "chapter-03" / "mid" / "config.json").read_text(encoding="utf-8"))
+    assert [config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")] == [
+        16384, 512, 8]
