@@ -105,8 +105,8 @@ def judge(measured):
     """Raise AssertionError if anything grew; gives the medians by quarter."""
     found = {name: quarters(measured, name)
              for name in ("resident", "live", "left", "files", "threads", "seconds")}
-    for name in ("live", "left", "files", "threads"):
-        assert found[name][3] <= found[name][1], (name, found)
+    for name in ("live", "left", "files", "threads"):  # (packs differ by some hundred bytes)
+        assert found[name][3] <= 1.0001 * found[name][1], (name, found)
     assert found["resident"][3] <= 1.02 * found["resident"][2], found
     assert found["seconds"][3] <= 1.25 * min(found["seconds"][:3]), found
     return found
