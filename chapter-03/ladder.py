@@ -1,7 +1,6 @@
 """From the naive loop to the fast one, a rung at a time: speed, memory, and the predicted gain.
 
-    python chapter-03/ladder.py --size tiny        half a minute
-    python chapter-03/ladder.py                    the mid-size model, a few minutes on two cores
+    python chapter-03/ladder.py --size tiny        half a minute; without, the mid-size model
     python chapter-03/ladder.py --size 0.6b        Qwen3-0.6B's shapes, for a GPU
 
 The same documents on every rung. Only their own tokens count, so padding shows as lost speed.
