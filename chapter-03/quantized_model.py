@@ -33,7 +33,7 @@ def check_options(options):
 def check_base(config, options):
     """A base model's config without its quantization, if any; UserError if it must not have one."""
     if is_bnb(config) and options.quantize == "none":
-        raise UserError("this folder is quantised already: say --quantize nf4, or give the original")
+        raise UserError("the folder is quantised already: say --quantize nf4, or give the original")
     return {**config, "quantization_config": None}
 
 

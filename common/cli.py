@@ -66,13 +66,16 @@ class Options:
     min_lr: float = option(0.0, "learning rate at the end of the schedule", float, least=0)
     warmup: int = option(None, "steps over which the learning rate rises linearly", int, least=0)
     schedule: str = option("cosine", "how it goes on after the warm-up; wsd stays constant, then "
-                           "falls linearly over the last fifth", choices=("cosine", "linear", "constant", "wsd"))
+                           "falls linearly over the last fifth",
+                           choices=("cosine", "linear", "constant", "wsd"))
     weight_decay: float = option(0.1, "AdamW's, on matrices only", float, least=0)
     clip: float = option(1.0, "largest gradient norm; 0 switches clipping off", float, least=0)
     # --- machine ---
     dtype: str = option("auto", "of the computation (weights that are trained stay float32); "
-                        "auto takes bfloat16 where the hardware has it", choices=("auto", "bfloat16", "float32"))
-    device: str = option("auto", "where to compute; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
+                        "auto takes bfloat16 where the hardware has it",
+                        choices=("auto", "bfloat16", "float32"))
+    device: str = option("auto", "where to compute; auto takes a GPU if there is one",
+                        choices=("auto", "cpu", "cuda", "mps"))
     seed: int = option(0, "fixes the initial weights, the order of the data and dropout", int,
                        least=0)
     # --- reports and checkpoints ---

@@ -48,7 +48,7 @@ def save_model(folder, model, config, source, dtype, ranks):
 
 
 def save_files(folder, write_files, source, ranks, size=0):
-    """Commit `folder`: what `write_files(temporary folder)` writes, and the tokenizer of `source`."""
+    """Commit `folder`: what `write_files(temporary folder)` writes, and `source`'s tokenizer."""
     def write(temporary):
         write_files(temporary)
         if ranks.main:
