@@ -260,4 +260,4 @@ def test_sizes():
         limit = 400 if file.name == "lora.py" else limit
         lines = file.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= limit, f"{file.relative_to(ROOT)} has {len(lines)} lines"
-        assert max(map(len, lines)) <= 100, f"{file.relative_to(ROOT)} has a line over 100 columns"
+        assert max(map(len, lines), default=0) <= 100, f"{file.relative_to(ROOT)} has a line over 100 columns"
