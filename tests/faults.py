@@ -15,6 +15,8 @@ import time
 import traceback
 from unittest import mock
 
+import torch
+
 from common import commit, tensor_files
 from common.errors import UserError
 
@@ -125,6 +127,7 @@ def forked(action, kill_after=None):
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
+                torch.set_num_threads(1)  # the parent's threads are not here: it would wait for them
                 action()
                 code = 0
             except UserError as error:

@@ -29,6 +29,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch
 from fuzz_readers import TARGETS
 
 from common import cli
@@ -202,6 +203,7 @@ def _work(target, place, indices, seed, progress, report):
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+    torch.set_num_threads(1)  # those of the process that forked are not here
     cli.show_any_text()
     names = target.prepare(place)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
