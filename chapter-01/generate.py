@@ -61,11 +61,14 @@ def main(argv=None):
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     parser.add_argument("--raw", action="store_true",
                         help="continue the text itself, without the chat template around it")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    parser.add_argument("--max-new-tokens", type=int, default=128,
+                        help="longest answer (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
+                        help="of the weights; auto: bfloat16 where the hardware has it")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+                        help="auto: a GPU if there is one")
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1 or not 0 <= options.temperature < float("inf"):
         raise UserError("--max-new-tokens must be 1 or more, and --temperature 0 or more")

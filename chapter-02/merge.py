@@ -18,8 +18,9 @@ import torch
 from common import checkpoint, cli, hub, weights
 from common.chat import Chat
 from common.errors import UserError
-from generate import base_of, load_model
+from base_model import load_model
 from lora import adapter_modules, delta_weight, merged_weight
+from merge_report import compared, show, summary
 from packing import packed_sequence_collate_fn
 from peft_files import load_adapter
 
@@ -57,72 +58,62 @@ def merge(adapter, out, model=None, dtype="auto"):
     model, beside `largest_logit`, and at how many of its `tokens` the likeliest next token is
     another, `tokens_changed`. Raises UserError if `out` exists or a file has anything wrong.
     """
-    out = Path(out)
+    check_new(out)
+    adapter = hub.resolve(adapter, "--adapter")
+    network, base = load_model(model, "cpu", torch.float32, adapter)
+    dtype = stored_dtype(dtype, base)
+    load_adapter(network, adapter)
+    pack = sample(network, adapter, base)
+    with torch.no_grad():
+        before = network(**pack)
+        norms = merge_into(network, getattr(torch, dtype))
+        after = network(**pack)
+    save(network, getattr(torch, dtype), out, adapter, base)
+    return {"dtype": dtype, **summary(norms), **compared(before, after)}
+
+
+def check_new(out):
+    """Raise UserError if there is anything at path `out`."""
     if os.path.lexists(out):
         raise UserError(f"{out} is there already, and nothing is written over: choose another")
-    adapter = hub.resolve(adapter)
-    network, base = load_model(model or base_of(adapter), "cpu", torch.float32)
-    config = weights.read_config(base)
+
+
+def stored_dtype(dtype, base):
+    """The name of the dtype to store: `dtype`, or for "auto" that of the model in folder `base`."""
     if dtype == "auto":
+        config = weights.read_config(base)
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise UserError(f"{base / 'config.json'}: dtype {dtype!r} is unknown here: give --dtype")
-    load_adapter(network, adapter)
-    own_tokenizer = (adapter / "tokenizer.json").is_file()
-    ids = Chat.load(adapter if own_tokenizer else base).encode_prompt(SAMPLE)
+    return dtype
+
+
+def tokenizer_folders(adapter, base):
+    """The folders with tokenizer files; the adapter may know more tokens, or another template."""
+    return [base, adapter] if (adapter / "tokenizer.json").is_file() else [base]
+
+
+def sample(network, adapter, base):
+    """A prompt as a pack, on which the model is compared before and after."""
+    ids = Chat.load(tokenizer_folders(adapter, base)[-1]).encode_prompt(SAMPLE)
     ids = torch.tensor(ids[: network.config.max_position_embeddings])
     if ids.max() >= network.config.vocab_size:
         raise UserError(f"{base}: the tokenizer gives token {ids.max()}, but the model's vocabulary"
                         f" ends at {network.config.vocab_size - 1}")
     pack = packed_sequence_collate_fn([(ids, ids)])
     del pack["labels"]
+    return pack
 
-    with torch.no_grad():
-        before = network(**pack)
-        norms = merge_into(network, getattr(torch, dtype))
-        after = network(**pack)
-    changed = before.argmax(-1) != after.argmax(-1)
 
+def save(network, dtype, out, adapter, base):
+    """Commit folder `out`: the model in `dtype`, and the tokenizer's files."""
     def write(folder):
-        weights.save_weights(network, config, folder, getattr(torch, dtype), checkpoint.MARK)
-        weights.copy_tokenizer(base, folder)
-        if own_tokenizer:  # it may know more tokens, or another chat template
-            weights.copy_tokenizer(adapter, folder)
+        weights.save_weights(network, weights.read_config(base), folder, dtype, checkpoint.MARK)
+        for source in tokenizer_folders(adapter, base):
+            weights.copy_tokenizer(source, folder)
 
-    size = sum(p.numel() for p in network.parameters()) * getattr(torch, dtype).itemsize
-    checkpoint.commit(out, write, extra={"merged_from": str(adapter)}, bytes_needed=size)
-    return {
-        "dtype": dtype, "layers": {name: relative([pair]) for name, pair in norms.items()},
-        "total": relative(norms.values()), "delta": sum(d for d, _ in norms.values()) ** 0.5,
-        "logit_difference": (after - before).abs().max().item(),
-        "largest_logit": before.abs().max().item(), "tokens": len(ids),
-        "tokens_changed": int(changed.sum()),
-    }
-
-
-def relative(pairs):
-    """‖error‖ / ‖ΔW‖ over several layers, from their squares; 0 where nothing was to be added."""
-    delta, error = (sum(column) for column in zip(*pairs))
-    return (error / delta) ** 0.5 if delta else 0.0
-
-
-def show(report):
-    """Print what the rounding has cost, by decoder layer and in all."""
-    print(f"error of the merged ΔW after rounding to {report['dtype']}, relative to ΔW\n"
-          "(0: all of it survived, 1: as far off as without the adapter)")
-    groups = {}
-    for name, error in report["layers"].items():
-        group = f"layer {name.split('.')[2]}" if name.startswith("model.layers.") else name
-        groups.setdefault(group, []).append((error, name))
-    for group, members in groups.items():
-        error, name = max(members)
-        print(f"  {group:<10} worst {error:9.2e}  {name}")
-    print(f"  all layers       {report['total']:9.2e}")
-    if not report["delta"]:
-        print("  every ΔW is zero: has this adapter been trained?")
-    print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
-          f"{report['logit_difference']:.2e} (largest logit {report['largest_logit']:.1f}), "
-          f"likeliest next token another at {report['tokens_changed']}")
+    size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
+    checkpoint.commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)
 
 
 def main(argv=None):

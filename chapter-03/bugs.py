@@ -41,7 +41,7 @@ class BugOptions:
     batch_tokens: int = cli.option(1024, "tokens of a step", int, least=64)
     backend: str = cli.option("aot_eager", "torch.compile's backend: aot_eager needs no compiler, "
                               "inductor is what training uses", choices=("aot_eager", "inductor"))
-    device: str = cli.option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = cli.option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     out: str = cli.option(None, "the folder of the timeline")
 
 

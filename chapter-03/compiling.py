@@ -9,8 +9,9 @@ from common.errors import UserError
 def compile_model(model, backend="inductor"):
     """Compile the model's layers, in place; gives the model.
 
-    One graph, made at the first step and used by every layer; it fits packs of the same T, N and
-    max_seqlen (`packing.StaticShape`). Within it attention is an operator that the compiler does
+    One graph, made at the first step and used by every layer, but for the first one above a frozen
+    embedding, which has its own; another for evaluation. They fit packs of the same T, N and
+    max_seqlen (`packing.StaticShape`). Within them attention is an operator that the compiler does
     not look into. Embedding, loss and generation stay as they are. Call it last, when weights and
     adapters are in place. Raises UserError where nothing can be compiled, as without a C++
     compiler.
@@ -19,10 +20,20 @@ def compile_model(model, backend="inductor"):
     try:
         torch.compile(torch.exp, backend=backend)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds, all of them meaning the same to the user
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error))
+        inner = getattr(error, "inner_exception", error)  # the one that the compiler wraps
+        lines = str(inner).split("\n")
+        reason = next((line.strip() for line in lines if line.strip()), type(inner).__name__)
         raise UserError(f"--compile: PyTorch cannot compile here ({reason}): install a C++"
                         " compiler, such as g++, or leave --compile out") from error
-    compiled = torch.compile(run, backend=backend, fullgraph=True, dynamic=False)
+    settings = {"backend": backend, "fullgraph": True, "dynamic": False}
+    compiled = torch.compile(run, **settings)
     for layer in model.model.layers:
         layer.run = compiled
+    if not model.model.embed_tokens.weight.requires_grad:
+        model.model.layers[0].run = torch.compile(run_first, **settings)
     return model
+
+
+def run_first(layer, *inputs):
+    """`run`, compiled apart: what goes in has no gradient, for which the others' graph is no use."""
+    return run(layer, *inputs)

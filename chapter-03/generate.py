@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from common import checkpoint, cli, hub, weights
+from common import cli, hub
 from common.chat import Chat
-from common.errors import UserError, named
+from common.errors import UserError
+from base_model import load_model
 from kv_cache import KVCache
-from modeling_llama import LlamaConfig, LlamaForCausalLM
-from peft_files import base_model_name, load_adapter
+from peft_files import load_adapter
 
 
 def choose_tokens(logits, temperature, top_k, top_p, draws):
@@ -110,28 +110,6 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
     return answers
 
 
-def load_model(name, device, dtype):
-    """(model, its folder) of a base or merged model, the weights in `dtype`, ready to be asked."""
-    folder = hub.resolve(name)
-    checkpoint.verify(folder)
-    with named(folder / "config.json"):
-        config = LlamaConfig.from_dict(weights.read_config(folder))
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.to(dtype).to_empty(device=device)
-    weights.load_weights(model, folder)
-    model.compute_dtype = dtype
-    return model.eval(), folder
-
-
-def base_of(adapter):
-    """The name of the model that the adapter in folder `adapter` was trained on."""
-    name = base_model_name(adapter)
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{adapter / 'adapter_config.json'}: names no base model: give --model")
-    return name
-
-
 def stream(model, chat, prompt, settings):
     """Answer one prompt (ids) on the terminal, word by word as it comes; gives the text."""
     ids, shown = [], ""
@@ -189,14 +167,16 @@ def read_options(argv):
         help="continue the text itself, without the chat template around it")
     add("--chat", action="store_true", help="a conversation in the terminal")
     add("--compare", action="store_true", help="the base and the adapter, side by side")
-    add("--max-new-tokens", type=int, default=256, help="default: 256")
+    add("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 (default): all")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that together "
         "have this probability; 1 (default): all")
     add("--seed", type=int, default=0, help="for temperatures above 0")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
+        help="of the weights; auto: bfloat16 where the hardware has it")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+        help="auto: a GPU if there is one")
     options = parser.parse_args(argv)
     if not (options.model or options.adapter):
         raise UserError("give --model or --adapter")
@@ -216,9 +196,9 @@ def read_options(argv):
 def main(argv=None):
     options = read_options(argv)
     device = cli.choose_device(options.device)
-    adapter = hub.resolve(options.adapter) if options.adapter else None
-    model, base = load_model(options.model or base_of(adapter), device,
-                             cli.choose_dtype(options.dtype, device))
+    adapter = hub.resolve(options.adapter, "--adapter") if options.adapter else None
+    dtype = cli.choose_dtype(options.dtype, device)
+    model, base = load_model(options.model, device, dtype, adapter)
     own_tokenizer = adapter and (adapter / "tokenizer.json").is_file()
     chat = Chat.load(adapter if own_tokenizer else base)
     settings = {name: getattr(options, name) for name in

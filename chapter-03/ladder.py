@@ -64,7 +64,7 @@ class LadderOptions:
 
     size: str = cli.option("mid", "which model", choices=tuple(SIZES))
     steps: int = cli.option(3, "timed steps of each rung", int, least=1)
-    device: str = cli.option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda",
+    device: str = cli.option("auto", "where to compute", choices=("auto", "cpu", "cuda",
                                                                        "mps"))
     compile: bool = cli.option(True, "climb the rung that compiles", bool)
     seed: int = cli.option(0, "fixes documents and weights", int, least=0)

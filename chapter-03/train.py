@@ -22,6 +22,7 @@ from common import (checkpoint, cli, distributed, guard, hub, predict, prepare, 
                     weights)
 from common.errors import UserError, named
 from common.metrics import Metrics
+from base_model import mark
 from compiling import compile_model
 from generate import generate
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
@@ -271,9 +272,8 @@ def main(argv=None):
         if options.method in ("full", "delta-lora"):
             runs.save_model(run / "final", model, config_json, source, dtype, ranks)
         else:
-            mark = {**checkpoint.MARK, "trained_on": options.quantize}
             runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, metadata=mark), source, ranks)
+                model, adapter, folder, options.model, metadata=mark(options)), source, ranks)
         if distributed.any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals, ranks)
 

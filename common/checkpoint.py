@@ -82,7 +82,7 @@ def step_folder(run, step):
 
 
 def _is_run(folder):
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if os.path.isdir(folder) else []
     return any(name in ("train_config.json", "metrics.jsonl") or in_run(name) for name in names)
 
 

@@ -112,7 +112,8 @@ def check(options_class, name, value, source):
     """`value` of option `name` as its type, or a UserError that names `source`."""
     field = {f.name: f for f in fields(options_class)}[name]
     meta = field.metadata
-    where = f"{source}: {name}={value!r}"
+    typed = source == "command line"
+    where = f"--{name.replace('_', '-')} {value}" if typed else f"{source}: {name}={value!r}"
     if value is None:
         if field.default is not None:
             raise UserError(f"{source}: {name} may not be null")
@@ -133,7 +134,7 @@ def check(options_class, name, value, source):
         known = ", ".join(meta["choices"])
         raise UserError(f"{where} is none of {known}{nearest(str(value), meta['choices'])}")
     if meta["least"] is not None and not (meta["least"] <= value < float("inf")):
-        raise UserError(f"{where} is below {meta['least']} or not a number")
+        raise UserError(f"{where}: the least is {meta['least']}, and it must be a finite number")
     return value
 
 
@@ -146,6 +147,8 @@ def help_formatter(prog):
 def read_flags(options_class, description, argv):
     """What was typed, as a dict; options that were not typed are absent."""
     parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
+                    epilog="Where no default stands, it follows from the model and the data: "
+                    "--dry-run prints it." if "dry_run" in options_class.__annotations__ else None,
                     argument_default=argparse.SUPPRESS, formatter_class=help_formatter)
     for f in fields(options_class):
         meta, flag = f.metadata, "--" + f.name.replace("_", "-")

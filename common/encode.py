@@ -49,7 +49,7 @@ class Encoded:
         return input_ids, torch.where(trained, input_ids, IGNORE)
 
 
-def encode(records, chat, max_length, too_long="truncate", vocab_size=None):
+def encode(records, chat, max_length, too_long="truncate", vocab_size=None, title="data"):
     """Tokenise `records` (see common/datasets.py) into an `Encoded`, saying what was left out.
 
     A conversation longer than `max_length` tokens is cut, dropped or an error, as `too_long` says.
@@ -93,7 +93,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None):
         token_file.flush(), trained_file.flush()
         tokens = np.memmap(token_file, np.int32, "r", shape=(offsets[-1],))
         trained = np.memmap(trained_file, bool, "r", shape=(offsets[-1],))
-    return _say(Encoded(tokens, trained, offsets, notes=notes))
+    return _say(Encoded(tokens, trained, offsets, notes=notes), title)
 
 
 def _chunks(records):
@@ -169,28 +169,28 @@ def _documents(record, length, max_length, too_long, skip):
     return [(0, max_length)] if too_long == "truncate" else []
 
 
-def cached(make, key, files=()):
+def cached(make, key, files=(), title="data"):
     """`make()`, an `Encoded`, or what an earlier call with the same `key` and `files` made.
 
     `key` is anything that JSON can write; of the files, the content counts. See common/cache.py.
     """
     encoded, earlier = cache.cached(make, key, files, Encoded)
-    return _say(encoded) if earlier else encoded
+    return _say(encoded, title) if earlier else encoded
 
 
 def _first_rank():
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(encoded):
+def _say(encoded, title):
     """Print how much there is to train on, and what was left out; returns its argument."""
     if _first_rank():
-        print(f"data: {len(encoded):,} documents, {len(encoded.tokens):,} tokens, "
+        print(f"{title}: {len(encoded):,} documents, {len(encoded.tokens):,} tokens, "
               f"{np.mean(encoded.trained):.0%} of them trained on")
         for note in encoded.notes[:8]:
-            print(f"data: {note}")
+            print(f"{title}: {note}")
         if len(encoded.notes) > 8:
-            print(f"data: and {len(encoded.notes) - 8} more kinds of that")
+            print(f"{title}: and {len(encoded.notes) - 8} more kinds of that")
     return encoded
 
 

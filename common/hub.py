@@ -6,6 +6,7 @@ to type. Downloads go through huggingface_hub, with its cache and its progress b
 
 import difflib
 import errno
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -32,25 +33,25 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _CONNECTION = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
-def resolve(name):
+def resolve(name, flag="--model"):
     """The folder of a model: `tiny`, a built-in architecture, a local folder, or a Hub id.
 
     A folder of ARCHITECTURES holds config.json only, for `--init random`. A Hub id (`owner/name`)
-    is downloaded, or found in the Hub's cache. Raises UserError where there is no such thing, with
-    the nearest names, or where it cannot be had (gated, private, offline, no network).
+    is downloaded, or found in the Hub's cache. Raises UserError, naming `flag`, where there is no
+    such thing, with the nearest names, or where it cannot be had (gated, private, offline).
     """
     text = str(name)
     if text == "tiny":
         return COMMON / "tiny"
     if text in ARCHITECTURES:
         return COMMON / "architectures" / text
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{path} is a file: give the folder that holds the model")
     if not _HUB_ID.fullmatch(text):
-        raise UserError(f"--model {text}: no such folder{_near(text, ('tiny', *ARCHITECTURES))}"
+        raise UserError(f"{flag} {text}: no such folder{_near(text, ('tiny', *ARCHITECTURES))}"
                         " (a model on the Hub is written owner/name)")
     with _plain_words(text, "model"):
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=PATTERNS))
@@ -66,15 +67,15 @@ def resolve_data(name):
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each)]
     text = str(name)
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
         files = sorted(file for file in path.iterdir() if file.suffix in DATA_SUFFIXES)
         if not files:
             for parquet in path.glob("*.parquet"):
                 _check_suffix(parquet)
             raise UserError(f"{path}: no .json, .jsonl or .txt file in this folder")
         return files
-    if path.exists():
+    if os.path.exists(path):
         return [_check_suffix(path)]
     repo, _, file = text.partition(":")
     local = path.suffix in (*DATA_SUFFIXES, ".parquet", ".csv") and not file
@@ -85,6 +86,14 @@ def resolve_data(name):
     _check_suffix(Path(file))
     with _plain_words(repo, "dataset", file):
         return [Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset"))]
+
+
+def whole_name(name):
+    """A local file or folder by its absolute path, so that it is found from any other folder; what
+    is no such path, and what means something else first (`tiny`, `virtual`...), as it is."""
+    path = os.path.expanduser(name)
+    reserved = name in ("auto", "tiny", "virtual", *ARCHITECTURES)
+    return name if reserved or not os.path.exists(path) else os.path.abspath(path)
 
 
 def _choose(repo):
@@ -137,8 +146,8 @@ def _check_suffix(path):
 def _near(text, names):
     """`; did you mean X?`: built-in names, and what lies beside a mistyped path."""
     matches = difflib.get_close_matches(text.lower(), names, n=2)
-    path = Path(text).expanduser()
-    if path.parent.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path.parent):
         beside = {file.name for file in path.parent.iterdir()}
         close = difflib.get_close_matches(path.name, beside, n=2)
         matches += [str(path.parent / name) for name in close]

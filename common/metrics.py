@@ -77,7 +77,8 @@ class Metrics:
             return
         line = {"step": step, **scores}
         line = self._write(line, "eval", again=(step, *sorted(line)) in self.evaluated)
-        shown = ", ".join(f"{name} {_number(line[name], '.4f')}" for name in scores)
+        shown = ", ".join(f"{name} {_number(line[name], '.4f')}" for name, score in scores.items()
+                          if score is not None)
         print(_row((f"{step}/{self.total_steps}",)) + f"  evaluation: {shown}", flush=True)
 
     def sync(self):

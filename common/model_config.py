@@ -33,7 +33,10 @@ def read_config(path):
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
     if not (path / "config.json").exists():
-        raise UserError(f"{path}: no config.json here, so this is not a model folder")
+        adapter = (path / "adapter_config.json").exists()
+        why = "an adapter, not a model: it goes with --adapter, or merge it first" if adapter else (
+            "no config.json here, so this is not a model folder")
+        raise UserError(f"{path}: {why}")
     return _normalise(read_json(path / "config.json"), path / "config.json")
 
 

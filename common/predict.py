@@ -151,8 +151,8 @@ class Prediction(dict):
             f"parameters  {_short(counts['total'])} ({kinds}); "
             f"trained {_short(counts['trainable'])} ({share:.3g} %)",
             f"a token     {_short(flops['total'])}FLOP: layers {_short(flops['matrices'])}, head "
-            f"{_short(flops['head'])}, attention {_short(flops['attention'])} (all of S², not the "
-            f"causal half: {_short(flops['full'])}FLOP)",
+            f"{_short(flops['head'])}, attention {_short(flops['attention'])} (counted as if "
+            f"not causal: {_short(flops['full'])}FLOP)",
             f"memory      predicted peak {readable_bytes(self.peak)} with {self.tokens} tokens in "
             "a pack:"]
         lines += [f"            {readable_bytes(size):>10}  {name}"

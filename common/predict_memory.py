@@ -107,7 +107,7 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
 
     def moment(gradients, activations=0, copies=0, loss=0, at_work=0):
         return {"weights": weights, "optimizer moments": moments, "gradients": gradients,
-                "activations": activations, f"weights in {compute}": copies,
+                "activations": activations, f"copies of weights in {compute}": copies,
                 "logits and loss": loss, "layer at work": at_work}
 
     after_head = all_copies - head_copy * (ranks == 1)

@@ -54,21 +54,22 @@ def load(options, source, config, skills):
                     False)
     chat = Chat.load(source)
 
-    def encoded(records, key, files=()):
+    def encoded(records, key, files=(), title="data"):
         key = [key, limit, options.too_long, config.vocab_size, chat.fingerprint]
         return encode.cached(lambda: encode.encode(records, chat, limit, options.too_long,
-                                                   config.vocab_size), key, files)
+                                                   config.vocab_size, title), key, files, title)
 
     if options.data == ["tiny"]:
-        def of(name, part, count):
+        def of(name, part, count, title):
             key = ["tiny", name, part, count, options.seed]
             return encoded(tiny.records(name, part, count, seed=options.seed), key,
-                           [tiny.__file__])
+                           [tiny.__file__], title)
 
-        train, held_out = of(skills, "train", TINY_DOCUMENTS), of(skills, "eval", 200)
+        train = of(skills, "train", TINY_DOCUMENTS, "data")
+        held_out = of(skills, "eval", 200, "held out")
         quizzes = {skills: held_out}
         if skills != "base":
-            quizzes["base"] = of("base", "eval", 200)
+            quizzes["base"] = of("base", "eval", 200, "base skills")
         return Data(train, held_out, chat, quizzes, True)
 
     if "virtual" in options.data or "tiny" in options.data:
@@ -78,7 +79,7 @@ def load(options, source, config, skills):
     train = encoded(datasets.read_records(files, columns), columns, files)
     if options.eval_data:
         files = hub.resolve_data(options.eval_data)
-        held_out = encoded(datasets.read_records(files, columns), columns, files)
+        held_out = encoded(datasets.read_records(files, columns), columns, files, "held out")
     else:
         train, held_out = encode.split(train, options.seed)
     return Data(train, held_out, chat, {"held-out": held_out}, False)

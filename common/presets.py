@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common import cli
+from common import cli, hub
 from common.errors import UserError, writing
 from common.model_config import read_json
 
@@ -20,8 +20,9 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     """The options of this run: an `options_class` in which nothing is left open.
 
     `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
-    values: for the embedded model on the embedded data, and for everything else; a value that
-    depends on --method is itself a dict, with a "default". Prints what `auto` chose. Raises
+    values: for the embedded model (`init` and `steps` only on the embedded data), and for every
+    other; a value that depends on --method is itself a dict, with a "default". Prints what `auto`
+    chose. Raises
     UserError on anything wrong, before any file of the model is touched.
     """
     typed = cli.read_flags(options_class, description, argv)
@@ -31,7 +32,7 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
         given = cli.read_options_file(options_class, typed["config"], values)
     given.update(typed)
     if "resume" in given:
-        return _resumed(options_class, chapter, given)
+        return _resumed(options_class, chapter, _with_whole_names(given))
     options = options_class(**given)
     device = cli.choose_device(options.device)
     preset = _choose_model_and_data(options, chapter, device, tiny, real)
@@ -51,14 +52,27 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     if options.lr < options.min_lr:
         raise UserError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}")
     _say(_summary(options))
+    vars(options).update(_with_whole_names(vars(options)))
     return options
+
+
+def _with_whole_names(values):
+    """The options with absolute paths: a run may be resumed from another folder."""
+    found = dict(values)
+    for name in ("model", "eval_data"):
+        if found.get(name) is not None:
+            found[name] = hub.whole_name(found[name])
+    if "data" in found:
+        found["data"] = [hub.whole_name(one) for one in found["data"]]
+    return found
 
 
 def _summary(options):
     """What was resolved: a line, or with --dry-run every option."""
     if options.dry_run:
         return "\n".join(f"{name:<22} {value}" for name, value in asdict(options).items())
-    steps = f"{options.steps} steps" if options.steps else f"{options.epochs} epoch(s)"
+    count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
+    steps = f"{count} {unit}{'s' * (count > 1)}"
     return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}: {steps} of "
             f"{options.grad_accum} x {options.batch_tokens} tokens, learning rate {options.lr:g}, "
             f"{options.dtype} on {options.device}")
@@ -87,10 +101,12 @@ def _choose_model_and_data(options, chapter, device, tiny, real):
                  f"{script} --model {GPU_MODEL} --data my.jsonl")
         _say(f"auto: {why}, so --model {options.model} --data {options.data[0]}\n"
              f"      {'the small one' if big else 'the real thing'}: {other}")
-    is_tiny = options.model == "tiny" and list(options.data) == ["tiny"]
-    preset = dict(tiny if is_tiny else real)
+    preset = dict(tiny if options.model == "tiny" else real)
+    if list(options.data) != ["tiny"]:  # the embedded model on other data: trained on, an epoch
+        preset.pop("steps", None)
+        preset.pop("init", None)
     preset.setdefault("init", "pretrained")
-    if not is_tiny:
+    if options.model != "tiny" or list(options.data) != ["tiny"]:
         preset.setdefault("batch_tokens", 16384 if on_gpu else 2048)
         if list(options.data) == ["virtual"] and options.epochs is None:
             preset.setdefault("steps", 20)
@@ -127,7 +143,7 @@ def _resumed(options_class, chapter, given):
     """
     run = Path(given["resume"])
     path = run / "train_config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{run}: no train_config.json, so this is not the folder of a run")
     record = read_json(path)
     if record.get("chapter") != chapter:

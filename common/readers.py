@@ -73,8 +73,8 @@ def lines(path):
                 raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; "
                                 "write one JSON object a line")
             done += len(line)
-            text = _decode(line, path, number)
-            if text.strip():
+            text = _decode(line, path, number).rstrip()  # or its end would count as another line
+            if text:
                 yield f"{path}:{number}", parse(json.loads, path, number, text), done
 
 

@@ -79,7 +79,7 @@ def _stop_ids(raw, folder, eos_id):
     where = folder / "generation_config.json"
     stops = _json(raw["generation_config.json"], where).get("eos_token_id")
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if not all(type(stop) is int and stop >= 0 for stop in stops):
+    if not all(type(stop) is int and 0 <= stop < 2**31 for stop in stops):
         raise UserError(f"{where}: eos_token_id must be an id or a list of ids, "
                         f"not {one_line(stops)}")
     return {*stops} if eos_id is None else {*stops, eos_id}

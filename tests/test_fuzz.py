@@ -17,7 +17,7 @@ import fuzz
 import fuzz_readers
 import small_runs
 
-from common import checkpoint, cli, presets, weights
+from common import checkpoint, cli, hub, presets, weights
 from common.chat import Chat
 from common.errors import UserError
 from common.metrics import Metrics
@@ -82,6 +82,23 @@ def test_a_message_stays_one_printable_line_whatever_it_quotes():
     error = UserError("file: \x1b[2J\n" + "\ud800" + "é" * 5000)
     assert str(error).isprintable() and str(error).startswith("file: \\x1b[2J\\n\\ud800éé")
     assert len(str(error)) < 2050
+
+
+def test_an_end_token_beyond_any_tokenizer(tmp_path):
+    """More than the 32 bits of the tokenizers library: an OverflowError."""
+    small_runs.write_inputs(tmp_path)
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [2, 18446744073709]}')
+    with pytest.raises(UserError, match="eos_token_id must be an id"):
+        Chat.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name", "a\0b"])
+def test_a_name_that_no_file_can_have(name):
+    """Too long for the file system, in the home of somebody unknown, with a zero in it."""
+    for look in (hub.resolve, hub.resolve_data, lambda name: resume(name)):
+        with pytest.raises(UserError, match="no such|no train_config.json"):
+            look(name)
+    assert hub.whole_name(name) == name
 
 
 @pytest.mark.parametrize("text", [b'{"a": ' + b"1" * 5000 + b"}", b'{"a": "\xff"}', b"[" * 5000])

@@ -146,6 +146,24 @@ def test_incident_9_a_pack_without_targets_is_finite_and_pulls_at_nothing(
     with pytest.raises(UserError, match="no example can be trained on"):
         encode.encode(records[:1], chat, 64)
 
+    code, text = forked(lambda: run_without_targets(tmp_path, chapter))
+    assert code == 0, text
+    for line in small_runs.metrics(tmp_path / "run"):
+        assert line.get("loss", 0) == line.get("grad_norm", 0) == line.get("eval_loss", 0) == 0
+
+
+def run_without_targets(folder, chapter):
+    """A whole run of a chapter's loop in which no pack has any target."""
+    train = load(f"chapter-{chapter}/train.py")
+    collate = train.packed_sequence_collate_fn
+
+    def masked(*given):
+        pack = collate(*given)
+        return {**pack, "labels": torch.full_like(pack["labels"], -100)}
+
+    with mock.patch.object(train, "packed_sequence_collate_fn", masked):
+        small_runs.train([*small_runs.write_inputs(folder), "--out", folder / "run"], chapter)
+
 
 def test_incident_10_a_conversation_longer_than_a_row_is_cut_dropped_or_an_error(
         tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """A short part of `tests/long/kill.py`: runs that are killed equal undisturbed ones afterwards."""
 
+import os
 import random
+import shutil
 import sys
 
 import pytest
@@ -34,15 +36,32 @@ def test_incident_18_a_killed_run_becomes_what_it_would_have_been(
     assert afters.total() == moments + changes
 
 
-def test_a_run_killed_after_its_last_checkpoint_logs_what_it_would_have(tmp_path):
+@pytest.mark.parametrize("chapter", ["01", "02", "03"])
+def test_a_run_killed_after_its_last_checkpoint_logs_what_it_would_have(tmp_path, chapter):
     """Its last line has the evaluation's loss and the scores, its first one those before."""
-    sweep = kill.Sweep(tmp_path, more=SCORED)
-    calls = small_runs.changes_of_the_disk([*sweep.options, "--out", sweep.run])
+    sweep = kill.Sweep(tmp_path, chapter, SCORED)
+    calls = small_runs.changes_of_the_disk([*sweep.options, "--out", sweep.run], chapter)
     first = calls.index("write", calls.index("replace"))  # behind train_config.json
-    for at, after in ((len(calls) - 1, small_runs.STEPS), (first, 0)):
+    for at, after in ((len(calls) - 1, small_runs.STEPS), (first, 0))[:2 if chapter == "01" else 1]:
         sweep.fresh()
         sweep.begin(fault=kill.end_process, at=at)
         assert sweep.finish(f"call {at}") == after
+
+
+def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
+    """Its files were named from where it began; also when they are named anew on the resume."""
+    options = [str(word).replace(f"{tmp_path}/", "") for word in small_runs.write_inputs(tmp_path)]
+    held_out = ["--eval-data", "data.jsonl"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, text = small_runs.start([*options, *held_out, "--out", "run"])
+    assert code == 0 and "on data.jsonl: 6 steps" in text, text
+    for place, again in ((tmp_path / "elsewhere", []), (tmp_path, [*options[:2], *held_out])):
+        shutil.move(tmp_path / "run/final", place / "before")
+        monkeypatch.chdir(place)
+        code, text = small_runs.start(["--resume", os.path.relpath(tmp_path / "run"), *again])
+        assert code == 0 and "changed since" not in text, text
+        assert small_runs.files(tmp_path / "run/final") == small_runs.files(place / "before")
 
 
 def test_the_comparison_sees_one_bit(tmp_path):

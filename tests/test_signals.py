@@ -13,7 +13,8 @@ import small_runs
 from faults import forked
 from helpers import ROOT, load
 
-from common import checkpoint, cli, encode, prepare, state, weights
+from common import cache, checkpoint, cli, encode, prepare, state, weights
+from common.chat import Chat
 
 SIGNALS = [("SIGTERM", 143), ("SIGINT", 130)]
 
@@ -83,6 +84,8 @@ def test_it_saves_at_the_next_step_boundary(
 @pytest.mark.parametrize("name, code", SIGNALS)
 @pytest.mark.parametrize("phase, where, call", [
     ("data preparation", lambda: (encode, "encode"), 1),
+    ("data preparation", lambda: (Chat, "finish"), 5),  # in the midst of the documents
+    ("data preparation", lambda: (cache.os, "replace"), 1),  # as they are kept
     ("before the first step", lambda: (prepare, "ask"), 1),
     ("saving final/", lambda: (weights, "save_weights"), 1),
     ("after the last step", lambda: (prepare, "ask"), 2),
@@ -99,7 +102,10 @@ def test_outside_of_the_steps_it_stops_and_nothing_is_lost(
         f"stopped by {name} after step" in text)
     assert "Traceback" not in text
     if phase == "data preparation":
-        assert not run.exists() and not list((tmp_path / "cache").rglob("*.tmp"))
+        assert not run.exists() and {path.suffix for path in (tmp_path / "cache").rglob("*.*")} <= {
+            ".lock"}
+        end = "interrupted" if name == "SIGINT" else f"stopped by {name}"
+        assert text.splitlines()[-1] == end and text.count("\n\n") == 1, text
     if "last" in phase or "final" in phase:
         checkpoint.verify(run / "final")
     got, text, after = small_runs.go_on(options, run)

@@ -7,6 +7,8 @@ import torch
 from helpers import ROOT, load, run_script
 from safetensors.torch import load_file
 
+from common.errors import UserError
+
 train = load("chapter-01/train.py")
 
 TINY = ["--model", "tiny", "--data", "tiny", "--device", "cpu"]
@@ -70,7 +72,15 @@ def tiny_config():
     return train.Qwen3Config.from_dict(train.weights.read_config(ROOT / "common/tiny"))
 
 
-# --- the schedule ---
+# --- presets, schedule ---
+
+def test_the_embedded_model_on_other_data_starts_pretrained_at_its_own_learning_rate():
+    options = options_for(["--model", "tiny", "--data", "my.jsonl", "--device", "cpu"])
+    assert (options.init, options.steps, options.epochs) == ("pretrained", None, 1)
+    assert (options.lr, options.dtype) == (train.TINY["lr"], "float32")
+    with pytest.raises(UserError, match=r"--dtype floaty is none of .*did you mean float32"):
+        options_for(["--dtype", "floaty"])
+
 
 def test_learning_rate_schedules():
     options = options_for([*TINY, "--lr", "1.0", "--min-lr", "0.1", "--warmup", "10"])

@@ -67,6 +67,8 @@ def test_incident_6_packed_equals_separate():
     model = small_model()
     documents = random_documents([5, 1, 9, 2])
     pack, labels = pack_of(documents)
+    # Rotary embedding sees differences only, so the logits alone would not tell.
+    assert pack["position_ids"].tolist() == sum((list(range(len(ids))) for ids in documents), [])
     packed = model(**pack)
     F.cross_entropy(packed, labels, reduction="sum").backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}

@@ -283,7 +283,7 @@ def test_streaming_waits_for_whole_characters(capsys, base, monkeypatch):
     (["--model", "BASE", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 is out"),
     (["--model", "BASE", "--prompt", "a<|im_end|>"], "<|im_end|>"),
     (["--adapter", "BASE", "--prompt", "a"], "adapter_config.json"),
-    (["--model", "ADAPTER", "--prompt", "a"], "not a model folder"),
+    (["--model", "ADAPTER", "--prompt", "a"], "an adapter, not a model"),
     (["--model", "BASE", "--prompt", "a" * 99], "the model takes 96"),
 ])
 def test_bad_requests_are_user_errors(base, adapter, arguments, message):

@@ -46,9 +46,12 @@ def logits(model, chat):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_incidents_21_24_train_merge_generate(tmp_path, data, method):
+def test_incidents_21_24_train_merge_generate(tmp_path, data, method, monkeypatch):
     """Train; the file holds a change and reloads to what was trained; merge; ask the result."""
-    run = tmp_path / "run"
+    run, live = tmp_path / "run", []
+    real, asked = train.save_adapter, train.prepare.Chat.load(train.hub.resolve("tiny"))
+    monkeypatch.setattr(train, "save_adapter", lambda model, *given, **options: (
+        live.append(logits(model, asked)), real(model, *given, **options)))
     assert train.main([*arguments(data, "--method", method, "--lr", "5e-3"), "--out", str(run)]) == 0
     losses = [line["loss"] for line in metrics(run)]
     assert losses[-1] < losses[0]
@@ -68,6 +71,7 @@ def test_incidents_21_24_train_merge_generate(tmp_path, data, method):
     generate.load_adapter(adapted, run / "final")
     after = logits(adapted, chat)
     assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, live[0], rtol=1e-5, atol=1e-4 if method == "pissa" else 1e-5)
     report = merge.merge(str(run / "final"), tmp_path / "merged", dtype="float32")
     assert report["delta"] > 0
     merged, _ = generate.load_model(str(tmp_path / "merged"), "cpu", torch.float32)

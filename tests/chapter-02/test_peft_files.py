@@ -218,6 +218,9 @@ def test_folders_that_are_no_adapters(tmp_path):
         peft_files.load_adapter(base_model(), tmp_path / "nowhere")
     with pytest.raises(UserError, match="no adapter_config.json here"):
         peft_files.load_adapter(base_model(), PEFT / "qwen3")
+    copy_of("lora", tmp_path).rename(tmp_path / "final")
+    with pytest.raises(UserError, match="did you mean .*final"):  # the run, not what it wrote
+        peft_files.load_adapter(base_model(), tmp_path)
     folder = copy_of("lora", tmp_path)
     (folder / "adapter_config.json").write_text('{"r": 4,\n"lora_alpha": }')
     with pytest.raises(UserError, match="adapter_config.json: line 2: not valid JSON"):

@@ -7,8 +7,7 @@ from ch3_models import CONFIG, build, inputs_of, llama, lora, loss_and_gradients
 from helpers import GOLDENS, load
 from safetensors.torch import load_file
 
-from common import predict_memory, weights
-from common.memory import LivePeak
+from common import weights
 
 two = load("chapter-02/modeling_llama.py")
 KVCache = load("chapter-03/kv_cache.py").KVCache

@@ -110,6 +110,7 @@ def test_text_files_keep_everything_but_the_kind_of_line_end(tmp_path):
 
 BAD = [
     ("a.jsonl", '{"text": "a"}\n' * 6 + '{"text": "a"', r"a.jsonl:7: not valid JSON \(.*column 13"),
+    ("a.jsonl", '{"text": "a"\n', r"a.jsonl:1: not valid JSON \(.*column 13"),
     ("a.jsonl", "[1]", "a.jsonl:1: an example must be a JSON object, not a list"),
     ("a.jsonl", "1" * 5000, "a.jsonl:1: not valid JSON"),
     ("a.jsonl", "[" * 100_000, "a.jsonl:1: not valid JSON"),

@@ -77,8 +77,8 @@ def test_a_wrong_name_suggests_the_nearest(tmp_path, monkeypatch, answer):
             ("./runs/finall", "runs/final"), ("run", "runs")):
         with refused(name, "no such folder", "did you mean", near, "owner/name"):
             hub.resolve(name)
-    with refused("./typo", "no such folder"):
-        hub.resolve("./typo")
+    with refused("--adapter ./typo", "no such folder"):
+        hub.resolve("./typo", "--adapter")
     (tmp_path / "weights.safetensors").touch()
     with refused("weights.safetensors is a file"):
         hub.resolve("weights.safetensors")

@@ -53,7 +53,7 @@ def test_the_screen_has_aligned_lines_and_the_columns_once(tmp_path, capsys, mon
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(clock)))
     report = Metrics(tmp_path, 1000, log_every=10)
     log(report, *range(1, 31))
-    report.log_eval(30, eval_loss=1.25, exact_match=0.5)
+    report.log_eval(30, eval_loss=1.25, exact_match=0.5, unknown=None)
     report.log_step(1000, 1.0, 0.0, 0.1, 5, 1.0)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == "step loss lr grad norm tokens/s memory MFU time left".split()

@@ -6,7 +6,8 @@
 Chapter 1's own loop trains the tiny model on a fixed list of packs, in legs of a few steps. Most
 legs end by SIGTERM to itself, so that the run saves and stops, every tenth by an exception in the
 middle of a step, as a kill would; the next leg resumes. Live tensor bytes (in a step, and what is
-left between two legs), open files, threads and step time must not grow, and the resident set of the last quarter must be within 2 % of the third's.
+left between two legs), open files, threads and step time must not grow, and the resident set of
+the last quarter must be within 2 % of the third's.
 (A second process would begin anew each time: what leaks would never be seen.)
 """
 
@@ -80,7 +81,8 @@ def soak(folder, steps, every=5, model=("--model", "tiny")):
     measured, step = [], 0
     while step < steps:
         step = min(step + every, steps)
-        live = leg(train, ["--resume", run] if measured else begin, step, killed=len(measured) % 10 == 9)
+        live = leg(train, ["--resume", run] if measured else begin, step,
+                   killed=len(measured) % 10 == 9)
         gc.collect()
         with open(run / "metrics.jsonl") as file:
             lines = [json.loads(line) for line in file]

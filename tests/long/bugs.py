@@ -1,0 +1,228 @@
+"""Every row of the incident table: with its bug put in, the row's test fails; without, it passes.
+
+    python tests/long/bugs.py                all rows
+    python tests/long/bugs.py --row 15       one of them; --row may be given several times
+
+The bug is a small change of the text of a file, in a copy of the tree; the checkout is not touched.
+The tests are those that `ROWS` of tests/test_incidents.py names.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from test_incidents import HERE, ROWS
+
+STATE = "common/test_state.py::"
+CH1 = "chapter-01/train.py"
+PACKING = "chapter-01/packing.py"
+
+# (row, what is wrong then, [(file, what stands there, what to put there), ...][, another test])
+BUGS = [
+    (1, "the mean of the packs' means", [
+        (CH1, "pack, device)) / max(1, targets)",
+         'pack, device)) / max(1, int((pack["labels"] != IGNORE).sum())) / len(packs)')]),
+    (2, "the logged loss times --grad-accum", [
+        (CH1, "total_loss += loss.detach()", "total_loss += loss.detach() * len(packs)")]),
+    (3, "each rank's mean weighs the same", [
+        (CH1, "targets, tokens = distributed.all_sum(counts).tolist()",
+         "targets = counts[0].item() * ranks.world_size\n"
+         "            tokens = distributed.all_sum(counts)[1].item()")]),
+    (4, "the norm is added up over the ranks twice", [
+        (CH1, "norm = distributed.full_tensor(norm).item()",
+         "norm = distributed.all_sum(distributed.full_tensor(norm)).item()")]),
+    (5, "attention crosses documents", [
+        ("chapter-01/modeling_qwen3.py", "lengths = cu_seqlens.diff().tolist()",
+         "lengths = [len(q)]")]),
+    (6, "positions are those of the pack", [
+        (PACKING, "torch.cat([torch.arange(length) for length in lengths.tolist()])",
+         "torch.arange(int(lengths.sum()))")]),
+    (7, "the shift is done across the documents", [
+        (PACKING, "torch.cat([F.pad(labels[1:], (0, 1), value=IGNORE) for _, labels in examples])",
+         "F.pad(torch.cat([labels for _, labels in examples])[1:], (0, 1), value=IGNORE)")]),
+    (8, "the mask is dropped", [
+        ("common/encode.py", "return input_ids, torch.where(trained, input_ids, IGNORE)",
+         "return input_ids, input_ids")]),
+    (9, "the mean of no losses", [(CH1, 'reduction="sum"', 'reduction="mean"')]),
+    (9, "a step without targets is divided by 0", [
+        (CH1, "pack, device)) / max(1, targets)", "pack, device)) / torch.tensor(targets)")]),
+    (9, "examples with nothing to train on are kept", [
+        ("common/encode.py", "if trained[start + 1:end].any():", "if end > start:")]),
+    (10, "what is cut before the answer is kept", [
+        ("common/encode.py", "if trained[start + 1:end].any():", "if end > start + 1:")]),
+    (10, "nothing is cut", [("common/encode.py", "if length <= max_length:", "if length:")]),
+    (11, "the tokenizer adds a second BOS", [
+        ("common/chat.py", "self.tokenise([layout.text], layout.whole)",
+         "self.tokenise([layout.text], True)")]),
+    (11, "the end of the turn is not trained", [
+        ("common/masks.py", "span[1] = stop.end()", "span[1] = stop.start()")]),
+    (12, "the schedule begins anew", [
+        (CH1, "lr = learning_rate(step, total_steps, options)",
+         "lr = learning_rate(spikes.seen + 1, total_steps, options)")]),
+    (13, "the data begin anew", [
+        (CH1, "state = checkpoint.load_state(saved, model, optimizer)",
+         'state = checkpoint.load_state(saved, model, optimizer) | {"next_pack": 0}')]),
+    (14, "rows are cut rounding down", [
+        ("common/distributed.py", "rows = -(-tensor.shape[0] // mesh.size())",
+         "rows = tensor.shape[0] // mesh.size()"),
+        ("common/distributed.py", "parameter.to_local().copy_(tensor[first:first + rows])",
+         "parameter.to_local()[:rows].copy_(tensor[first:first + rows])")]),
+    (15, "the moments are not loaded, and nobody looks", [
+        ("common/state.py",
+         "optimizer.state[parameter][entry] = _as_kept(parameter, group, entry, tensor)", "pass"),
+        ("common/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
+    (15, "the moments are zeros", [
+        ("common/state.py", "copy_into(moment, tensor)", "pass"),
+        ("common/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
+    (16, "the right place in another shuffle", [
+        (CH1, "state = checkpoint.load_state(saved, model, optimizer)",
+         "state = checkpoint.load_state(saved, model, optimizer)\n            sampler.seed += 1")]),
+    (17, "another number of ranks drops the moments", [
+        ("common/state.py", "copy_into(moment, tensor)",
+         "copy_into(moment, tensor * (_place()[1] == 2))"),
+        ("common/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
+    (17, "nobody counts the packs of a step", [
+        ("common/presets.py", "if packs_before != packs_now:", "if False:")],
+     "test_scale_out.py::test_another_number_of_packs_a_step_is_refused"),
+    (18, "written under its name at once, and believed", [
+        ("common/commit.py", "together(lambda: write(tmp))",
+         "together(lambda: (os.rename(tmp, folder), write(folder)))"),
+        ("common/commit.py", "paths = sorted(path for path in tmp",
+         "tmp = folder\n    paths = sorted(path for path in tmp"),
+        ("common/commit.py", "    if not folder.exists():\n        os.rename(tmp, folder)\n"
+         "    elif not _exchange", "    if folder is not tmp and not _exchange"),
+        ("common/commit.py", "    if tmp.exists():  # what `folder` was before\n"
+         "        remove(tmp)\n", ""),
+        ("common/checkpoint.py", "        if verify(folder):\n            return True\n",
+         "        return True\n")]),
+    (18, "the last evaluation is forgotten on a resume", [
+        (CH1, "state = checkpoint.load_state(saved, model, optimizer)",
+         'state = checkpoint.load_state(saved, model, optimizer) | {"eval_loss": None}')],
+     "test_kill.py::test_a_run_killed_after_its_last_checkpoint_logs_what_it_would_have[01]"),
+    (19, "half a checkpoint stays behind", [
+        ("common/commit.py", "if tmp.is_dir() and _is_ours(tmp):", "if False:")]),
+    (19, "the old one goes before the new one is written", [
+        ("common/runs.py", "    checkpoint.commit(\n        folder,\n",
+         "    checkpoint.remove(checkpoint.latest(run) or folder)\n"
+         "    checkpoint.commit(\n        folder,\n")]),
+    (19, "nothing is said of the space needed", [
+        ("common/commit.py", "if number in FULL:", "if False:")]),
+    (20, "what does not fit is left as it is", [("common/state.py", "if problems:", "if False:")]),
+    (20, "_orig_mod. stays in the names", [
+        ("common/state.py", 'for wrapper in ("_orig_mod.", "_ch', 'for wrapper in ("_ch')],
+     STATE + "test_row_20_compiled_modules_keep_their_names"),
+    (21, "the file holds zeros for lora_B", [
+        ("chapter-02/peft_files.py", "yield _key(name, attribute), tensor",
+         'yield _key(name, attribute), tensor * (attribute != "lora_B")')]),
+    (21, "the file holds another lora_A", [
+        ("chapter-02/peft_files.py", "yield _key(name, attribute), tensor",
+         'yield _key(name, attribute), tensor * (1 + (attribute == "lora_A"))')]),
+    (22, "the head's change goes into the embedding too", [
+        ("chapter-02/merge.py", "module.base.weight.copy_(merged)",
+         "module.base.weight.copy_(merged)\n        if name == \"lm_head\":\n"
+         "            model.model.embed_tokens.weight.copy_(merged)")]),
+    (22, "a tied head is adapted", [
+        ("chapter-02/targets.py", "if tied and pattern.fullmatch(name):", "if False:")]),
+    (23, "merged into weights that were rounded once more", [
+        ("chapter-03/lora.py", "return wide(self.base.weight) + full_tensor(B @ A)",
+         "return wide(self.base.weight.bfloat16()) + full_tensor(B @ A)")]),
+    (24, "merged without the scale", [
+        ("chapter-02/lora.py", "return wide(self.base.weight) + full_tensor(B @ A)",
+         "return wide(self.base.weight) + full_tensor(B @ A) / self.scale")]),
+    (24, "the merged weight is not kept", [
+        ("chapter-02/merge.py", "module.base.weight.copy_(merged)\n", "pass\n")]),
+    (25, "any name is followed", [
+        ("common/tensor_files.py",
+         'if name in ("", ".", "..") or "/" in name', 'if "/" in name and False')]),
+    (25, "a link is followed", [
+        ("common/tensor_files.py",
+         "if not any(file.resolve().is_relative_to(home) for home in homes):", "if False:")]),
+    (26, "ids are not looked at", [
+        ("common/encode.py",
+         "if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:",
+         "if False:")]),
+    (27, "chapter 1 adds up in bfloat16", [
+        (CH1, "logits = model(**inputs).float()", "logits = model(**inputs)")]),
+    (27, "chapter 3 adds up in bfloat16", [
+        ("chapter-03/loss.py", "wide = torch.promote_types(hidden.dtype, torch.float32)",
+         "wide = hidden.dtype")]),
+    (28, "bits per byte are reported", [
+        ("common/metrics.py", "Report an evaluation", "Report bits per byte: an evaluation")]),
+]
+
+
+def test_of(row):
+    """What pytest is to run for this row."""
+    where = ROWS[row]
+    return where if "::" in where else f"{HERE}::" + re.search(r"test_\w+", where)[0]
+
+
+def copied(place):
+    """A copy of the tree in `place`, without what was compiled or run there."""
+    for name in ("common", "tests", *(path.name for path in ROOT.glob("chapter-0?"))):
+        shutil.copytree(ROOT / name, place / name,
+                        ignore=shutil.ignore_patterns("__pycache__", "runs", ".*"))
+    return place
+
+
+def outcome(tree, test):
+    """pytest's exit code (0: passed, 1: failed), and the line in which it says why."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider",
+         f"tests/{test}"], cwd=tree, text=True, capture_output=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    said = re.findall(r"^E   (.*)", run.stdout, re.MULTILINE) or run.stdout.splitlines()[-1:]
+    return run.returncode, (said or [run.stderr[-200:]])[0].strip()
+
+
+def put_in(tree, changes):
+    """Make the changes in the tree; gives {path: what it was}."""
+    kept = {}
+    for name, old, new in changes:
+        path = tree / name
+        text = path.read_text(encoding="utf-8")
+        kept.setdefault(path, text)
+        if text.count(old) != 1:
+            raise SystemExit(f"{name}: {text.count(old)} times in it, and not once: {old!r}")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+    return kept
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--row", type=int, action="append", choices=list(ROWS), help="only these")
+    chosen = parser.parse_args().row or list(ROWS)
+    began, clean, missed, count = time.monotonic(), {}, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copied(Path(folder))
+        for row, what, changes, *other in BUGS:
+            if row not in chosen:
+                continue
+            test = other[0] if other else test_of(row)
+            if test not in clean:
+                clean[test] = outcome(tree, test)
+            kept = put_in(tree, changes)
+            code, said = outcome(tree, test)
+            for path, text in kept.items():
+                path.write_text(text, encoding="utf-8")
+            good = clean[test][0] == 0 and code == 1
+            missed, count = missed + (not good), count + 1
+            verdict = "caught" if good else "FAILS WITHOUT IT" if clean[test][0] else "NOT CAUGHT"
+            print(f"{row:2} {verdict}: {what}\n      {said[:110]}", flush=True)
+    print(f"{count} bugs of {len(set(chosen))} rows, {missed} not caught; "
+          f"{time.monotonic() - began:.0f} s")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
