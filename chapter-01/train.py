@@ -91,8 +91,8 @@ def main(argv=None):
 
     # --- model ---
     # Pretrained weights: first only shapes ("meta"), so that nothing is initialised in vain and
-    # no rank ever holds the whole model on its GPU.
-    with torch.device("cpu" if options.init == "random" else "meta"):
+    # no rank ever holds the whole model on its GPU. A dry run needs no more than shapes.
+    with torch.device("cpu" if options.init == "random" and not options.dry_run else "meta"):
         model = Qwen3ForCausalLM(config)
     model.compute_dtype = dtype
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)

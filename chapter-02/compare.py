@@ -28,7 +28,7 @@ from lora import METHODS
 
 TRAIN = Path(__file__).with_name("train.py")
 # Where each grid is centred; its other rates are factors of three away.
-CENTRE = {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}
+CENTRE = {"full": 1e-3, "vera": 9e-2, "lora+": 1e-3, "lora-fa": 1.5e-2, "default": 5e-3}
 
 
 def grid(method, factors):
@@ -162,7 +162,7 @@ def main(argv=None):
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS),
                         metavar="METHOD", help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="runs per learning rate (default: 3)")
-    parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 1.0, 3.0, 9.0],
+    parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 1.0, 3.0],
                         help="learning rates, as multiples of each method's usual one")
     parser.add_argument("--out", default="runs/compare", help="default: runs/compare")
     options = parser.parse_args(argv)

@@ -129,12 +129,13 @@ def main(argv=None):
     # Whole on the CPU of each rank first, because DoRA and PiSSA look at the weights; `shard`
     # then takes one layer at a time to the GPU. Weights that are trained are float32.
     home = device if ranks.world_size == 1 else torch.device("cpu")
-    with torch.device("cpu" if options.init == "random" else "meta"):
+    fresh = options.init == "random" and not options.dry_run
+    with torch.device("cpu" if fresh else "meta"):
         model = LlamaForCausalLM(config)
     model.compute_dtype = dtype
     if options.method not in ("full", "pissa", "delta-lora"):
         model.to(dtype)
-    if options.init == "random":
+    if fresh:
         model.to(home)
     elif not options.dry_run:
         model.to_empty(device=home)

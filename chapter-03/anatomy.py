@@ -38,7 +38,7 @@ def predicted(model, prediction):
     sizes = dict.fromkeys(CATEGORIES, 0)
     names = {"optimizer moments": "optimizer", "layer at work": "activations"}
     for name, size in prediction.items():
-        name = "activations" if name.startswith("weights in") else names.get(name, name)
+        name = "activations" if name.startswith("copies of") else names.get(name, name)
         sizes[name] += size
     sizes["quantised base"] = base_bytes(model)
     sizes["weights"] -= sizes["quantised base"]

@@ -35,5 +35,5 @@ def compile_model(model, backend="inductor"):
 
 
 def run_first(layer, *inputs):
-    """`run`, compiled apart: what goes in has no gradient, for which the others' graph is no use."""
+    """`run`, compiled apart: what goes in has no gradient, so the others' graph is no use."""
     return run(layer, *inputs)

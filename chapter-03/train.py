@@ -136,12 +136,13 @@ def main(argv=None):
         init = "shapes" if options.dry_run else options.init
         model = quantized_model(config, source, dtype, home, options.double_quant, init)
     else:
-        with torch.device("cpu" if options.init == "random" else "meta"):
+        fresh = options.init == "random" and not options.dry_run
+        with torch.device("cpu" if fresh else "meta"):
             model = LlamaForCausalLM(config)
         model.compute_dtype = dtype
         if options.method not in DENSE_ONLY:
             model.to(dtype)
-        if options.init == "random":
+        if fresh:
             model.to(home)
         elif not options.dry_run:
             model.to_empty(device=home)

@@ -60,8 +60,19 @@ def live_tensor_bytes():
                 continue  # the latter is a compiler's, with no memory
             if tensor.device.type == "cpu" and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages[_address(storage)] = storage.nbytes()
+    storages.pop(None, None)
     return sum(storages.values())
+
+
+def _address(storage):
+    """Where a storage's memory is; None for one that has none, as tracing for a compiler leaves."""
+    try:
+        return storage.data_ptr()
+    except RuntimeError as error:
+        if "invalid python storage" not in str(error):
+            raise
+        return None
 
 
 def peak_memory_bytes(device):

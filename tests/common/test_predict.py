@@ -249,6 +249,16 @@ def test_live_peak_counts_exactly():
     del views
 
 
+def test_tensors_without_memory_do_not_count():
+    """What tracing for a compiler leaves behind: a plain tensor whose storage is a stand-in."""
+    before = live_tensor_bytes()
+    stand_in = torch._to_functional_tensor(torch.ones(1000))
+    dead = torch.empty(0).set_(stand_in.untyped_storage(), 0, (1000,))
+    with pytest.raises(RuntimeError, match="invalid python storage"):
+        dead.untyped_storage().data_ptr()
+    assert live_tensor_bytes() - before <= 4000  # of the real one beneath, if Python reaches it
+
+
 def test_quantised_weights_count_as_they_are():
     """NF4: half a byte and a 64th of four, or a 64th of one and of four 256ths, per parameter."""
     nf4 = load("chapter-03/nf4.py")

@@ -124,7 +124,8 @@ def change_header(data, rng):
     """A safetensors file whose header is changed; its length is put right, or not."""
     size = int.from_bytes(data[:8], "little")
     header = change_json(data[8:8 + size], rng)
-    length = len(header) if rng.random() < 0.9 else rng.choice((0, 1, len(header) * 2, 2**40, 2**63))
+    odd = (0, 1, len(header) * 2, 2**40, 2**63)
+    length = len(header) if rng.random() < 0.9 else rng.choice(odd)
     return length.to_bytes(8, "little") + header + data[8 + size:]
 
 
@@ -222,7 +223,7 @@ def _work(target, place, indices, seed, progress, report):
 def fuzz(target, count, seed=0, first=0):
     """`count` inputs for one target; gives its findings, [(number, what)]."""
     findings, last = [], first + count
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a disk would be flushed all the time
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a disk would be flushed often
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         report = Path(folder) / "report"
         while first < last:
@@ -257,14 +258,22 @@ def _watched(target, place, indices, seed, progress, report):
             code = 0
         finally:
             os._exit(code)
-    before, since = None, time.monotonic()
+    before, since, cpu = None, 0.0, 0.0
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.02)
         if progress[:8] != before:
-            before, since = progress[:8], time.monotonic()
-        elif time.monotonic() - since > 6 * SECONDS:
+            before, since, cpu = progress[:8], time.monotonic(), _processor_seconds(child)
+        elif _processor_seconds(child) - cpu > 6 * SECONDS or (  # or it waits for something
+                time.monotonic() - since > 60 * SECONDS):
             os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _processor_seconds(child):
+    """What a process has used: not the clock's time, as the machine may be busy."""
+    with open(f"/proc/{child}/stat") as file:
+        user, system = file.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def main():
