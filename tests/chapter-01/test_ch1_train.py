@@ -216,7 +216,7 @@ def test_bad_flags(tmp_path):
     assert "did you mean --steps" in bad(tmp_path, "--stepz", "3")
     assert "did you mean cosine" in bad(tmp_path, "--schedule", "cosinus")
     assert "the least is 1" in bad(tmp_path, "--steps", "0")
-    assert "not" in bad(tmp_path, "--lr", "nan")
+    assert "a finite number" in bad(tmp_path, "--lr", "nan")
     assert "--data" in bad(tmp_path, "--model", "qwen3-0.6b")
     assert "no such" in bad(tmp_path, "--model", "tiny", "--data", "missing.jsonl").lower()
 
