@@ -148,11 +148,11 @@ class Prediction(dict):
         kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in
                           ("blocks", "embedding", "head", "norms", "adapters") if counts[kind])
         lines = [
-            f"parameters  {_short(counts['total'])} ({kinds}); "
-            f"trained {_short(counts['trainable'])} ({share:.3g} %)",
+            f"parameters  {_short(counts['total'])} ({kinds})",
+            f"            trained: {_short(counts['trainable'])} ({share:.3g} %)",
             f"a token     {_short(flops['total'])}FLOP: layers {_short(flops['matrices'])}, head "
-            f"{_short(flops['head'])}, attention {_short(flops['attention'])} (counted as if "
-            f"not causal: {_short(flops['full'])}FLOP)",
+            f"{_short(flops['head'])}, attention {_short(flops['attention'])}",
+            f"            (counted as if not causal: {_short(flops['full'])}FLOP)",
             f"memory      predicted peak {readable_bytes(self.peak)} with {self.tokens} tokens in "
             "a pack:"]
         lines += [f"            {readable_bytes(size):>10}  {name}"

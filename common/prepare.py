@@ -48,6 +48,13 @@ def load(options, source, config, skills):
     forgotten.
     """
     limit = longest_document(options, config)
+    if {"virtual", "tiny"} & set(options.data):
+        if len(options.data) > 1:
+            raise UserError("--data tiny and --data virtual stand alone, not beside files")
+        for flag, value in (("--eval-data", options.eval_data), ("--columns", options.columns)):
+            if value:
+                raise UserError(f"{flag} goes with a file of your own in --data; "
+                                f"{options.data[0]} has all it needs")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
         return Data(train, encode.virtual(8, config.vocab_size, limit, options.seed + 1), None, {},
@@ -72,8 +79,6 @@ def load(options, source, config, skills):
             quizzes["base"] = of("base", "eval", 200, "base skills")
         return Data(train, held_out, chat, quizzes, True)
 
-    if "virtual" in options.data or "tiny" in options.data:
-        raise UserError("--data tiny and --data virtual stand alone, not beside files")
     columns = datasets.parse_columns(options.columns) if options.columns else None
     files = [path for name in options.data for path in hub.resolve_data(name)]
     train = encoded(datasets.read_records(files, columns), columns, files)

@@ -74,7 +74,7 @@ def _summary(options):
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
     steps = f"{count} {unit}{'s' * (count > 1)}"
     return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}: {steps} of "
-            f"{options.grad_accum} x {options.batch_tokens} tokens, learning rate {options.lr:g}, "
+            f"{options.grad_accum} x {options.batch_tokens} tokens, lr {options.lr:g}, "
             f"{options.dtype} on {options.device}")
 
 

@@ -1,12 +1,16 @@
 """Chapter 1's train.py as a user runs it: accumulation, resume, precision, bad input."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
+from faults import forked
 from helpers import ROOT, load, run_script
 from safetensors.torch import load_file
 
+from common import cli
 from common.errors import UserError
 
 train = load("chapter-01/train.py")
@@ -203,11 +207,16 @@ def test_the_embedded_model_learns(tmp_path):
 
 def bad(tmp_path, *arguments):
     """Run with wrong input: exit code 2, one line, nothing written; returns the line."""
+    def action():
+        os.chdir(tmp_path)
+        sys.stdout = open(os.devnull, "w")
+        cli.run(lambda: train.main(arguments))
+
     before = sorted(p.name for p in tmp_path.iterdir())
-    process = run_script("chapter-01/train.py", *arguments, cwd=tmp_path)
-    assert process.returncode == 2, process.stdout + process.stderr
-    lines = process.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    code, text = forked(action)
+    assert code == 2, text
+    lines = text.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), text
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     return lines[0]
 
@@ -219,6 +228,10 @@ def test_bad_flags(tmp_path):
     assert "a finite number" in bad(tmp_path, "--lr", "nan")
     assert "--data" in bad(tmp_path, "--model", "qwen3-0.6b")
     assert "no such" in bad(tmp_path, "--model", "tiny", "--data", "missing.jsonl").lower()
+    for flag in ("--eval-data", "--columns"):  # neither is ignored in silence
+        for data in ("tiny", "virtual"):
+            assert f"{flag} goes with a file" in bad(
+                tmp_path, "--model", "tiny", "--data", data, flag, "a=b")
 
 
 def test_bad_data(tmp_path):
