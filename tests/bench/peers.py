@@ -134,7 +134,9 @@ def contestants(kind, folder, dtype, shape, documents, options):
             rows.append(peer("transformers, packed, without masters", kind, folder, dtype, adapters,
                              pure=True))
     elif kind == "lora":
-        rows = [ours(2, kind, folder, dtype, adapters=adapters), *compiled,
+        full = ours(2, "dense", folder, dtype)  # all weights trained: what an adapter saves
+        full.name, full.same = "full, " + full.name, False
+        rows = [ours(2, kind, folder, dtype, adapters=adapters), *compiled, full,
                 peer("PEFT, packed", kind, folder, dtype, adapters,
                      needs=("transformers", "peft"))]
     else:
