@@ -158,7 +158,8 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, extra = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (
         argv, [])
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                        epilog="What stands after -- goes to train.py: -- --steps 160")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS),
                         metavar="METHOD", help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="runs per learning rate (default: 3)")

@@ -176,7 +176,7 @@ def load_adapter(model, path):
 
 def _read_options(path):
     if not (path / CONFIG).exists():
-        what = "no such folder" if not path.is_dir() else f"no {CONFIG} here, so this is no adapter"
+        what = "no such folder" if not path.is_dir() else f"no {CONFIG} here, so no adapter"
         hint = f": did you mean {path / 'final'}?" if (path / "final" / CONFIG).exists() else ""
         raise UserError(f"{path}: {what}{hint}")
     return read_json(path / CONFIG)

@@ -64,6 +64,7 @@ def mark(options):
             "dtype": options.dtype}
 
 
+# Copied from chapter-02/base_model.py
 def read_mark(adapter):
     """The header's metadata of the adapter in folder `adapter`; {} if it has none."""
     for file in sorted(adapter.glob("adapter_model*.safetensors")):

@@ -181,7 +181,7 @@ def read_options(argv):
     if not (options.model or options.adapter):
         raise UserError("give --model or --adapter")
     if bool(options.prompt) == options.chat:
-        raise UserError("give --prompt, or --chat, and not both")
+        raise UserError("give --prompt or --chat (one of them, not both)")
     if options.compare and (options.chat or not options.adapter):
         raise UserError("--compare needs --adapter, whose base it shows beside it, and --prompt")
     for name, fits in (

@@ -154,7 +154,7 @@ def read_flags(options_class, description, argv):
         meta, flag = f.metadata, "--" + f.name.replace("_", "-")
         text = meta["text"]
         if meta["choices"]:
-            text += f": {', '.join(meta['choices'])}"
+            text += f" [{' | '.join(meta['choices'])}]"
         if f.default not in (None, False) and "default" not in text:
             default = " ".join(f.default) if meta["many"] else f.default
             text += f" (default: {default})"

@@ -163,7 +163,8 @@ def _plain_words(repo, kind, file=None):
     """Turn huggingface_hub's errors about `repo` into UserErrors. The order matters: a gated
     repository is a kind of missing one for it, and a missing cache entry a kind of missing file."""
     script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
-    tiny = f"to do without the Hub: {script}--model tiny --data tiny"
+    options = "--model tiny --data tiny" if script.endswith("train.py ") else "--model tiny"
+    tiny = f"to do without the Hub: {script}{options}"
     try:
         yield
     except GatedRepoError as error:
@@ -184,8 +185,8 @@ def _plain_words(repo, kind, file=None):
                 f"{repo} is not complete in the cache and HF_HUB_OFFLINE is set: unset it to"
                 f" download, or, {tiny}") from error
         raise UserError(
-            f"no connection to the Hub, and {repo} is not complete in the cache: try again, or,"
-            f" {tiny}") from error
+            f"{repo} is no folder here, nor complete in the Hub's cache, and there is no connection"
+            f" to the Hub: try again, or, {tiny}") from error
     except EntryNotFoundError as error:
         raise UserError(
             f"{repo} has no file {file}: see {_page(repo, kind)}/tree/main") from error

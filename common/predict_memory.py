@@ -180,8 +180,9 @@ def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
         terms["attention: output, log-sum-exp"] = c * Hd + FLOAT32 * Hd // d
         # One call a document: the outputs are then joined in a tensor of their own.
         terms["input of o_proj"] = c * Hd * (keeps_input(o) and not kernel_joins)
+    readers = (m for m in linears(mlp) if m is not mlp.down_proj)
     terms["feed-forward norm: x, x / rms, result"] = norm(
-        layer.post_attention_layernorm, D, any(map(keeps_input, (mlp.gate_proj, mlp.up_proj))))
+        layer.post_attention_layernorm, D, any(map(keeps_input, readers)))
     terms["gate, up, silu(gate)"] = c * F * (2 if compiled else 3)
     terms["input of down_proj"] = c * F * keeps_input(mlp.down_proj)
     terms["adapters"] = sum(adapter_per_token(module, dtype) for module in linears(layer))

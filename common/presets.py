@@ -147,7 +147,8 @@ def _resumed(options_class, chapter, given):
         raise UserError(f"{run}: no train_config.json, so this is not the folder of a run")
     record = read_json(path)
     if record.get("chapter") != chapter:
-        raise UserError(f"{path}: a run of chapter {record.get('chapter')!r}, not of {chapter!r}")
+        raise UserError(f"{path}: a run of chapter {record.get('chapter')!r}, not of {chapter!r}; "
+                        "go on with it there")
     saved, ranks = record.get("options"), record.get("world_size")
     if not isinstance(saved, dict) or type(ranks) is not int or ranks < 1:
         raise UserError(f"{path}: options or world_size is missing")

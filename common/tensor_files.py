@@ -100,8 +100,8 @@ def _no_weights(path, single):
         return f"{path}: no such folder"
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
         return f"{path}: only pickled weights here, which are never read; convert to safetensors"
-    return (f"{path}: no {single} here; for an untrained model of this architecture give"
-            " --init random")
+    return (f"{path}: no {single} here, so no weights; to train an untrained model of this"
+            " architecture give train.py --init random")
 
 
 @contextmanager

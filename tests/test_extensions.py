@@ -1,6 +1,6 @@
 """The five worked changes of README.md, "Extending": each applied to a copy and put to work.
 
-    patch -p1 < tests/extensions/loss.diff        applies one for good
+    git apply tests/extensions/loss.diff        applies one for good
 
 A diff is applied here by its text: what a hunk removes must be there exactly once. So it holds
 when lines move, and fails when the code that it changes has changed.

@@ -65,6 +65,11 @@ def run(data, tmp_path_factory):
     return folder, live[-1]
 
 
+def test_chapter_2_says_that_an_adapter_learned_beside_four_bits(run, capsys):
+    load("chapter-02/base_model.py").load_model("tiny", "cpu", torch.float32, run[0] / "final")
+    assert "python chapter-03/generate.py" in capsys.readouterr().err
+
+
 def test_qlora_trains_and_its_adapter_reloads_to_the_live_logits(run):
     folder, live = run
     losses = [line[1] for line in metrics(folder)]

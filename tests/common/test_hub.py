@@ -1,6 +1,7 @@
 """Names to files, and each way in which the Hub says no, without a network."""
 
 import errno
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -46,6 +47,7 @@ def answer(monkeypatch):
             return result
         return function
 
+    monkeypatch.setattr(sys, "argv", ["chapter-01/train.py"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", reply(lambda: given.value))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", reply(lambda: given.value))
@@ -54,6 +56,16 @@ def answer(monkeypatch):
         lambda: SimpleNamespace(list_repo_files=reply(lambda: given.files)))
     monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: SimpleNamespace(repos=[]))
     return given
+
+
+def test_a_script_without_data_is_not_told_to_give_it(monkeypatch, answer):
+    monkeypatch.setattr(sys, "argv", ["chapter-02/generate.py"])
+    answer.value = errors.LocalEntryNotFoundError("nothing")
+    with refused("no folder here", "python chapter-02/generate.py --model tiny"):
+        hub.resolve("runs/nope")
+    with pytest.raises(UserError) as caught:
+        hub.resolve("runs/nope")
+    assert "--data" not in str(caught.value)
 
 
 # --- names of models ---
