@@ -35,7 +35,7 @@ from common.model_config import read_json
 from compiling import compile_model
 from lora import optimizer_groups
 from modeling_llama import LlamaConfig
-from packing import IGNORE, packed_sequence_collate_fn
+from packing import IGNORE, StaticShape, packed_sequence_collate_fn
 from profile_step import build, step_of
 from train import Options, to_device
 
@@ -115,7 +115,7 @@ def whole_loss(logits, labels):
 
 def climb(rung, options, device):
     """Measure one rung, a dict as RUNGS has them: what of it goes into the table."""
-    name, tokens, _ = SIZES[options.size]
+    name, tokens, longest = SIZES[options.size]
     source = hub.resolve(name)
     config = LlamaConfig.from_dict(weights.read_config(source))
     run = Options(model=str(name), init="random", data=["virtual"], rank=16, alpha=32.0, lr=1e-4,
@@ -124,7 +124,8 @@ def climb(rung, options, device):
     model, adapter = build(run, config, source, device)
     lists = documents(options.size, config.vocab_size, options.steps + 1, options.seed)
     mean = predict.mean_attended([len(ids) for ids, _ in lists[0]])
-    packs = [to_device(packed_sequence_collate_fn(x if rung["packed"] else padded(x)), device)
+    shape = StaticShape(tokens, max(map(len, lists)), longest) if rung["compile"] else None
+    packs = [to_device(packed_sequence_collate_fn(x if rung["packed"] else padded(x), shape), device)
              for x in lists]
     optimizer = torch.optim.AdamW(optimizer_groups(model, adapter, run.lr, 0.1), lr=run.lr,
                                   foreach=False, fused=rung["fused"])
@@ -225,8 +226,7 @@ def picture(rows, path):
             (1, 2**20), ("tokens per second", "peak memory, MiB")):
         bars = axes.barh([row["name"] for row in rows], [row[key] / unit for row in rows])
         axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-        axes.set_title(title)
-        axes.margins(x=0.2)
+        axes.set(title=title, xmargin=0.2)
     figure.savefig(path)
     return True
 

@@ -1,6 +1,7 @@
 """The ladder: the same documents on every rung, what each changes, resuming."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from ch3_models import pack_of
 from helpers import load
 
 ladder = load("chapter-03/ladder.py")
+compile_model = load("chapter-03/compiling.py").compile_model
 llama = load("chapter-03/modeling_llama.py")
 
 
@@ -81,6 +83,19 @@ def test_ladder_measures_every_rung_and_goes_on_when_interrupted(tmp_path, capsy
     capsys.readouterr()
     assert ladder.main([*arguments, "--seed", "0"]) == 0 and len(climbed) == len(names)
     assert ladder.RUNGS["naive"]["packed"] is False  # the table itself has not been climbed
+
+
+def test_a_compiled_rung_compiles_once_for_all_of_its_packs(monkeypatch):
+    # Packs of one number of tokens in unequal numbers of documents: each would compile anew.
+    for name in ("attention", "lora", "loss", "modeling_llama", "nf4"):  # the compiler imports them
+        monkeypatch.setitem(sys.modules, name, load(f"chapter-03/{name}.py"))
+    monkeypatch.setattr(ladder, "compile_model", lambda model: compile_model(model, "aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rung = {key: value for changes in ladder.RUNGS.values() for key, value in changes.items()}
+    ladder.climb({**rung, "quantize": "none", "dtype": "float32"},
+                 ladder.LadderOptions(size="tiny", steps=3), torch.device("cpu"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # a probe, layer 1, others
 
 
 def test_gains_are_over_the_rung_before_that_was_measured():
