@@ -274,7 +274,7 @@ def test_streaming_waits_for_whole_characters(capsys, base, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prompt", "a"], "give --model or --adapter"),
-    (["--model", "BASE"], "--prompt, or --chat"),
+    (["--model", "BASE"], "--prompt or --chat"),
     (["--model", "BASE", "--prompt", "a", "--chat"], "not both"),
     (["--model", "BASE", "--prompt", "a", "--compare"], "--compare needs --adapter"),
     (["--model", "BASE", "--prompt", "a", "--top-p", "0"], "--top-p 0.0 is out of range"),
