@@ -125,8 +125,8 @@ def climb(rung, options, device):
     lists = documents(options.size, config.vocab_size, options.steps + 1, options.seed)
     mean = predict.mean_attended([len(ids) for ids, _ in lists[0]])
     shape = StaticShape(tokens, max(map(len, lists)), longest) if rung["compile"] else None
-    packs = [to_device(packed_sequence_collate_fn(x if rung["packed"] else padded(x), shape), device)
-             for x in lists]
+    lists = lists if rung["packed"] else [padded(documents) for documents in lists]
+    packs = [to_device(packed_sequence_collate_fn(x, shape), device) for x in lists]
     optimizer = torch.optim.AdamW(optimizer_groups(model, adapter, run.lr, 0.1), lr=run.lr,
                                   foreach=False, fused=rung["fused"])
     attention = modeling_llama.varlen_attention if rung["blocks"] else sliced_attention

@@ -209,15 +209,13 @@ def virtual(count, vocab_size, max_length, seed):
 
 
 def split(encoded, seed, share=0.02, most=200):
-    """(training, held-out): 2 % of the documents are held out, at least 1 and at most 200; says
-    how many."""
+    """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many."""
     if len(encoded) < 2:
-        raise UserError("one example cannot be both trained on and held out: add some, or give "
-                        "--eval-data")
+        raise UserError("one example cannot be trained on and held out: add some, or --eval-data")
     order = np.random.default_rng((seed, 1)).permutation(len(encoded))
     count = min(most, max(1, int(share * len(encoded))))
     if _first_rank():
-        print(f"held out: {count:,} of these documents, never trained on (--eval-data takes others)")
+        print(f"held out: {count:,} of these documents (--eval-data takes others)")
     parts = np.sort(order[count:]), np.sort(order[:count])
     return tuple(Encoded(encoded.tokens, encoded.trained, encoded.offsets, encoded.chosen[part])
                  for part in parts)
