@@ -211,7 +211,7 @@ def virtual(count, vocab_size, max_length, seed):
 def split(encoded, seed, share=0.02, most=200):
     """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many."""
     if len(encoded) < 2:
-        raise UserError("one example cannot be trained on and held out: add some, or --eval-data")
+        raise UserError("one example cannot also be held out: add some, or give --eval-data")
     order = np.random.default_rng((seed, 1)).permutation(len(encoded))
     count = min(most, max(1, int(share * len(encoded))))
     if _first_rank():

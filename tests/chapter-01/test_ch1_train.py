@@ -222,6 +222,8 @@ def bad(tmp_path, *arguments):
 
 
 def test_bad_flags(tmp_path):
+    done = run_script("chapter-01/train.py", "--stepz", "3", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ")
     assert "did you mean --steps" in bad(tmp_path, "--stepz", "3")
     assert "did you mean cosine" in bad(tmp_path, "--schedule", "cosinus")
     assert "the least is 1" in bad(tmp_path, "--steps", "0")
