@@ -1,7 +1,7 @@
 """How cost grows: what is doubled, and by which power time and memory follow. Development only.
 
     python tests/bench/growth.py --out growth.json
-    python tests/bench/growth.py --only steps --largest-pack 2048         (a minute)
+    python tests/bench/growth.py --only steps --largest-pack 65536        (six minutes)
     python tests/bench/growth.py --only data --largest-data 1000000       (a million documents)
 
 Each line fits cost = c · size^exponent to its measurements, in logarithms. An exponent below the
@@ -85,10 +85,12 @@ def seconds(cases, repeats):
 
 def steps(options):
     """{line: (sizes, seconds)} of a training step."""
-    sizes = [n for n in (256 * 2**i for i in range(9)) if n <= options.largest_pack]
+    sizes = [256 * 2**i for i in range(9)]
     sweeps = {
-        "tokens, in documents of 128": [{"tokens": n, "documents": n // 128} for n in sizes],
-        "tokens, in one document": [{"tokens": n, "documents": 1} for n in sizes],
+        "tokens, in documents of 128": [{"tokens": n, "documents": n // 128} for n in sizes
+                                        if n <= options.largest_pack],
+        "tokens, in one document": [{"tokens": n, "documents": 1} for n in sizes
+                                    if n <= options.largest_document],
         "documents in 2048 tokens": [{"tokens": 2048, "documents": n} for n in (1, 4, 16, 64)],
         "vocabulary": [{"vocabulary": n} for n in (1024, 4096, 16384, 65536)],
         "layers": [{"layers": n} for n in (2, 4, 8, 16)],
@@ -198,7 +200,8 @@ def shown(name, value):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("steps", "data", "start"), help="one part alone")
-    parser.add_argument("--largest-pack", type=int, default=8192, help="tokens")
+    parser.add_argument("--largest-pack", type=int, default=8192, help="tokens of many documents")
+    parser.add_argument("--largest-document", type=int, default=8192, help="tokens of one")
     parser.add_argument("--largest-data", type=int, default=100_000, help="documents")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
