@@ -100,6 +100,9 @@ def main(argv=None):
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
     predicted = predict.training(config, model, data.train.lengths, options, total_steps)
     say(predicted.report())
+    if total_steps < options.warmup:
+        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
+            "--epochs, --steps, --warmup")
     if options.dry_run:
         return 0
     distributed.shard(model, ranks, dtype)

@@ -1,11 +1,14 @@
 """Make `import common` and `from helpers import load` work from every test file."""
 
 import atexit
+import json
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a defect
@@ -16,3 +19,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bareloop-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 collect_ignore = ["long", "bench", "goldens"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve short documents with short answers: together they fit one pack."""
+    file = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [{"prompt": f"Say {word} {i}", "completion": f"{word} " * (1 + i % 3)}
+            for i, word in enumerate("one two three four five six".split() * 2)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file

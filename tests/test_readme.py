@@ -9,7 +9,7 @@ Conventions, so that a reader's page can be checked by a program:
     <!-- checked by: test_x, test_y -->     stands right below an equation
     <!-- from: path.json -->                stands right above a table of results, whose numbers
                                             are those of the JSON (readme_parts.check_table)
-    <!-- output: x -->, <!-- table: x -->   stand above what was printed or measured
+    <!-- file: x -->                        stands right above the block that a reader saves as x
 
 In the section "Coming from" the left column of a table is about other programs.
 """
@@ -72,6 +72,9 @@ def test_bash_blocks_run(readme, tmp_path):
     for path in ("chapter-01", "chapter-02", "chapter-03", "common", "tests"):
         (tmp_path / path).symlink_to(ROOT / path)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
+    for name, text in re.findall(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```", read(readme),
+                                 re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(text, encoding="utf-8")
     for words in (words for block in blocks(read(readme), "bash") for words in commands(block)):
         if words[:3] == ["pip", "install", "-r"]:
             assert (ROOT / words[3]).is_file()
@@ -157,7 +160,7 @@ def test_every_equation_names_the_test_that_checks_it(readme):
 @every_readme
 def test_every_fence_has_a_known_language(readme):
     opened = re.findall(r"^```(.*)$", read(readme), re.MULTILINE)[::2]
-    assert set(opened) <= {"bash", "text", "python"}
+    assert set(opened) <= {"bash", "text", "python", "json"}
 
 
 # --- links, results, copies ---
@@ -187,14 +190,6 @@ def test_a_changed_number_is_seen():
         data[0]["speed"]]}))
     for old, new in (("1,235", "1,236"), ("0.50", "0.51"), ("lora", "dora"), ("1,235", "7")):
         assert list(check_table(table.replace(old, new), data)), new
-
-
-@every_readme
-def test_nothing_is_left_to_be_filled_in(readme):
-    """A marker stands above what it promises."""
-    begins = {"output": "```text", "table": ("|", "<!-- from:"), "promises": ""}
-    for kind, after in re.findall(r"<!-- (output|table|promises)\b.*?-->\s*([^\n]*)", read(readme)):
-        assert after.startswith(begins[kind]) and not after.startswith("#"), f"{kind}: {after}"
 
 
 def test_the_copies_are_copies():

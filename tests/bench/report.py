@@ -21,14 +21,17 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
 def conditions():
-    """Machine, versions, threads, date and command, without which a number says nothing."""
+    """Machine, versions, threads, date and command (with OpenMP's variables), without which a
+    number says nothing."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    command = " ".join(["python", "tests/bench/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    threading = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("OMP_")]
+    command = " ".join([*threading, "python", "tests/bench/" + Path(sys.argv[0]).name,
+                        *sys.argv[1:]])
     return {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions,
             "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "command": command}
 

@@ -271,9 +271,11 @@ def test_bad_models(tmp_path):
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path):
-    process = run_script("chapter-01/train.py", *TINY, "--dry-run", cwd=tmp_path)
+    process = run_script("chapter-01/train.py", *TINY, "--dry-run", "--steps", "2", "--warmup", "5",
+                         cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "parameters" in process.stdout and "predicted peak" in process.stdout
+    for expected in ("parameters", "predicted peak", "only 2 of the 5 warm-up steps will happen"):
+        assert expected in process.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import assert_equals_golden
 from helpers import GOLDENS, load
 from safetensors.torch import load_file
 
@@ -47,18 +48,7 @@ def test_logits_and_gradients_equal_transformers(name):
     assert config.num_key_value_heads < config.num_attention_heads
     model = qwen3.Qwen3ForCausalLM(config)
     weights.load_weights(model, folder)
-    documents = list(golden["input_ids"].split(golden["lengths"].tolist()))
-    targets = list(golden["labels"].split(golden["lengths"].tolist()))
-    pack = packing.packed_sequence_collate_fn(list(zip(documents, targets)))
-    labels = pack.pop("labels")
-    logits = model(**pack)
-    assert (logits - golden["logits"]).abs().max() <= 1e-5
-    loss = F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum()
-    assert abs(loss - golden["loss"]) <= 1e-6
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        expected = golden[f"grad.{name}"]
-        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm(), name
+    assert_equals_golden(model, packing.packed_sequence_collate_fn, golden)
 
 
 # --- documents do not see one another ---

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from checks import assert_resume_is_bitwise, training_lines
 from helpers import load, run_script
 from safetensors.torch import load_file
 
@@ -16,25 +17,10 @@ UserError = train.UserError
 METHODS = sorted(set(lora.METHODS) - {"full"})
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Twelve short documents with short answers: together they fit one pack."""
-    file = tmp_path_factory.mktemp("data") / "data.jsonl"
-    rows = [{"prompt": f"Say {word} {i}", "completion": f"{word} " * (1 + i % 3)}
-            for i, word in enumerate("one two three four five six".split() * 2)]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
 def arguments(data, *more):
     return ["--model", "tiny", "--data", str(data), "--device", "cpu", "--dtype", "float32",
             "--batch-tokens", "512", "--rank", "2", "--warmup", "0", "--steps", "4",
             "--save-every", "2", "--eval-every", "0", "--delta-start", "1", *more]
-
-
-def metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "grad_norm" in line]
 
 
 def logits(model, chat):
@@ -53,7 +39,7 @@ def test_incidents_21_24_train_merge_generate(tmp_path, data, method, monkeypatc
     monkeypatch.setattr(train, "save_adapter", lambda model, *given, **options: (
         live.append(logits(model, asked)), real(model, *given, **options)))
     assert train.main([*arguments(data, "--method", method, "--lr", "5e-3"), "--out", str(run)]) == 0
-    losses = [line["loss"] for line in metrics(run)]
+    losses = [line[1] for line in training_lines(run)]
     assert losses[-1] < losses[0]
     chat = train.prepare.Chat.load(run / "final")
     if method == "delta-lora":
@@ -86,20 +72,7 @@ def test_resume_is_bitwise(tmp_path, data, method):
     """With dropout where the method has it: 4 steps equal 2 + 2."""
     dropout = [] if method in ("delta-lora", "full") else ["--dropout", "0.2"]
     common = arguments(data, "--method", method, "--lr", "5e-3", *dropout)
-    for name in ("whole", "parts"):
-        assert train.main([*common, "--out", str(tmp_path / name)]) == 0
-    parts = tmp_path / "parts"
-    for folder in ("step-000004", "final"):
-        for file in (parts / folder).iterdir():
-            file.unlink()
-        (parts / folder).rmdir()
-    assert train.main(["--resume", str(parts)]) == 0
-    for folder in ("step-000004", "final"):
-        for file in (tmp_path / "whole" / folder).glob("*.safetensors"):
-            assert file.read_bytes() == (parts / folder / file.name).read_bytes(), file.name
-    keep = ("step", "loss", "lr", "grad_norm", "tokens")
-    assert [[line[k] for k in keep] for line in metrics(tmp_path / "whole")] == [
-        [line[k] for k in keep] for line in metrics(parts)]
+    assert_resume_is_bitwise(train, common, tmp_path)
 
 
 def test_a_checkpoint_of_an_adapter_run_holds_the_adapter_only(tmp_path, data):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import assert_equals_golden
 from helpers import GOLDENS, ROOT, load
 from safetensors.torch import load_file
 
@@ -57,18 +58,7 @@ def test_logits_and_gradients_equal_transformers(name):
         name.startswith(family) for family in ("qwen3", "qwen2", "llama3"))
     model = llama.LlamaForCausalLM(config)
     weights.load_weights(model, folder)
-    documents = golden["input_ids"].split(golden["lengths"].tolist())
-    targets = golden["labels"].split(golden["lengths"].tolist())
-    pack = packing.packed_sequence_collate_fn(list(zip(documents, targets)))
-    labels = pack.pop("labels")
-    logits = model(**pack)
-    assert (logits - golden["logits"]).abs().max() <= 1e-5
-    loss = F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum()
-    assert abs(loss - golden["loss"]) <= 1e-6
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        expected = golden[f"grad.{name}"]
-        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm(), name
+    assert_equals_golden(model, packing.packed_sequence_collate_fn, golden)
 
 
 def test_on_qwen3_it_is_chapter_1_to_the_bit():

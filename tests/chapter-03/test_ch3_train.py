@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from checks import assert_resume_is_bitwise, training_lines
 from helpers import load, run_script
 from safetensors.torch import load_file
 
@@ -16,26 +17,10 @@ quantized_model = load("chapter-03/quantized_model.py")
 UserError = train.UserError
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Twelve short documents with short answers: together they fit one pack."""
-    file = tmp_path_factory.mktemp("data") / "data.jsonl"
-    rows = [{"prompt": f"Say {word} {i}", "completion": f"{word} " * (1 + i % 3)}
-            for i, word in enumerate("one two three four five six".split() * 2)]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
 def arguments(data, *more):
     return ["--model", "tiny", "--data", str(data), "--device", "cpu", "--dtype", "float32",
             "--batch-tokens", "512", "--rank", "2", "--warmup", "0", "--steps", "4", "--lr", "5e-3",
             "--save-every", "2", "--eval-every", "0", *more]
-
-
-def metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [[line[k] for k in ("step", "loss", "lr", "grad_norm", "tokens")] for line in lines
-            if "grad_norm" in line]
 
 
 @torch.no_grad()
@@ -72,7 +57,7 @@ def test_chapter_2_says_that_an_adapter_learned_beside_four_bits(run, capsys):
 
 def test_qlora_trains_and_its_adapter_reloads_to_the_live_logits(run):
     folder, live = run
-    losses = [line[1] for line in metrics(folder)]
+    losses = [line[1] for line in training_lines(folder)]
     assert losses[-1] < losses[0]
     assert (live - logits(loaded("tiny"))).abs().max() > 0.1
     model = loaded(None, folder / "final")
@@ -88,21 +73,7 @@ def test_qlora_trains_and_its_adapter_reloads_to_the_live_logits(run):
                                        "--method", "dora", "--dropout", "0.2")])
 def test_resume_is_bitwise(tmp_path, data, more):
     """On an NF4 base: 4 steps equal 2 + 2."""
-    common = arguments(data, *more)
-    for name in ("whole", "parts"):
-        assert train.main([*common, "--out", str(tmp_path / name)]) == 0
-    parts = tmp_path / "parts"
-    for folder in ("step-000004", "final"):
-        for file in (parts / folder).iterdir():
-            file.unlink()
-        (parts / folder).rmdir()
-    assert train.main(["--resume", str(parts)]) == 0
-    for folder in ("step-000004", "final"):
-        files = list((tmp_path / "whole" / folder).glob("*.safetensors"))
-        assert files
-        for file in files:
-            assert file.read_bytes() == (parts / folder / file.name).read_bytes(), file.name
-    assert metrics(tmp_path / "whole") == metrics(parts)
+    assert_resume_is_bitwise(train, arguments(data, *more), tmp_path)
 
 
 @pytest.mark.parametrize("more, message", [

@@ -2,11 +2,11 @@
 
 import errno
 import sys
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from checks import refused
 from huggingface_hub import constants, errors
 
 from common import hub
@@ -14,17 +14,6 @@ from common.errors import UserError
 from common.model_config import read_config
 
 TINY = "--model tiny --data tiny"
-
-
-@contextmanager
-def refused(*parts):
-    """A UserError of one line that has all of `parts` in it."""
-    with pytest.raises(UserError) as caught:
-        yield
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in parts:
-        assert str(part) in text, text
 
 
 def http(kind, status):

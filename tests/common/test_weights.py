@@ -3,11 +3,13 @@
 import gc
 import json
 import struct
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
+from checks import refused
+from faults import Faults, disk_full
+from helpers import GOLDENS
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,25 +18,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from common import tensor_files, weights
 from common.errors import UserError
 from common.hub import ARCHITECTURES, COMMON
-from faults import Faults, disk_full
-from helpers import GOLDENS
 
 MODELS = GOLDENS / "models"
 NAMES = (
     "qwen3_tied", "qwen3_untied", "llama3_tied", "llama3_untied", "qwen2_tied", "qwen2_untied")
 ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32, "rope_type": "llama3"}
-
-
-@contextmanager
-def refused(*parts):
-    """A UserError of one line that has all of `parts` in it."""
-    with pytest.raises(UserError) as caught:
-        yield
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in parts:
-        assert str(part) in text, text
 
 
 def tree(shapes, dtype=torch.float32):

@@ -1,0 +1,46 @@
+"""tests/bench/summary.py: what peers.py measured becomes the table of the READMEs."""
+
+import json
+
+import pytest
+from helpers import ROOT, load
+
+summary = load("tests/bench/summary.py")
+
+
+def run_of(tmp_path, name, rate, machine="a CPU"):
+    """A file as peers.py writes it: one row of ours, one of a peer."""
+    ours = {"tokens_per_second": rate, "live_bytes": 5e8, "spread": 0.043, "over": {
+        "PEFT, packed": {"tokens_per_second": 2.7361, "live_bytes": 0.4441}}}
+    path = tmp_path / name
+    path.write_text(json.dumps({
+        "machine": machine, "versions": {"torch": "2.13.0"}, "date": "2026-11-21 17:00",
+        "command": f"python tests/bench/peers.py --kind lora --out {name}",
+        "figures": {"lora": {"chapter 3, compiled": ours, "full, chapter 2, eager": ours,
+                             "PEFT, packed": {"tokens_per_second": 480}}}}))
+    return str(path)
+
+
+def test_runs_become_one_row_with_a_value_for_each(tmp_path):
+    out = tmp_path / "results.json"
+    files = [run_of(tmp_path, "a.json", 1349.4), run_of(tmp_path, "b.json", 1304.2)]
+    assert summary.main([*files, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["rows"] == [{
+        "row": "LoRA, chapter 3, compiled", "peer": "PEFT, packed",
+        "tokens_per_second": [1349, 1304], "speed": [2.736] * 2, "memory": [0.444] * 2,
+        "live_MB": [500] * 2, "spread": [4] * 2}]
+    assert found["runs"] == ["2026-11-21 17:00  python tests/bench/peers.py --kind lora"] * 2
+
+
+def test_runs_of_two_machines_do_not_share_a_table(tmp_path):
+    files = [run_of(tmp_path, "a.json", 1), run_of(tmp_path, "b.json", 1, "another CPU")]
+    with pytest.raises(SystemExit):
+        summary.main([*files, "--out", str(tmp_path / "results.json")])
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_the_committed_results_have_what_the_table_needs():
+    rows = json.loads((ROOT / "tests/bench/results.json").read_text())["rows"]
+    assert all(len(set(map(len, (row["speed"], row["memory"], row["spread"])))) == 1
+               for row in rows) and len(rows) == 10
