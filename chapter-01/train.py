@@ -225,7 +225,7 @@ def main(argv=None):
         metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
     say(f"wrote {run / 'final'}: a Hugging Face model folder")
     if data.chat is not None:
-        say(f"ask it: python chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")
+        say(f"ask it:\npython chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")
     metrics.close()
     distributed.stop()
     return 0

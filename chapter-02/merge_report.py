@@ -35,5 +35,5 @@ def show(report):
     if not report["delta"]:
         print("  every ΔW is zero: has this adapter been trained?")
     print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
-          f"{report['logit_difference']:.2e} (largest logit {report['largest_logit']:.1f}), "
+          f"{report['logit_difference']:.2e}\n(largest logit {report['largest_logit']:.1f}), "
           f"likeliest next token another at {report['tokens_changed']}")

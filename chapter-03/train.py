@@ -287,9 +287,9 @@ def main(argv=None):
     if data.scored:
         metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(f"wrote {run / 'final'}: a folder with {kind} files as Hugging Face has them")
+    say(f"wrote {run / 'final'}: a Hugging Face {kind} folder")
     if data.chat is not None:
-        say(f"ask it: python chapter-03/generate.py --{kind} {run / 'final'} --prompt \"...\"")
+        say(f"ask it:\npython chapter-03/generate.py --{kind} {run / 'final'} --prompt \"...\"")
     metrics.close()
     distributed.stop()
     return 0

@@ -17,7 +17,7 @@ from common.errors import UserError, writing
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
           "peak_memory_bytes", "mfu")
 HEADER = ("step", "loss", "lr", "grad norm", "tokens/s", "memory", "MFU", "time left")
-WIDTHS = (15, 9, 10, 10, 10, 11, 7, 11)
+WIDTHS = (13, 9, 10, 10, 10, 11, 6, 11)  # 80 columns
 
 
 class Metrics:
@@ -79,7 +79,7 @@ class Metrics:
         line = self._write(line, "eval", again=(step, *sorted(line)) in self.evaluated)
         shown = ", ".join(f"{name} {_number(line[name], '.4f')}" for name, score in scores.items()
                           if score is not None)
-        print(_row((f"{step}/{self.total_steps}",)) + f"  evaluation: {shown}", flush=True)
+        print(_row((f"{step}/{self.total_steps}",)) + f"  {shown}", flush=True)
 
     def sync(self):
         """Have all lines on the disk itself; before a checkpoint that a resume would start from."""

@@ -148,8 +148,9 @@ class Prediction(dict):
         kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in
                           ("blocks", "embedding", "head", "norms", "adapters") if counts[kind])
         lines = [
-            f"parameters  {_short(counts['total'])} ({kinds})",
-            f"            trained: {_short(counts['trainable'])} ({share:.3g} %)",
+            f"parameters  {_short(counts['total'])}, of which {_short(counts['trainable'])} are "
+            f"trained ({share:.3g} %):",
+            f"            {kinds}",
             f"a token     {_short(flops['total'])}FLOP: layers {_short(flops['matrices'])}, head "
             f"{_short(flops['head'])}, attention {_short(flops['attention'])}",
             f"            (counted as if not causal: {_short(flops['full'])}FLOP)",

@@ -35,7 +35,7 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
         return _resumed(options_class, chapter, _with_whole_names(given))
     options = options_class(**given)
     device = cli.choose_device(options.device)
-    preset = _choose_model_and_data(options, chapter, device, tiny, real)
+    preset = _choose_model_and_data(options, device, tiny, real)
     for name, value in preset.items():
         if isinstance(value, dict):
             value = value.get(options.method, value["default"])
@@ -73,14 +73,13 @@ def _summary(options):
         return "\n".join(f"{name:<22} {value}" for name, value in asdict(options).items())
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
     steps = f"{count} {unit}{'s' * (count > 1)}"
-    return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}: {steps} of "
-            f"{options.grad_accum} x {options.batch_tokens} tokens, lr {options.lr:g}, "
-            f"{options.dtype} on {options.device}")
+    return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}, "
+            f"{options.dtype} on {options.device}:\n{steps} of {options.grad_accum} x "
+            f"{options.batch_tokens} tokens, lr {options.lr:g}")
 
 
-def _choose_model_and_data(options, chapter, device, tiny, real):
+def _choose_model_and_data(options, device, tiny, real):
     """Fill in `auto` for the model and the data, say so, and give the preset's other values."""
-    script = f"python chapter-{chapter}/train.py"
     on_gpu = device.type == "cuda"
     big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= GPU_MEMORY
     auto_model, auto_data = options.model == "auto", list(options.data) == ["auto"]
@@ -97,10 +96,9 @@ def _choose_model_and_data(options, chapter, device, tiny, real):
         options.data = [GPU_DATA] if use_gpu_default else ["tiny"]
     if auto_model and auto_data:
         why = "a GPU is here" if big else "no GPU of 16 GB or more is here"
-        other = (f"{script} --model tiny" if big else
-                 f"{script} --model {GPU_MODEL} --data my.jsonl")
-        _say(f"auto: {why}, so --model {options.model} --data {options.data[0]}\n"
-             f"      {'the small one' if big else 'the real thing'}: {other}")
+        other = ("for the small one add --model tiny" if big else
+                 f"for the real thing add --model {GPU_MODEL} --data my.jsonl")
+        _say(f"auto: {why}, so --model {options.model} --data {options.data[0]};\n      {other}")
     preset = dict(tiny if options.model == "tiny" else real)
     if list(options.data) != ["tiny"]:  # the embedded model on other data: trained on, an epoch
         preset.pop("steps", None)

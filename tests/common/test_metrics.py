@@ -63,7 +63,7 @@ def test_the_screen_has_aligned_lines_and_the_columns_once(tmp_path, capsys, mon
     assert len({len(line) for line in steps}) == 1
     assert printed[2].split() == [
         "10/1000", "0.2500", "1.00e-03", "0.500", "2,000", "3.0", "GiB", "41.0%", "33:00"]
-    assert printed[5].split("evaluation: ")[1] == "eval_loss 1.2500, exact_match 0.5000"
+    assert printed[5].split("  ")[-1] == "eval_loss 1.2500, exact_match 0.5000"
     assert printed[6].split()[-3:] == ["-", "-", "0:00"]
 
 

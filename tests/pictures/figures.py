@@ -97,27 +97,25 @@ def memory():
                     "Qwen3-0.6B", [part for part in parts if part])
 
 
-def plot(series, title, labels, log_y=True):
-    """Lines of (name, [(x, y), ...]) over common axes, each named at its right end."""
+def plot(series, title, labels):
+    """Lines of (name, [(x, y), ...]), y in logarithms, each named at its right end."""
     left, right, top, bottom = 70, 690, 44, 360
     xs = [x for _, points in series for x, _ in points]
     ys = [y for _, points in series for _, y in points]
-    scale = math.log10 if log_y else float
-    low, high = scale(min(ys)), scale(max(ys))
+    low, high = math.log10(min(ys)), math.log10(max(ys))
 
     def place(x, y):
         return (left + (right - left) * (x - min(xs)) / (max(xs) - min(xs) or 1),
-                bottom - (bottom - top) * (scale(y) - low) / (high - low or 1))
+                bottom - (bottom - top) * (math.log10(y) - low) / (high - low or 1))
 
     parts = [text(left, 24, title, 15, weight=600), line((left, top), (left, bottom)),
              line((left, bottom), (right, bottom)),
              text((left + right) / 2, bottom + 40, labels[0], 13, "middle"),
              text(18, (top + bottom) / 2, labels[1], 13, "middle", turn=-90)]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, value = min(xs) + share * (max(xs) - min(xs)), low + share * (high - low)
-        value = 10**value if log_y else value
-        parts += [text(place(x, min(ys))[0], bottom + 20, f"{x:.0f}", 12, "middle"),
-                  text(left - 8, place(min(xs), value)[1] + 4, f"{value:.3g}", 12, "end")]
+    ticks = (10.0**i for i in range(math.ceil(low), math.floor(high) + 1))
+    parts += [text(left - 8, place(min(xs), y)[1] + 4, f"{y:.3g}", 12, "end") for y in ticks]
+    parts += [text(place(x, min(ys))[0], bottom + 20, f"{x:.0f}", 12, "middle")
+              for x in round_numbers(min(xs), max(xs))]
     ends = sorted((place(*points[-1])[1], n) for n, (_, points) in enumerate(series))
     under = top - 17
     for end, n in ends:
@@ -127,6 +125,13 @@ def plot(series, title, labels, log_y=True):
     parts += [line(*(place(*point) for point in points), stroke=COLOURS[n], width=2)
               for n, (_, points) in enumerate(series)]
     return document(870, max(420, int(under) + 20), title, parts)
+
+
+def round_numbers(low, high):
+    """Four to eight multiples of 1, 2 or 5 times a power of ten, from `low` to `high`."""
+    step = next(step for i in range(-3, 9) for step in (10.0**i, 2 * 10.0**i, 5 * 10.0**i)
+                if (high - low) / step < 8)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def smooth(points, window=10):
