@@ -1,6 +1,7 @@
 """The script for a GPU runs on a CPU at tiny sizes, so it is not dead code."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,18 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert verdicts["graph breaks, recompilations over 50 packs"] == "met"
     for what in verdicts:
         assert what in printed
+
+
+def test_the_reports_that_follow_take_these_arguments(monkeypatch):
+    """A GPU's minutes are dear: a misspelt option would be found only there."""
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    options = SimpleNamespace(device=torch.device("cpu"))
+    commands = list(load("tests/bench/gpu.py").reports(options))
+    assert len(commands) == 4
+    for script, arguments in commands:
+        module = load(script)
+        kind = module.LadderOptions if "ladder" in script else module.Options
+        kind(**module.cli.read_flags(kind, "", arguments))
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
