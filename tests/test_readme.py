@@ -5,7 +5,8 @@ Conventions, so that a reader's page can be checked by a program:
     ```bash        is run, line by line, from the repository's root; training runs are cut short
     ```text        is not run; but a command in it must exist, with each of its flags
     ```python      is an excerpt of a file of this repository; or a >>> session, or a program
-                   that begins with an import: these two are run
+                   that begins with an import: these two are run, and what the program prints
+                   is the ```text right below it
     <!-- checked by: test_x, test_y -->     stands right below an equation
     <!-- from: path.json -->                stands right above a table of results, whose numbers
                                             are those of the JSON (readme_parts.check_table)
@@ -134,8 +135,11 @@ def test_names_in_backticks_exist(readme):
 # --- excerpts and equations ---
 
 @every_readme
-def test_python_blocks_are_excerpts_or_run(readme, monkeypatch):
+def test_python_blocks_are_excerpts_or_run(readme, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.chdir(ROOT)
+    prints = dict(re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", read(readme),
+                             re.MULTILINE | re.DOTALL))
     for block in blocks(read(readme), "python"):
         if block.startswith(">>>"):
             session = doctest.DocTestParser().get_doctest(block, {"torch": torch}, readme, None, 0)
@@ -144,6 +148,7 @@ def test_python_blocks_are_excerpts_or_run(readme, monkeypatch):
             assert not complaints, "".join(complaints)
         elif re.match(r"(from|import) ", block):
             exec(compile(block, readme, "exec"), {})
+            assert capsys.readouterr().out == prints[block]
         else:
             lines = textwrap.dedent(block).splitlines()
             assert any(quotes(text.splitlines(), lines) for text in PYTHON.values()), block
