@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from common import (checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs,
-                    weights)
+from common import (checkpoint, cli, distributed, guard, hub, memory, predict, prepare, presets,
+                    runs, weights)
 from common.errors import named
 from common.metrics import Metrics
 from generate import generate
@@ -150,6 +150,7 @@ def main(argv=None):
     # --- loop ---
     nonfinite = guard.NonFinite()
     spikes = guard.LossSpikes()
+    memory.keep_freed()
     model.train()
     with guard.Signals() as signals, runs.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
@@ -225,7 +226,7 @@ def main(argv=None):
         metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
     say(f"wrote {run / 'final'}: a Hugging Face model folder")
     if data.chat is not None:
-        say(f"ask it:\npython chapter-01/generate.py --model {run / 'final'} --prompt \"...\"")
+        say(runs.how_to_ask("model", run / "final"))
     metrics.close()
     distributed.stop()
     return 0

@@ -164,7 +164,8 @@ def main(argv=None):
                         metavar="METHOD", help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="runs per learning rate (default: 3)")
     parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 1.0, 3.0],
-                        help="learning rates, as multiples of each method's usual one")
+                        help="learning rates, as multiples of each method's usual one "
+                        "(default: 1/3 1 3)")
     parser.add_argument("--out", default="runs/compare", help="default: runs/compare")
     options = parser.parse_args(argv)
     if options.seeds < 1 or min(options.factors) <= 0:

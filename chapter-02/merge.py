@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from common import checkpoint, cli, hub, weights
+from common import checkpoint, cli, hub, runs, weights
 from common.chat import Chat
 from common.errors import UserError
 from base_model import load_model
@@ -125,8 +125,8 @@ def main(argv=None):
                         choices=("auto", "bfloat16", "float16", "float32"))
     options = parser.parse_args(argv)
     show(merge(options.adapter, options.out, options.model, options.dtype))
-    print(f"wrote {options.out}: a Hugging Face model folder. Ask it something:\n"
-          f"  python chapter-02/generate.py --model {options.out} --prompt \"...\"")
+    print(f"wrote {options.out}: a Hugging Face model folder\n"
+          + runs.how_to_ask("model", options.out))
 
 
 if __name__ == "__main__":

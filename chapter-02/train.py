@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from common import (checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs,
-                    weights)
+from common import (checkpoint, cli, distributed, guard, hub, memory, predict, prepare, presets,
+                    runs, weights)
 from common.errors import UserError, named
 from common.metrics import Metrics
 from generate import generate
@@ -190,6 +190,7 @@ def main(argv=None):
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
     spikes = guard.LossSpikes()
+    memory.keep_freed()
     model.train()
     with guard.Signals() as signals, runs.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
@@ -274,7 +275,7 @@ def main(argv=None):
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
     say(f"wrote {run / 'final'}: a Hugging Face {kind} folder")
     if data.chat is not None:
-        say(f"ask it:\npython chapter-02/generate.py --{kind} {run / 'final'} --prompt \"...\"")
+        say(runs.how_to_ask(kind, run / "final"))
     metrics.close()
     distributed.stop()
     return 0

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from common import checkpoint, cli, hub, weights
+from common import checkpoint, cli, hub, runs, weights
 from common.chat import Chat
 from common.errors import UserError
 from base_model import BASES, load_model
@@ -224,8 +224,8 @@ def main(argv=None):
         print(f"  merged into the {name:<22} {error:9.2e}")
     if options.requantize:
         print(f"{report['left']:.1%} of ΔW has survived quantising anew")
-    print(f"wrote {options.out}: a Hugging Face model folder. Ask it something:\n"
-          f"  python chapter-03/generate.py --model {options.out} --prompt \"...\"")
+    print(f"wrote {options.out}: a Hugging Face model folder\n"
+          + runs.how_to_ask("model", options.out))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import buckets
 import ceilings
 import operators
 from bnb_files import is_bnb
-from common import checkpoint, cli, distributed, hub, predict, prepare, presets, weights
+from common import checkpoint, cli, distributed, hub, memory, predict, prepare, presets, weights
 from common.errors import UserError, named
 from lora import AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups
 from compiling import compile_model
@@ -93,6 +93,7 @@ def main(argv=None):
         raise UserError("profile_step.py profiles one step on one device: leave out --dry-run, "
                         "--resume and torchrun")
     device = distributed.start(options.device).device
+    memory.keep_freed()
     source = hub.resolve(options.model)
     checkpoint.verify(source)
     config_json = weights.read_config(source)

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from common import (checkpoint, cli, distributed, guard, hub, predict, prepare, presets, runs,
-                    weights)
+from common import (checkpoint, cli, distributed, guard, hub, memory, predict, prepare, presets,
+                    runs, weights)
 from common.errors import UserError, named
 from common.metrics import Metrics
 from base_model import mark
@@ -205,6 +205,7 @@ def main(argv=None):
     # --- loop --- Copied from chapter-02/train.py
     nonfinite = guard.NonFinite()
     spikes = guard.LossSpikes()
+    memory.keep_freed()
     model.train()
     with guard.Signals() as signals, runs.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
@@ -281,7 +282,7 @@ def main(argv=None):
         if distributed.any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals, ranks)
 
-    # --- after --- Changed from chapter-02: names this chapter's script.
+    # --- after --- Copied from chapter-02/train.py
     after = prepare.ask(data, model, generate)
     prepare.show_answers(data, after, "after", say)
     if data.scored:
@@ -289,7 +290,7 @@ def main(argv=None):
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
     say(f"wrote {run / 'final'}: a Hugging Face {kind} folder")
     if data.chat is not None:
-        say(f"ask it:\npython chapter-03/generate.py --{kind} {run / 'final'} --prompt \"...\"")
+        say(runs.how_to_ask(kind, run / "final"))
     metrics.close()
     distributed.stop()
     return 0

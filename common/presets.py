@@ -74,7 +74,7 @@ def _summary(options):
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
     steps = f"{count} {unit}{'s' * (count > 1)}"
     return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}, "
-            f"{options.dtype} on {options.device}:\n{steps} of {options.grad_accum} x "
+            f"{options.dtype} on {options.device}:\n{steps} of up to {options.grad_accum} x "
             f"{options.batch_tokens} tokens, lr {options.lr:g}")
 
 

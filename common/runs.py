@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import torch
 
@@ -55,6 +56,12 @@ def save_files(folder, write_files, source, ranks, size=0):
             weights.copy_tokenizer(source, temporary)
 
     checkpoint.commit(folder, write, bytes_needed=size)
+
+
+def how_to_ask(kind, folder):
+    """The command that asks a "model" or "adapter" in `folder`, beside the script that runs now."""
+    script = Path(sys.argv[0]).with_name("generate.py")
+    return f'ask it:\npython {shlex.join([str(script), f"--{kind}", str(folder)])} --prompt "..."'
 
 
 def stopped(run, state, signals, ranks):

@@ -27,6 +27,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
 from helpers import ROOT, load
 from report import conditions, peak_resident, show_conditions, table, write
 
+from common import memory
+
 # What is not varied: tokens per pack, documents in it, vocabulary, layers; D stays 256.
 BASE = {"tokens": 1024, "documents": 8, "vocabulary": 4096, "layers": 4}
 WHY = {
@@ -85,6 +87,7 @@ def seconds(cases, repeats):
 
 def steps(options):
     """{line: (sizes, seconds)} of a training step."""
+    memory.keep_freed()  # as train.py does
     sizes = [256 * 2**i for i in range(9)]
     sweeps = {
         "tokens, in documents of 128": [{"tokens": n, "documents": n // 128} for n in sizes
