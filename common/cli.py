@@ -146,7 +146,7 @@ def help_formatter(prog):
 
 def read_flags(options_class, description, argv):
     """What was typed, as a dict; options that were not typed are absent."""
-    follows = "Where no default stands, it follows from the model and the data: --dry-run prints it."
+    follows = "Where no default stands, it follows from model and data: --dry-run prints it."
     runs = any(f.name == "dry_run" for f in fields(options_class))
     parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
                     epilog=follows if runs else None, argument_default=argparse.SUPPRESS,
