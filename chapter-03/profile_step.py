@@ -25,8 +25,9 @@ import buckets
 import ceilings
 import operators
 from bnb_files import is_bnb
-from common import checkpoint, cli, distributed, hub, memory, predict, prepare, presets, weights
+from common import checkpoint, cli, distributed, hub, predict, prepare, presets, weights
 from common.errors import UserError, named
+from common.memory import keep_freed
 from lora import AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups
 from compiling import compile_model
 from modeling_llama import CHUNK, LlamaConfig, LlamaForCausalLM
@@ -93,7 +94,7 @@ def main(argv=None):
         raise UserError("profile_step.py profiles one step on one device: leave out --dry-run, "
                         "--resume and torchrun")
     device = distributed.start(options.device).device
-    memory.keep_freed()
+    keep_freed()
     source = hub.resolve(options.model)
     checkpoint.verify(source)
     config_json = weights.read_config(source)
