@@ -150,7 +150,7 @@ def main(argv=None):
     # --- loop ---
     nonfinite = guard.NonFinite()
     spikes = guard.LossSpikes()
-    memory.keep_freed()
+    memory.keep_freed(device)
     model.train()
     with guard.Signals() as signals, runs.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):

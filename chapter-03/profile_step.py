@@ -94,7 +94,7 @@ def main(argv=None):
         raise UserError("profile_step.py profiles one step on one device: leave out --dry-run, "
                         "--resume and torchrun")
     device = distributed.start(options.device).device
-    keep_freed()
+    keep_freed(device)
     source = hub.resolve(options.model)
     checkpoint.verify(source)
     config_json = weights.read_config(source)

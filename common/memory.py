@@ -1,6 +1,7 @@
 """Memory as it is: live tensor bytes on a CPU, the allocator's peak on a GPU.
 
-`common/predict.py` says what a step should need; this file measures what it needed.
+`common/predict.py` says what a step should need; this file measures what it needed, and
+`keep_freed` has the steps of a run use the same memory again.
 """
 
 import ctypes
@@ -76,14 +77,15 @@ def _address(storage):
         return None
 
 
-def keep_freed():
-    """Keep what is freed for the next allocation, with glibc (Linux); elsewhere nothing changes.
+def keep_freed(device):
+    """On a CPU keep what is freed for the next allocation, with glibc; elsewhere change nothing.
 
     By default glibc maps each block of 32 MB or more anew and gives it back when it is freed, and
     the system fills each page of a new mapping with zeros. The steps of a training run need the
     same blocks again and again: of a step of Qwen3-0.6B on a CPU that was a quarter.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    on_linux_cpu = torch.device(device).type == "cpu" and sys.platform == "linux"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on_linux_cpu else None
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never given back

@@ -87,7 +87,7 @@ def seconds(cases, repeats):
 
 def steps(options):
     """{line: (sizes, seconds)} of a training step."""
-    memory.keep_freed()  # as train.py does
+    memory.keep_freed("cpu")  # as train.py does
     sizes = [256 * 2**i for i in range(9)]
     sweeps = {
         "tokens, in documents of 128": [{"tokens": n, "documents": n // 128} for n in sizes

@@ -1,6 +1,7 @@
 """Merging: the same logits in one folder, what the rounding costs, and nothing written over."""
 
 import json
+import shlex
 
 import ch2_folders as folders
 import pytest
@@ -194,7 +195,8 @@ def test_as_a_script_then_generate(tmp_path):
     for words in ("rounding to bfloat16", "layer 0", "layer 1", "all layers",
                   "largest logit difference", "wrote merged: a Hugging Face model folder"):
         assert words in done.stdout
-    generate.main(["--model", str(tmp_path / "merged"), "--prompt", "Hi", "--device", "cpu",
-                   "--max-new-tokens", "3"])
+    python, *asked = shlex.split(done.stdout.partition("ask it:\n")[2])  # as printed
+    asked = run_script(*asked, "--device", "cpu", "--max-new-tokens", "3", cwd=tmp_path)
+    assert python == "python" and asked.returncode == 0, asked.stderr
     done = run_script(*command, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: merged is there already")

@@ -9,8 +9,7 @@ from helpers import ROOT
 LARGE = """
 import resource, torch
 from common import memory
-if {keep}:
-    memory.keep_freed()
+memory.keep_freed("{device}")
 for n in range(30):
     if n == 20:  # the heap has found its form
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -19,14 +18,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def page_faults(keep):
+def page_faults(device):
     """Of ten tensors of 64 MB, one after another, in a process of their own."""
-    done = subprocess.run([sys.executable, "-c", LARGE.format(keep=keep)], cwd=ROOT, check=True,
+    done = subprocess.run([sys.executable, "-c", LARGE.format(device=device)], cwd=ROOT, check=True,
                           capture_output=True, text=True)
     return int(done.stdout)
 
 
 def test_large_tensors_reuse_memory():
-    faults = page_faults(keep=True)  # elsewhere than on Linux with glibc it must do no harm
+    faults = page_faults("cpu")  # elsewhere than on Linux with glibc it must do no harm
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        assert faults < page_faults(keep=False) / 4
+        assert faults < page_faults("cuda") / 4
