@@ -28,6 +28,8 @@ BASES = {
     "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, **SIZES)),
 }
+SPREAD = "qwen3-spread"  # qwen3 with its RANK largest singular values doubled: see `spread`
+RANK = 4
 CASES = {  # name: (base, PEFT's config)
     "lora": ("qwen3", peft.LoraConfig(r=4, lora_alpha=16, target_modules=ALL)),
     "rslora": ("qwen3", peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL, use_rslora=True)),
@@ -40,8 +42,8 @@ CASES = {  # name: (base, PEFT's config)
         r=4, target_modules=["q_proj", "v_proj", "down_proj"], projection_prng_key=7)),
     "vera-seed": ("qwen3", peft.VeraConfig(
         r=4, target_modules=ALL, projection_prng_key=11, save_projection=False)),
-    "pissa-raw": ("qwen3", peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=ALL, init_lora_weights="pissa")),
+    "pissa-raw": (SPREAD, peft.LoraConfig(
+        r=RANK, lora_alpha=8, target_modules=ALL, init_lora_weights="pissa")),
     "pissa": ("qwen3", peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=ALL, init_lora_weights="pissa")),
 }
@@ -57,6 +59,10 @@ def main():
                 torch.nn.init.normal_(parameter.data, mean=0.7, std=0.3)
         model.save_pretrained(HERE / name)
         (HERE / name / "generation_config.json").unlink()
+    model = transformers.AutoModelForCausalLM.from_pretrained(HERE / "qwen3")
+    spread(model)
+    model.save_pretrained(HERE / SPREAD)
+    (HERE / SPREAD / "generation_config.json").unlink(missing_ok=True)
 
     logits = {}
     for name, (base, config) in CASES.items():
@@ -93,6 +99,17 @@ def main():
              "made_with": {"torch": torch.__version__, "transformers": transformers.__version__,
                            "peft": peft.__version__}}
     (HERE / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+@torch.no_grad()
+def spread(model):
+    """Double the RANK largest singular values of every linear layer. A raw PiSSA adapter means
+    something only beside the decomposition of its base, done anew; where two singular values at
+    the cut are nearly alike, each processor's LAPACK cuts elsewhere."""
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            U, S, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
+            weight += ((U[:, :RANK] * S[:RANK]) @ Vt[:RANK]).float()
 
 
 @torch.no_grad()
