@@ -54,9 +54,11 @@ def loss_sum(model, pack):
 
 
 def to_device(pack, device):
-    """The same pack with its tensors on `device`."""
-    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in pack.items()}
+    """The same pack with its tensors on `device`. A GPU fetches pinned memory by itself; for other
+    memory Python would wait until the GPU has done all that it was told before."""
+    pinned = torch.device(device).type == "cuda"
+    return {name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
+            if torch.is_tensor(value) else value for name, value in pack.items()}
 
 
 @torch.no_grad()
@@ -87,14 +89,12 @@ def main(argv=None):
     config_json = weights.read_config(source)
     with named(source / "config.json"):
         config = Qwen3Config.from_dict(config_json)
+    with torch.device("meta"):  # shapes, no numbers: enough to predict what the run will need
+        model = Qwen3ForCausalLM(config)
+    predict.fit_batch(options, model, say=say)
     data = prepare.load(options, source, config, skills="base")
 
-    # --- model ---
-    # Pretrained weights: first only shapes ("meta"), so that nothing is initialised in vain and
-    # no rank ever holds the whole model on its GPU. A dry run needs no more than shapes.
-    with torch.device("cpu" if options.init == "random" and not options.dry_run else "meta"):
-        model = Qwen3ForCausalLM(config)
-    model.compute_dtype = dtype
+    # --- what it will need ---
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
     packs_per_step = ranks.world_size * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
@@ -105,6 +105,13 @@ def main(argv=None):
             "--epochs, --steps, --warmup")
     if options.dry_run:
         return 0
+
+    # --- model ---
+    # Pretrained weights are read into the shapes, so that nothing is initialised in vain and no
+    # rank ever holds the whole model on its GPU.
+    if options.init == "random":
+        model = Qwen3ForCausalLM(config)
+    model.compute_dtype = dtype
     distributed.shard(model, ranks, dtype)
     if options.init == "random":
         model.to(device)
@@ -178,9 +185,10 @@ def main(argv=None):
 
             # --- clip and step ---
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-            norm = distributed.full_tensor(norm).item()
+            norm = distributed.full_tensor(norm)
+            loss, norm = torch.stack((total_loss, norm)).tolist()  # here alone a GPU is waited for
             lr = learning_rate(step, total_steps, options)
-            if nonfinite.check(total_loss.item(), norm, step, documents, saved):
+            if nonfinite.check(loss, norm, step, documents, saved):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
@@ -188,10 +196,10 @@ def main(argv=None):
 
             # --- log ---
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(total_loss.item(), step)
+            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
-                step, total_loss.item(), lr, norm, tokens, seconds,
+                step, loss, lr, norm, tokens, seconds,
                 predict.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
             )
 

@@ -16,14 +16,19 @@ Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
 """
 
 import math
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 from llama_config import LlamaConfig
 
 __all__ = ["LlamaConfig", "LlamaForCausalLM"]
+
+# Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no word for it.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 # Copied from chapter-01/modeling_qwen3.py
@@ -100,13 +105,11 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
     whole pack with zeros, for every document anew.
     """
     if q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn  # needs CUDA already at import
-
         # window (-1, 0): everything to the left, nothing to the right, which is causal.
-        return varlen_attn(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-        )
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                           window_size=(-1, 0), **GROUPED)
+    if q.is_cuda:  # its float32 kernel wants as many key/value heads as there are query heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     lengths = cu_seqlens.diff().tolist()
     outputs = []
     for q_n, k_n, v_n in zip(q.split(lengths), k.split(lengths), v.split(lengths)):

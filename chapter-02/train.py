@@ -86,9 +86,11 @@ def loss_sum(model, pack):
 
 # Copied from chapter-01/train.py
 def to_device(pack, device):
-    """The same pack with its tensors on `device`."""
-    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in pack.items()}
+    """The same pack with its tensors on `device`. A GPU fetches pinned memory by itself; for other
+    memory Python would wait until the GPU has done all that it was told before."""
+    pinned = torch.device(device).type == "cuda"
+    return {name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
+            if torch.is_tensor(value) else value for name, value in pack.items()}
 
 
 # Copied from chapter-01/train.py
@@ -104,6 +106,23 @@ def evaluate(model, dataset, options):
         total += loss_sum(model, to_device(pack, options.device)).item()
     model.train()
     return total / max(1, targets)
+
+
+def build(config, options, adapter, device="meta", source=None):
+    """The model with its adapters, its weights from folder `source` or random; on "meta" shapes
+    alone. A base that stays as it is has the dtype of the run; what is trained is float32."""
+    fresh = options.init == "random" and device != "meta"
+    with torch.device("cpu" if fresh else "meta"):
+        model = LlamaForCausalLM(config)
+    model.compute_dtype = getattr(torch, options.dtype)
+    if options.method not in ("full", "pissa", "delta-lora"):
+        model.to(model.compute_dtype)
+    if fresh:
+        model.to(device)
+    elif device != "meta":
+        model.to_empty(device=device)
+        weights.load_weights(model, source)
+    return apply_adapter(model, adapter)
 
 
 def main(argv=None):
@@ -123,34 +142,27 @@ def main(argv=None):
     config_json = weights.read_config(source)
     with named(source / "config.json"):
         config = LlamaConfig.from_dict(config_json)
+    shapes = build(config, options, adapter)  # enough to predict what the run will need
+    predict.fit_batch(options, shapes, say=say)
     data = prepare.load(options, source, config, skills="new")
 
-    # --- model --- Changed from chapter-01: a frozen base in --dtype, adapters around its layers.
-    # Whole on the CPU of each rank first, because DoRA and PiSSA look at the weights; `shard`
-    # then takes one layer at a time to the GPU. Weights that are trained are float32.
-    home = device if ranks.world_size == 1 else torch.device("cpu")
-    fresh = options.init == "random" and not options.dry_run
-    with torch.device("cpu" if fresh else "meta"):
-        model = LlamaForCausalLM(config)
-    model.compute_dtype = dtype
-    if options.method not in ("full", "pissa", "delta-lora"):
-        model.to(dtype)
-    if fresh:
-        model.to(home)
-    elif not options.dry_run:
-        model.to_empty(device=home)
-        weights.load_weights(model, source)
-    apply_adapter(model, adapter)
+    # --- what it will need --- Changed from chapter-01: the model's shapes with its adapters.
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
     packs_per_step = ranks.world_size * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
-    predicted = predict.training(config, model, data.train.lengths, options, total_steps)
+    predicted = predict.training(config, shapes, data.train.lengths, options, total_steps)
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
             "--epochs, --steps, --warmup")
     if options.dry_run:
         return 0
+
+    # --- model --- Changed from chapter-01: a frozen base in --dtype, adapters around its layers.
+    # Whole on the CPU of each rank first, because DoRA and PiSSA look at the weights; `shard`
+    # then takes one layer at a time to the GPU.
+    home = device if ranks.world_size == 1 else torch.device("cpu")
+    model = build(config, options, adapter, home, source)
     # Adapters are gathered as the float32 that they are; so is a base that was stored in `dtype`.
     distributed.shard(model, ranks, dtype if options.method == "full" else None)
     model.to(device)
@@ -219,9 +231,10 @@ def main(argv=None):
             # --- clip and step --- Changed from chapter-01: the method's two hooks and ratios.
             before_step(model, adapter)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-            norm = distributed.full_tensor(norm).item()
+            norm = distributed.full_tensor(norm)
+            loss, norm = torch.stack((total_loss, norm)).tolist()  # here alone a GPU is waited for
             lr = learning_rate(step, total_steps, options)
-            if nonfinite.check(total_loss.item(), norm, step, documents, saved):
+            if nonfinite.check(loss, norm, step, documents, saved):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_ratio"]
                 optimizer.step()
@@ -230,10 +243,10 @@ def main(argv=None):
 
             # --- log --- Copied from chapter-01/train.py
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(total_loss.item(), step)
+            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
-                step, total_loss.item(), lr, norm, tokens, seconds,
+                step, loss, lr, norm, tokens, seconds,
                 predict.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
             )
 

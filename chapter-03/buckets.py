@@ -66,7 +66,7 @@ def bucket(names):
         return "idle"
     if any(re.search("attention|attn", name, re.IGNORECASE) for name in names):
         return "attention"
-    if re.fullmatch(r"aten::(mm|addmm_?|bmm|baddbmm_?)", names[0]):
+    if re.fullmatch(r"(aten|bareloop)::(mm|addmm_?|bmm|baddbmm_?)", names[0]):
         return "matrix products"
     if any(name == "loss" or re.search("CrossEntropy|LogSoftmax|NllLoss", name) for name in names):
         return "loss"

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import modeling_llama
 from ceilings import wait
 from common import checkpoint, cli, encode, hub, weights
 from lora import AdapterConfig
@@ -84,7 +83,7 @@ def main(argv=None):
     torch.manual_seed(0)
     config = LlamaConfig.from_dict(weights.read_config(hub.resolve("tiny")))
     model = LlamaForCausalLM(config).to(device)
-    modeling_llama.CHUNK = plant(options, model)
+    model.chunk = plant(options, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -116,8 +115,8 @@ def main(argv=None):
                 for event in profiler.events())
     print(f"\nmatrix products {rows['aten::mm'].count}, numbers that Python has waited for {waits}")
     out = checkpoint.new_run_folder(f"chapter-{CHAPTER}-bugs", options.out)
-    profiler.export_chrome_trace(str(out / "trace.json"))
-    print(f"\n{out / 'trace.json'}: the timeline; open it at https://ui.perfetto.dev")
+    profiler.export_chrome_trace(str(out / "trace.json.gz"))
+    print(f"\n{out / 'trace.json.gz'}: the timeline; open it at https://ui.perfetto.dev")
     return 0
 
 

@@ -1,7 +1,13 @@
 """`--compile`: each decoder layer as one graph, compiled once for all layers and all packs."""
 
+import functools
+
 import torch
+from lora import adapter_modules
+from loss import softmax_, softmax_at_once_
 from modeling_llama import run
+from nf4 import NF4Linear
+from products import add_low_rank, plus_low_rank
 
 from common.errors import UserError
 
@@ -12,8 +18,9 @@ def compile_model(model, backend="inductor"):
     One graph, made at the first step and used by every layer, but for the first one above a frozen
     embedding, which has its own; another for evaluation. They fit packs of the same T, N and
     max_seqlen (`packing.StaticShape`). Within them attention is an operator that the compiler does
-    not look into. Embedding, loss and generation stay as they are. Call it last, when weights and
-    adapters are in place. Raises UserError where nothing can be compiled, as without a C++
+    not look into. On CUDA the softmax of the loss is compiled too, for any number of tokens.
+    Embedding and generation stay as they are. Call it last, when weights, adapters and
+    checkpointing are in place. Raises UserError where nothing can be compiled, as without a C++
     compiler.
     """
     device = next(model.parameters()).device
@@ -31,9 +38,20 @@ def compile_model(model, backend="inductor"):
         layer.run = compiled
     if not model.model.embed_tokens.weight.requires_grad:
         model.model.layers[0].run = torch.compile(run_first, **settings)
+    for layer in model.model.layers:
+        again = layer.checkpointing == "full"
+        for _, adapter in adapter_modules(layer):
+            adapter.add = plus_low_rank if again else add_low_rank
+        for module in layer.modules():
+            if isinstance(module, NF4Linear):
+                module.recomputed = again
+    if device.type == "cuda":
+        compiled = torch.compile(softmax_, **settings)
+        model.softmax = functools.partial(softmax_at_once_, compiled=compiled)
     return model
 
 
 def run_first(layer, *inputs):
     """`run`, compiled apart: what goes in has no gradient, so the others' graph is no use."""
     return run(layer, *inputs)
+

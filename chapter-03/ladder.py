@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest import mock
 
@@ -33,10 +33,11 @@ from common.errors import UserError
 from common.metrics import readable_bytes
 from common.model_config import read_json
 from compiling import compile_model
-from lora import optimizer_groups
+from lora import AdapterConfig, optimizer_groups
 from modeling_llama import LlamaConfig
 from packing import IGNORE, StaticShape, packed_sequence_collate_fn
-from profile_step import build, step_of
+from profile_step import step_of
+from quantized_model import build
 from train import Options, to_device
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +65,7 @@ class LadderOptions:
 
     size: str = cli.option("mid", "which model", choices=tuple(SIZES))
     steps: int = cli.option(3, "timed steps of each rung", int, least=1)
+    first: str = cli.option("naive", "the rung to begin with", choices=tuple(RUNGS))
     device: str = cli.option("auto", "where to compute", choices=("auto", "cpu", "cuda",
                                                                        "mps"))
     compile: bool = cli.option(True, "climb the rung that compiles", bool)
@@ -98,6 +100,8 @@ def padded(examples):
 def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
     """Attention document by document, on slices. The backward of a slice fills a gradient as
     large as the whole pack with zeros, for every document anew."""
+    if q.is_cuda and q.dtype == torch.float32:  # see `varlen_attention` of chapter 1
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     ends = cu_seqlens.tolist()
     outputs = []
     for start, end in zip(ends, ends[1:]):
@@ -119,9 +123,11 @@ def climb(rung, options, device):
     source = hub.resolve(name)
     config = LlamaConfig.from_dict(weights.read_config(source))
     run = Options(model=str(name), init="random", data=["virtual"], rank=16, alpha=32.0, lr=1e-4,
-                  seed=options.seed, **{key: rung[key] for key in (
+                  seed=options.seed, device=device.type, **{key: rung[key] for key in (
                       "dtype", "method", "quantize", "activation_checkpointing")})
-    model, adapter = build(run, config, source, device)
+    torch.manual_seed(run.seed)
+    adapter = AdapterConfig(**{f.name: getattr(run, f.name) for f in fields(AdapterConfig)})
+    model = build(config, run, adapter, device, source, draw_on=device).train()
     lists = documents(options.size, config.vocab_size, options.steps + 1, options.seed)
     mean = predict.mean_attended([len(ids) for ids, _ in lists[0]])
     shape = StaticShape(tokens, max(map(len, lists)), longest) if rung["compile"] else None
@@ -133,10 +139,9 @@ def climb(rung, options, device):
     finish = None if rung["chunked"] else whole_loss
 
     with mock.patch.object(modeling_llama, "varlen_attention", attention):
-        ops = operators.record(model, packs[-1], finish)
-        foreseen = operators.predict(
-            model, packs[-1], operators.fused(ops) if rung["compile"] else ops, device,
-            "fused" if rung["fused"] else "plain", attention)
+        ops = operators.record(model, packs[-1], finish, rung["compile"])
+        foreseen = operators.predict(model, packs[-1], ops, device,
+                                     "fused" if rung["fused"] else "plain", attention)
         if rung["compile"]:
             compile_model(model)
         steps = [step_of(model, optimizer, pack, adapter, 1.0, finish) for pack in packs]
@@ -166,6 +171,8 @@ def ladder(options, folder, device):
     rung, rows = {}, []
     for number, (name, changes) in enumerate(RUNGS.items(), 1):
         rung.update(changes)
+        if number <= list(RUNGS).index(options.first):
+            continue
         if rung["compile"] and not options.compile:
             rung["compile"] = False
             if name == "compile":

@@ -3,15 +3,32 @@
 The plain loss holds the logits in 16 bits and three float32 arrays of their size: 14 bytes for
 each of T · V, 8.7 GB at T = 4096 and V = 151,936. Here a chunk's softmax is followed at once, in
 the forward, by its share of both gradients. So nothing of size (T, V) ever exists and nothing is
-computed twice; the backward only multiplies by the gradient of the loss.
+computed twice; the backward only multiplies by the gradient of the loss. Tokens without a label
+are left out: on instructions with short answers that is most of the head's work.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from products import addmm_
+
+CHUNK = 1024  # tokens whose logits exist at a time, on a CPU
 
 
-def chunked_cross_entropy(hidden, weight, labels, chunk=1024):
+def chunk_for(vocabulary, device):
+    """How many tokens to take at a time: CHUNK on a CPU; on a GPU the power of two whose 16-bit
+    logits take up to 1/128 of its memory: 2,048 with 80 GB and a vocabulary of 151,936.
+
+    More tokens mean fewer times that the whole weight is read, and a gradient of its size written.
+    """
+    if device.type != "cuda":
+        return CHUNK
+    rows = torch.cuda.get_device_properties(device).total_memory // 128 // (2 * vocabulary)
+    return 2 ** max(rows.bit_length() - 1, 7)
+
+
+def chunked_cross_entropy(hidden, weight, labels, chunk=CHUNK, labelled=None,
+                          softmax=None):
     """Sum over the tokens with label ≥ 0 of -log softmax(hidden weightᵀ)[label], in float32.
 
     hidden (T, D), weight (V, D), labels (T,) int64, negative where not trained. Products run in
@@ -19,37 +36,39 @@ def chunked_cross_entropy(hidden, weight, labels, chunk=1024):
     summed over the chunks in float32 whatever the dtypes. A frozen weight costs no gradient, and
     evaluation costs none at all. If no label is ≥ 0, the loss and the gradients are 0.
 
-    `chunk` is the most tokens taken at a time; their logits take chunk · V elements. Small chunks
-    are slow: each reads the whole weight and adds up a whole gradient of it.
+    `chunk` is the most tokens taken at a time; their logits take chunk · V elements. `labelled`
+    (L,) int64 says where the labels ≥ 0 are. A pack knows (packing.py); without it they are looked
+    for, and a GPU has to stop and tell. `softmax` is `softmax_in_pieces_`, or, where that is
+    compiled, `softmax_at_once_`.
     """
+    if labelled is None:
+        labelled = (labels >= 0).nonzero()[:, 0]
     train = torch.is_grad_enabled()
     wanted = train and hidden.requires_grad, train and weight.requires_grad
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, wanted)
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, labels, labelled, chunk, wanted, softmax or softmax_in_pieces_)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk, wanted):
+    def forward(ctx, hidden, weight, labels, labelled, chunk, wanted, softmax):
         wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 only in tests
         weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
-        for rows in _chunks(labels, chunk):
+        count, parts = len(labelled), -(-len(labelled) // chunk)  # equally many tokens each time
+        for i in range(parts):
+            rows = labelled[count * i // parts:count * (i + 1) // parts]
             x = hidden[rows]  # (C, D)
             logits = x @ weight.t()  # (C, V)
-            summed, grad = _cross_entropy(logits, labels[rows], wide, any(wanted))
-            loss += summed
+            loss += softmax(logits, labels[rows], any(wanted))
+            gradient = logits  # it is that now
             if wanted[0]:
-                grad_hidden[rows] = grad @ weight
-            if wanted[1] and x.dtype == wide:
-                grad_weight.addmm_(grad.t(), x)
-            elif wanted[1] and torch.compiler.is_compiling():
-                grad_weight += grad.t() @ x
-            elif wanted[1]:  # in parts, as += makes a float32 copy of what it adds
-                for part, total in zip(grad.split(2**13, dim=1), grad_weight.split(2**13)):
-                    total += part.t() @ x
-            del logits, grad  # before the next chunk's are made
+                grad_hidden[rows] = gradient @ weight
+            if wanted[1]:
+                addmm_(grad_weight, gradient.t(), x)
+            del logits, gradient  # before the next chunk's are made
         if wanted[1]:
             grad_weight = grad_weight.to(weight_dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -59,41 +78,47 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale):
         grads = [None if grad is None else grad * scale for grad in ctx.saved_tensors]
-        return *grads, None, None, None
+        return *grads, *[None] * 5
 
 
-def _chunks(labels, chunk):
-    """What to index the pack with: at most `chunk` tokens at a time, equally many each time.
+def softmax_in_pieces_(logits, labels, gradient):
+    """The sum of -log softmax(logits)[label], (C, V) and (C,), in float32. With `gradient` the
+    logits are overwritten by its gradient: softmax(logits), less 1 at the label.
 
-    On a CPU only the labelled ones: the others' logits are not needed. A GPU would have to stop
-    and tell how many there are, and a compiled graph has one shape only.
+    A few rows at a time, so that what is float32 stays in the cache, a CPU's or a GPU's.
     """
-    rows, count = None, len(labels)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows = (labels >= 0).nonzero()[:, 0]
-        count = len(rows)
-    parts = -(-count // chunk)
-    slices = [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-    return slices if count == len(labels) else [rows[part] for part in slices]
-
-
-def _cross_entropy(logits, labels, wide, gradient):
-    """The sum of the losses, and d(sum)/d(logits): `logits` itself, overwritten, when eager."""
-    masked, target = (labels < 0)[:, None], labels.clamp(min=0)[:, None]
-    if torch.compiler.is_compiling():  # becomes one kernel
-        log_p = torch.log_softmax(logits, dim=-1, dtype=wide)
-        loss = -log_p.gather(1, target).masked_fill(masked, 0).sum()
-        onehot = torch.arange(logits.shape[1], device=logits.device) == target
-        return loss, (log_p.exp() - onehot.to(wide)).masked_fill(masked, 0).to(logits.dtype)
+    wide = torch.promote_types(logits.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=logits.device)
-    minus_one = target.new_full((), -1, dtype=wide)
-    # A few rows at a time, whose float32 copy stays in a CPU's cache (on a GPU: 256 MB).
-    size = max(1, (2**21 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
-    for rows, goal, out in zip(logits.split(size), target.split(size), masked.split(size)):
+    minus_one = torch.full((), -1, dtype=wide, device=logits.device)
+    size = max(1, (2**21 if logits.device.type == "cpu" else 2**23) // logits.shape[1])
+    for rows, goal in zip(logits.split(size), labels[:, None].split(size)):
         p = torch.log_softmax(rows, dim=-1, dtype=wide)  # log p, so far
-        loss -= p.gather(1, goal).masked_fill_(out, 0).sum()
+        loss -= p.gather(1, goal).sum()
         if gradient:
-            p.exp_().scatter_add_(1, goal, minus_one.expand_as(goal))
-            rows.copy_(p if logits.device.type == "cpu" else p.masked_fill_(out, 0))
+            rows.copy_(p.exp_().scatter_add_(1, goal, minus_one.expand_as(goal)))
         del p  # before the next rows' is made
-    return loss, logits
+    return loss
+
+
+def softmax_at_once_(logits, labels, gradient, compiled=None):
+    """The same by `softmax_`, or what was compiled of it, for any number of tokens."""
+    # Read before they are overwritten: within what is compiled that is for the compiler to say,
+    # and PyTorch 2.11's has read what was written.
+    at_label = logits.gather(1, labels[:, None])
+    for tensor in (logits, at_label, labels):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return (compiled or softmax_)(logits, at_label, labels, gradient)
+
+
+def softmax_(logits, at_label, labels, gradient):
+    """`softmax_in_pieces_` in plain operations, of which a compiler makes one that passes twice over
+    the logits; at_label (C, 1) are those at the labels."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    x = logits.to(wide)
+    largest = x.amax(dim=1, keepdim=True)
+    log_sum = (x - largest).exp().sum(dim=1, keepdim=True).log()
+    loss = (log_sum - (at_label.to(wide) - largest)).sum()
+    if gradient:
+        is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+        logits.copy_((x - largest - log_sum).exp() - is_label.to(wide))
+    return loss

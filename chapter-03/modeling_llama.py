@@ -18,19 +18,22 @@ Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
 import functools
 import math
 import re
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from attention import block_attention
 from llama_config import LlamaConfig
-from loss import chunked_cross_entropy
+from loss import CHUNK, chunked_cross_entropy
 
 __all__ = ["LlamaConfig", "LlamaForCausalLM", "initialise"]
 
-CHUNK = 1024  # tokens whose logits exist at a time
+# Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no word for it.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 # Copied from chapter-02/modeling_llama.py
@@ -103,13 +106,9 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
     n is the tokens cu_seqlens[n] to cu_seqlens[n+1], and may have none. Returns (T, H, d).
     """
     if q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn  # needs CUDA already at import
-
         # window (-1, 0): everything to the left, nothing to the right, which is causal.
-        return varlen_attn(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-        )
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                           window_size=(-1, 0), **GROUPED)
     return block_attention(q, k, v, cu_seqlens)
 
 
@@ -242,13 +241,15 @@ class LlamaForCausalLM(nn.Module):
 
     A fresh model has random weights: every matrix is normal with standard deviation
     `initializer_range`, every norm is one, every bias zero. `compute_dtype` is the dtype of the
-    activations and matrix products; set it after construction.
+    activations and matrix products; set it after construction. So is `chunk`, the most tokens whose
+    logits exist at a time; `softmax` is their softmax if it is compiled (loss.py has both).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.chunk, self.softmax = CHUNK, None
         self.model = LlamaModel(config)
         self.lm_head = None  # tied: the embedding is also the head, one parameter
         if not config.tie_word_embeddings:
@@ -256,14 +257,15 @@ class LlamaForCausalLM(nn.Module):
         for name, parameter in self.named_parameters():
             initialise(name, parameter, config)
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids, labels=None, cache=None):
+    def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids, labels=None, labelled=None,
+                cache=None):
         """Logits (T, V) in `compute_dtype`, from a pack; with its labels (T,) the sum of losses.
 
         input_ids and position_ids are (T,) int64, cu_seqlens is (N+1,) int32 (see packing.py),
         max_seqlen is the longest document's length. With a `KVCache` the pack holds only what is
         new, and the logits are (N, V): those of each document's last token. The sum, in float32,
-        is over the labels that are 0 or more. It is formed here and not by the caller because
-        the head's weight is whole only within this call, if it is sharded.
+        is over the labels that are 0 or more, which stand at `labelled`. It is formed here and not
+        by the caller because the head's weight is whole only within this call, if it is sharded.
         """
         x = self.model(input_ids, cu_seqlens, max_seqlen, position_ids, self.compute_dtype, cache)
         if cache is not None:
@@ -271,7 +273,8 @@ class LlamaForCausalLM(nn.Module):
         plain_head = self.lm_head is None or isinstance(self.lm_head, Linear)
         if labels is not None and plain_head:
             weight = (self.lm_head or self.model.embed_tokens).weight
-            return chunked_cross_entropy(x, weight, labels, CHUNK)
+            return chunked_cross_entropy(
+                x, weight, labels, self.chunk, labelled, self.softmax)
         if self.lm_head is not None:
             logits = self.lm_head(x)  # called, as it may carry an adapter
         else:

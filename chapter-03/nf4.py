@@ -199,6 +199,10 @@ class NF4Linear(nn.Module):
     different weight.
     """
 
+    # Set where a compiled layer is computed again in the backward: then W is made anew with all the
+    # rest, and of what `_FrozenLinear` computes PyTorch 2.11's compiler keeps the result.
+    recomputed = False
+
     def __init__(self, quantized, bias=None):
         super().__init__()
         self.out_features, self.in_features = quantized.shape
@@ -230,9 +234,13 @@ class NF4Linear(nn.Module):
     @property
     def weight(self):
         """The dequantised weight (out, in), in the dtype that was quantised: a new tensor."""
-        return dequantize_nf4(self.quantized)
+        return _dequantize(self.packed, self.absmax, self.absmax2, self.offset, self.pairs,
+                           self.nested, self.shape, self.dtype)
 
     def forward(self, x):
+        if self.recomputed:
+            return F.linear(x, self.weight.to(x.dtype),
+                            None if self.bias is None else self.bias.to(x.dtype))
         return _FrozenLinear.apply(
             x, self.bias, self.shape, self.dtype, self.packed, self.absmax, self.absmax2,
             self.offset, self.pairs, self.nested)

@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ceilings
-import loss
 import modeling_llama
 from attention import block_attention
 from buckets import BUCKETS, bucket, named_parts, open_regions, region
-from packing import IGNORE
+from loss import softmax_at_once_
 
 # AdamW's bytes for each trained parameter. "fused" reads p, g, m, v and writes p, m, v. "plain" is
 # one operator after another, in bytes: p - lr·wd·p 8, m + (1-β₁)(g-m) 12, β₂v 8, + (1-β₂)g² 12,
@@ -58,7 +57,7 @@ class _Recorder(TorchDispatchMode):
             _storage(t) in touched for touched in self.recent))
         result = function(*args, **(kwargs or {}))
         name = "::".join(str(function).split(".")[:2])
-        outputs = _tensors(result)
+        outputs = _tensors(result) or _tensors(args)[:1] * function._schema.is_mutable
         if outputs and not function.is_view and not re.search("empty|detach|prim::", name):
             node = torch._C._current_autograd_node()
             names = [name, *([node.name()] if node else []), *reversed(open_regions)]
@@ -88,20 +87,13 @@ def _op(name, kind, call, inputs, outputs):
     return Op(name, kind, call, flops, reads, writes)
 
 
-def record(model, pack, finish=None):
-    """The `Op`s of one forward and backward of `pack`, without computing anything.
+def record(model, pack, finish=None, compiled=False):
+    """The `Op`s of one forward and backward of `pack`, without computing anything; where the model
+    is to be `compiled`, as `fused` has them.
 
     `finish(logits, labels)` gives the loss if the model shall not. Attention is two operators a
     layer, one each way. Call it before `compile_model`.
     """
-    count = len(pack["labels"])
-    if pack["labels"].device.type == "cpu":  # where the chunked loss leaves out the others
-        count = int((pack["labels"] != IGNORE).sum())
-
-    def chunks(labels, chunk):
-        parts = -(-count // chunk)
-        return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-
     def attention(q, k, v, cu_seqlens, max_seqlen):
         return block_attention(q, k, v, cu_seqlens)  # whichever the device has: it is one operator
 
@@ -109,12 +101,13 @@ def record(model, pack, finish=None):
         labels = inputs["labels"] if finish is None else inputs.pop("labels")
         total = model(**inputs) if finish is None else finish(model(**inputs), labels)
         with region("backward"):
-            (total / count).backward()
+            (total / len(labels)).backward()
 
     whole = torch.nn.Module()
     whole.model, whole.forward = model, forward_and_backward
-    with (FakeTensorMode() as mode, mock.patch.object(loss, "_chunks", chunks),
-          mock.patch.object(modeling_llama, "varlen_attention", attention),
+    compile_loss = compiled and pack["labels"].device.type == "cuda"
+    model.softmax = softmax_at_once_ if compile_loss else None
+    with (FakeTensorMode() as mode, mock.patch.object(modeling_llama, "varlen_attention", attention),
           named_parts(model), _Recorder() as recorder):
         fake = {name: mode.from_tensor(tensor)
                 for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
@@ -122,25 +115,29 @@ def record(model, pack, finish=None):
                   for name, value in pack.items()}
         recorder.ops.clear()
         torch.func.functional_call(whole, fake, ())
-    return recorder.ops
+    model.softmax = None
+    kinds = ("element-wise", "loss") if compile_loss else ("element-wise",)
+    return fused(recorder.ops, kinds) if compiled else recorder.ops
 
 
-def fused(ops):
-    """The same work if every run of element-wise operators between two others were one kernel,
-    as a compiler makes it: what comes from outside is read once, what is used later written."""
+def fused(ops, kinds=("element-wise",)):
+    """The same work if every run of operators of one of these buckets between two others were one
+    kernel, as a compiler makes it: what comes from outside is read once, what is used later
+    written."""
     last_use = {storage: i for i, op in enumerate(ops) for storage in op.reads}
-    result, reads, made = [], {}, {}
-    for i, op in enumerate(ops):
-        if op.bucket == "element-wise":
+    result, reads, made, kind = [], {}, {}, None
+    for i, op in enumerate([*ops, None]):
+        if made and (op is None or op.bucket != kind):
+            writes = {s: size for s, size in made.items() if op is None or last_use.get(s, 0) >= i}
+            result.append(Op("fused", kind, None, 0, reads, writes))
+            reads, made = {}, {}
+        if op is not None and op.bucket in kinds:
+            kind = op.bucket
             reads.update({s: size for s, size in op.reads.items() if s not in made})
             made.update(op.writes)
-            continue
-        if made:
-            writes = {s: size for s, size in made.items() if last_use.get(s, 0) >= i}
-            result.append(Op("fused", "element-wise", None, 0, reads, writes))
-            reads, made = {}, {}
-        result.append(op)
-    return result + [Op("fused", "element-wise", None, 0, reads, made)] * bool(made)
+        elif op is not None:
+            result.append(op)
+    return result
 
 
 def predict(model, pack, ops, device, optimizer="fused", attention=None):

@@ -26,19 +26,18 @@ class StaticShape:
     max_seqlen: int
 
     @classmethod
-    def of(cls, datasets, batch_tokens, max_seqlen):
-        """The shape into which every pack of `datasets` fits, in whatever order they are packed.
+    def of(cls, *uses):
+        """The shape that fits the first `count` packs of each (`PackSampler`, count).
 
-        `datasets` is a list of documents' lengths, one array for each data set; none is above
-        `max_seqlen`. No pack has more documents than the shortest ones would make, and its
-        padding is cut into pieces that are no longer than a document.
+        N is what these packs hold, and max_seqlen their longest document, because attention pays
+        for both. A pack's padding is cut into pieces no longer than that document.
         """
-        most = max(int(np.sort(lengths).cumsum().searchsorted(batch_tokens, "right"))
-                   for lengths in datasets)
-        return cls(batch_tokens, most + -(-batch_tokens // max_seqlen), max_seqlen)
+        longest = max(int(sampler.lengths.max()) for sampler, _ in uses)
+        most = max(sampler.most_documents(count, longest) for sampler, count in uses)
+        return cls(uses[0][0].batch_tokens, most, longest)
 
 
-# Changed from chapter-01: static shapes.
+# Changed from chapter-01: static shapes; where the targets are.
 def packed_sequence_collate_fn(examples, shape=None):
     """Join documents into one pack.
 
@@ -53,12 +52,14 @@ def packed_sequence_collate_fn(examples, shape=None):
         cu_seqlens    (N+1,) int32  the running sum of lengths: document n is the tokens
                                     cu_seqlens[n] to cu_seqlens[n+1]
         max_seqlen    int           the longest document
+        labelled      (L,) int64    the positions that have a target: the loss needs no others,
+                                    and a GPU would have to be waited for to say which they are
 
     Three documents of 2, 1 and 3 tokens, all trained on:
 
         input_ids     7  8 | 5 | 9  4  6        cu_seqlens  0 2 3 6
         labels        8  . | . | 4  6  .        max_seqlen  3
-        position_ids  0  1 | 0 | 0  1  2
+        position_ids  0  1 | 0 | 0  1  2        labelled    0 3 4
 
     With a `StaticShape` the pack has exactly its T, N and max_seqlen. The same documents for
     StaticShape(tokens=8, documents=5, max_seqlen=4); the last of the five has no tokens:
@@ -81,6 +82,7 @@ def packed_sequence_collate_fn(examples, shape=None):
         "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int(),
         "max_seqlen": int(lengths.max()),
     }
+    pack["labelled"] = (pack["labels"] >= 0).nonzero()[:, 0]
     if shape is not None:
         empty = shape.documents - len(examples)
         if missing < 0 or empty < 0 or pack["max_seqlen"] > shape.max_seqlen:
@@ -141,6 +143,18 @@ class PackSampler:
         while len(self.first_packs) <= epochs:
             self._load_epoch(len(self.first_packs) - 1)
         return self.first_packs[epochs]
+
+    def most_documents(self, count, piece):
+        """The most documents in one of the first `count` packs, whose padding counts as documents
+        of `piece` tokens."""
+        epoch = most = 0
+        while self.packs_in(epoch) < count:
+            self._load_epoch(epoch)
+            tokens = np.add.reduceat(self.lengths[self._order], self._starts[:-1])
+            documents = np.diff(self._starts) - (tokens - self.batch_tokens) // piece
+            most = max(most, int(documents[:count - self.first_packs[epoch]].max()))
+            epoch += 1
+        return most
 
     def pack(self, index):
         """The list of documents (indices into `lengths`) of pack number `index`."""

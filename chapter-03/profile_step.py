@@ -6,14 +6,14 @@
         --method full --quantize none --compile
 
 It takes the options of train.py, and of its run one pack. Time falls into six buckets
-(buckets.py), memory into six categories (anatomy.py). Leaves `trace.json`, a timeline of the
-step, `profile.json`, all figures, and on CUDA `snapshot.pickle`, a record of its allocations.
+(buckets.py), memory into six categories (anatomy.py). Leaves `trace.json.gz`, a timeline of the
+step, and `profile.json`, all figures.
 """
 
 import json
 import math
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,44 +24,23 @@ import anatomy
 import buckets
 import ceilings
 import operators
-from bnb_files import is_bnb
 from common import checkpoint, cli, distributed, hub, predict, prepare, presets, weights
 from common.errors import UserError, named
 from common.memory import keep_freed
-from lora import AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups
+from lora import AdapterConfig, after_step, before_step, optimizer_groups
 from compiling import compile_model
-from modeling_llama import CHUNK, LlamaConfig, LlamaForCausalLM
+from modeling_llama import LlamaConfig
 from packing import IGNORE, PackSampler, StaticShape, packed_sequence_collate_fn
-from quantized_model import quantized_model
-from train import CHAPTER, DENSE_ONLY, REAL, TINY, Options, to_device
+from quantized_model import build, check_base, check_options
+from train import CHAPTER, REAL, TINY, Options, to_device
 
 
-def build(options, config, source, device):
-    """The model of this run with its adapters, as train.py makes it on one device: (model,
-    AdapterConfig). Not compiled yet."""
-    dtype = getattr(torch, options.dtype)
-    if options.quantize == "nf4" and options.method in DENSE_ONLY:
-        raise UserError(f"--method {options.method} needs --quantize none: "
-                        f"{DENSE_ONLY[options.method]}")
-    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
-    torch.manual_seed(options.seed)
-    if options.quantize == "nf4":
-        model = quantized_model(config, source, dtype, device, options.double_quant, options.init)
-    else:
-        with torch.device("cpu" if options.init == "random" else "meta"):
-            model = LlamaForCausalLM(config)
-        model.compute_dtype = dtype
-        if options.method not in DENSE_ONLY:
-            model.to(dtype)
-        if options.init == "random":
-            model.to(device)
-        else:
-            model.to_empty(device=device)
-            weights.load_weights(model, source)
-    apply_adapter(model, adapter)
-    for layer in model.model.layers:
-        layer.checkpointing = options.activation_checkpointing
-    return model.to(device).train(), adapter
+@dataclass
+class ProfileOptions(Options):
+    """The options of train.py, and one more."""
+
+    snapshot: bool = cli.option(False, "on CUDA: leave snapshot.pickle, a record of every "
+                                "allocation", bool)
 
 
 def step_of(model, optimizer, pack, adapter, clip, finish=None):
@@ -89,25 +68,26 @@ def step_of(model, optimizer, pack, adapter, clip, finish=None):
 
 def main(argv=None):
     # --- what a run would have ---
-    options = presets.parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    options = presets.parse(ProfileOptions, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
     if options.dry_run or options.resume or presets.world_size() > 1:
         raise UserError("profile_step.py profiles one step on one device: leave out --dry-run, "
                         "--resume and torchrun")
+    check_options(options)
     device = distributed.start(options.device).device
     keep_freed(device)
     source = hub.resolve(options.model)
     checkpoint.verify(source)
     config_json = weights.read_config(source)
     with named(source / "config.json"):
-        if is_bnb(config_json) and options.quantize == "none":
-            raise UserError("quantised by bitsandbytes: say --quantize nf4, or give the original")
-        config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
+        config = LlamaConfig.from_dict(check_base(config_json, options))
+    torch.manual_seed(options.seed)
+    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
+    shapes = build(config, options, adapter)
+    predict.fit_batch(options, shapes, shapes.chunk)
     data = prepare.load(options, source, config, skills="new").train
-    model, adapter = build(options, config, source, device)
-    sampler, shape = PackSampler(data.lengths, options.batch_tokens, options.seed), None
-    if options.compile:
-        longest = prepare.longest_document(options, config)
-        shape = StaticShape.of([data.lengths], options.batch_tokens, longest)
+    model = build(config, options, adapter, device, source, draw_on=device).train()
+    sampler = PackSampler(data.lengths, options.batch_tokens, options.seed)
+    shape = StaticShape.of((sampler, sampler.packs_in(1))) if options.compile else None
     pack = packed_sequence_collate_fn([data[i] for i in sampler.pack(0)], shape)
     pack, tokens = to_device(pack, device), len(pack["labels"])
     optimizer = torch.optim.AdamW(
@@ -115,14 +95,14 @@ def main(argv=None):
         betas=(0.9, 0.95), fused=device.type != "mps")
 
     # --- predicted ---
-    prediction = predict.training(config, model, data.lengths, options, 1, CHUNK)
+    prediction = predict.training(config, model, data.lengths, options, 1, model.chunk)
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
-    ops = operators.record(model, pack)
+    ops = operators.record(model, pack, compiled=options.compile)
     print(f"\nceilings    {ceilings.large_product(device, model.compute_dtype) / 1e9:,.0f} GFLOP/s "
           f"in a large {options.dtype} product, {ceilings.large_copy(device) / 1e9:.1f} GB/s in a "
           "large copy")
-    times = operators.predict(model, pack, operators.fused(ops) if options.compile else ops, device)
+    times = operators.predict(model, pack, ops, device)
     total = sum(alone for _, alone in times.values())
     print(f"predicted   {1e3 * total:.1f} ms a step of {tokens} tokens, {tokens / total:,.0f} "
           "tokens a second")
@@ -134,10 +114,8 @@ def main(argv=None):
     step()  # makes the optimizer's moments, and compiles
     plain = ceilings.duration(step, device, repeats=3)
     out = checkpoint.new_run_folder(f"chapter-{CHAPTER}-profile", options.out)
-    seconds = buckets.measure(step, device, out / "trace.json")
+    seconds = buckets.measure(step, device, out / "trace.json.gz")
     found = anatomy.measured(step, model, optimizer, device)
-    if device.type == "cuda":
-        anatomy.write_snapshot(step, out / "snapshot.pickle", device)
 
     # --- side by side ---
     share = buckets.explained(times, seconds)
@@ -156,9 +134,10 @@ def main(argv=None):
         "torch": torch.__version__, "device": str(device), "options": vars(options),
         "tokens": tokens, "seconds": plain, "explained": share, "predicted": times,
         "measured": seconds, "predicted_bytes": memory, "measured_bytes": found}, indent=1) + "\n")
-    print(f"\n{out / 'trace.json'}: the timeline; open it at https://ui.perfetto.dev or in Chrome "
+    print(f"\n{out / 'trace.json.gz'}: the timeline; open it at https://ui.perfetto.dev or in Chrome "
           "at chrome://tracing\n" + f"{out / 'profile.json'}: the figures above")
-    if device.type == "cuda":
+    if options.snapshot and device.type == "cuda":
+        anatomy.write_snapshot(step, out / "snapshot.pickle", device)
         print(f"{out / 'snapshot.pickle'}: every allocation; drop it on "
               "https://pytorch.org/memory_viz (nothing is uploaded)")
     distributed.stop()

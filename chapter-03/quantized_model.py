@@ -1,11 +1,13 @@
-"""The model of a run with an NF4 base: from a checkpoint, from random numbers, or shapes alone.
+"""The model of a run: from a checkpoint, from random numbers, or shapes alone.
 
-Whatever it comes from, the model is built without storage and then filled tensor by tensor, so
+An NF4 base, whatever it comes from, is built without storage and then filled tensor by tensor, so
 that the 16-bit model is never there as a whole.
 """
 
 import torch
 from bnb_files import is_bnb, load_bnb
+from lora import apply_adapter
+from loss import chunk_for
 from modeling_llama import LlamaForCausalLM, initialise
 from nf4 import BLOCK, NESTED_BLOCK, NF4Linear, NF4Weight
 from nf4_load import load_nf4
@@ -35,6 +37,36 @@ def check_base(config, options):
     if is_bnb(config) and options.quantize == "none":
         raise UserError("the folder is quantised already: say --quantize nf4, or give the original")
     return {**config, "quantization_config": None}
+
+
+# Changed from chapter-02: the NF4 base, streamed in; checkpointing; the loss's chunk.
+def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
+    """The model with its adapters, its weights from folder `source` or random; on "meta" shapes
+    alone. A base that stays as it is has four bits or the dtype of the run; what is trained is
+    float32. Random weights are drawn on the CPU, where a seed means the same numbers on every
+    machine; `draw_on` a GPU billions of them take a moment.
+    """
+    dtype = getattr(torch, options.dtype)
+    fresh = options.init == "random" and device != "meta"
+    if options.quantize == "nf4":
+        init = "shapes" if device == "meta" else options.init
+        with torch.device(draw_on if fresh else "cpu"):
+            model = quantized_model(config, source, dtype, device, options.double_quant, init)
+    else:
+        with torch.device(draw_on if fresh else "meta"):
+            model = LlamaForCausalLM(config)
+        model.compute_dtype = dtype
+        if options.method not in DENSE_ONLY:
+            model.to(dtype)
+        if fresh:
+            model.to(device)
+        elif device != "meta":
+            model.to_empty(device=device)
+            weights.load_weights(model, source)
+    model.chunk = chunk_for(config.vocab_size, torch.device(options.device))
+    for layer in model.model.layers:
+        layer.checkpointing = options.activation_checkpointing
+    return apply_adapter(model, adapter)
 
 
 def quantized_model(config, source, dtype, device="cpu", double_quant=False, init="pretrained"):

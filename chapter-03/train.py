@@ -25,13 +25,12 @@ from common.metrics import Metrics
 from base_model import mark
 from compiling import compile_model
 from generate import generate
-from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
-                  state_names)
+from lora import METHODS, AdapterConfig, after_step, before_step, optimizer_groups, state_names
 from merge import merge_into
-from modeling_llama import CHUNK, LlamaConfig, LlamaForCausalLM
-from packing import IGNORE, PackSampler, StaticShape, packed_sequence_collate_fn
+from modeling_llama import LlamaConfig
+from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from peft_files import save_adapter
-from quantized_model import DENSE_ONLY, check_base, check_options, quantized_model
+from quantized_model import build, check_base, check_options
 
 CHAPTER = "03"
 # What `auto` sets for the embedded model and data; and for everything else. A learning rate
@@ -90,9 +89,11 @@ def learning_rate(step, total, options):
 
 # Copied from chapter-02/train.py
 def to_device(pack, device):
-    """The same pack with its tensors on `device`."""
-    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in pack.items()}
+    """The same pack with its tensors on `device`. A GPU fetches pinned memory by itself; for other
+    memory Python would wait until the GPU has done all that it was told before."""
+    pinned = torch.device(device).type == "cuda"
+    return {name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
+            if torch.is_tensor(value) else value for name, value in pack.items()}
 
 
 # Changed from chapter-01: without dropout; static shapes.
@@ -104,7 +105,7 @@ def evaluate(model, dataset, options, shape):
     model.eval()
     for index in range(sampler.packs_in(1)):
         pack = packed_sequence_collate_fn([dataset[i] for i in sampler.pack(index)], shape)
-        targets += int((pack["labels"] != IGNORE).sum())
+        targets += len(pack["labelled"])
         total += model(**to_device(pack, options.device)).item()
     model.train()
     return total / max(1, targets)
@@ -128,47 +129,31 @@ def main(argv=None):
     config_json = weights.read_config(source)
     with named(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))
+    shapes = build(config, options, adapter)  # enough to predict what the run will need
+    predict.fit_batch(options, shapes, shapes.chunk, say)
     data = prepare.load(options, source, config, skills="new")
 
-    # --- model --- Changed from chapter-02: the NF4 base, streamed in; checkpointing; compile.
-    home = device if ranks.world_size == 1 else torch.device("cpu")
-    if options.quantize == "nf4":
-        init = "shapes" if options.dry_run else options.init
-        model = quantized_model(config, source, dtype, home, options.double_quant, init)
-    else:
-        fresh = options.init == "random" and not options.dry_run
-        with torch.device("cpu" if fresh else "meta"):
-            model = LlamaForCausalLM(config)
-        model.compute_dtype = dtype
-        if options.method not in DENSE_ONLY:
-            model.to(dtype)
-        if fresh:
-            model.to(home)
-        elif not options.dry_run:
-            model.to_empty(device=home)
-            weights.load_weights(model, source)
-    apply_adapter(model, adapter)
+    # --- what it will need --- Changed from chapter-02: the chunk of the loss.
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
     packs_per_step = ranks.world_size * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
-    predicted = predict.training(config, model, data.train.lengths, options, total_steps, CHUNK)
+    predicted = predict.training(
+        config, shapes, data.train.lengths, options, total_steps, shapes.chunk)
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
             "--epochs, --steps, --warmup")
     if options.dry_run:
         return 0
+
+    # --- model --- Changed from chapter-02: compile.
+    home = device if ranks.world_size == 1 else torch.device("cpu")
+    model = build(config, options, adapter, home, source)
     # Adapters are gathered as the float32 that they are; so is a base that was stored in `dtype`.
     distributed.shard(model, ranks, dtype if options.method == "full" else None)
     model.to(device)
-    for layer in model.model.layers:
-        layer.checkpointing = options.activation_checkpointing
-    shape = None
     if options.compile:
         compile_model(model)
-        longest = prepare.longest_document(options, config)
-        lengths = [data.train.lengths, data.held_out.lengths]
-        shape = StaticShape.of(lengths, options.batch_tokens, longest)
 
     # --- optimizer --- Copied from chapter-02/train.py
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
@@ -202,7 +187,26 @@ def main(argv=None):
         if data.scored:
             metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
 
-    # --- loop --- Copied from chapter-02/train.py
+    # --- loop --- Changed from chapter-02: static shapes; a step's packs are made beforehand.
+    shape, ready = None, None
+    if options.compile:
+        last_pack = state["next_pack"] + (total_steps - state["step"]) * packs_per_step
+        held_out = PackSampler(data.held_out.lengths, options.batch_tokens, seed=None)
+        shape = StaticShape.of((sampler, last_pack), (held_out, held_out.packs_in(1)))
+
+    def make_packs(first):
+        """Of the step whose packs begin with number `first`: this rank's packs and their documents,
+        and how many labelled tokens and how many tokens all ranks' packs have."""
+        # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
+        mine = range(first + ranks.rank, first + packs_per_step, ranks.world_size)
+        documents = [sampler.pack(index) for index in mine]
+        packs = [packed_sequence_collate_fn([data.train[i] for i in pack], shape)
+                 for pack in documents]
+        counts = torch.tensor([sum(len(pack["labelled"]) for pack in packs),
+                               sum(int(sampler.lengths[pack].sum()) for pack in documents)])
+        targets, tokens = distributed.all_sum(counts).tolist()
+        return [to_device(pack, device) for pack in packs], documents, targets, tokens
+
     nonfinite = guard.NonFinite()
     spikes = guard.LossSpikes()
     memory.keep_freed(device)
@@ -211,32 +215,27 @@ def main(argv=None):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
 
-            # --- accumulate --- Changed from chapter-02: static shapes; the model gives the loss.
-            # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
-            first = state["next_pack"] + ranks.rank
-            mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
+            # --- accumulate --- Changed from chapter-02: the next step's packs; no logits.
+            packs, documents, targets, tokens = ready or make_packs(state["next_pack"])
             state["next_pack"] += packs_per_step
-            documents = [sampler.pack(index) for index in mine]
-            packs = [packed_sequence_collate_fn([data.train[i] for i in pack], shape)
-                     for pack in documents]
-            counts = torch.tensor([sum(int((p["labels"] != IGNORE).sum()) for p in packs),
-                                   sum(int(sampler.lengths[pack].sum()) for pack in documents)])
-            targets, tokens = distributed.all_sum(counts).tolist()
             total_loss = torch.zeros((), device=device)
             for pack in packs:
                 # Divided by the labelled tokens of the *whole* step, so that every labelled
                 # token weighs the same, in whichever pack or rank it lies.
-                loss = model(**to_device(pack, device)) / max(1, targets)
+                loss = model(**pack) / max(1, targets)
                 loss.backward()
                 total_loss += loss.detach()
             total_loss = distributed.all_sum(total_loss)
+            # While a GPU is still at work on this step, the packs of the next are made.
+            ready = make_packs(state["next_pack"]) if step < total_steps else None
 
             # --- clip and step --- Copied from chapter-02/train.py
             before_step(model, adapter)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-            norm = distributed.full_tensor(norm).item()
+            norm = distributed.full_tensor(norm)
+            loss, norm = torch.stack((total_loss, norm)).tolist()  # here alone a GPU is waited for
             lr = learning_rate(step, total_steps, options)
-            if nonfinite.check(total_loss.item(), norm, step, documents, saved):
+            if nonfinite.check(loss, norm, step, documents, saved):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_ratio"]
                 optimizer.step()
@@ -245,10 +244,10 @@ def main(argv=None):
 
             # --- log --- Copied from chapter-02/train.py
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(total_loss.item(), step)
+            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
-                step, total_loss.item(), lr, norm, tokens, seconds,
+                step, loss, lr, norm, tokens, seconds,
                 predict.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
             )
 

@@ -54,8 +54,8 @@ class Options:
     # --- how long, how much ---
     steps: int = option(None, "optimizer steps", int, least=1)
     epochs: int = option(None, "passes over the data, when --steps is not given", int, least=1)
-    batch_tokens: int = option(None, "token budget of one pack, per micro-batch and rank", int,
-                               least=2)
+    batch_tokens: int = option(None, "token budget of one pack, per micro-batch and rank (default "
+                               "on a GPU: what its memory has room for, up to 16384)", int, least=2)
     grad_accum: int = option(1, "packs per optimizer step and rank", int, least=1)
     max_seq_len: int = option(2048, "longest document in tokens; also bounded by --batch-tokens "
                               "and the model's max_position_embeddings", int, least=2)

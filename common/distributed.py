@@ -158,6 +158,16 @@ def all_sum(tensor):
     return tensor
 
 
+def least(number):
+    """The smallest of the ranks' whole numbers. Collective."""
+    if not dist.is_initialized():
+        return number
+    with _plain_words("comparing the ranks"):
+        tensor = torch.tensor(number, device=_device())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return int(tensor)
+
+
 def any_rank(flag):
     """True on every rank if `flag` is true on any, say "a signal arrived". Collective."""
     if not dist.is_initialized():

@@ -11,14 +11,18 @@ import re
 import numpy as np
 import torch
 
+from common import distributed
+from common.errors import UserError
 from common.layers import base, linears, matrix
 from common.memory import peak_memory_bytes
 from common.metrics import readable_bytes
 from common.predict_memory import memory
 
-__all__ = ["Prediction", "flops_per_token", "mean_attended", "memory", "parameters", "peak_flops",
+__all__ = ["Prediction", "fit_batch", "flops_per_token", "mean_attended", "memory", "parameters", "peak_flops",
            "peak_memory_bytes", "training"]
 
+# What `fit_batch` looks for: tokens, tokens, and the share of a GPU's memory that a run may take.
+LARGEST_PACK, SMALLEST_PACK, SHARE = 16384, 2048, 0.85
 # Dense TFLOP/s from the makers' data sheets, without structured sparsity: in bfloat16 with
 # float32 accumulation, and in float32 without tensor cores.
 PEAK_TFLOPS = {
@@ -170,20 +174,58 @@ def training(config, model, lengths, options, total_steps, chunk=None):
     place. Gives a `Prediction`. `config` is the model's.
     """
     lengths = np.asarray(lengths)
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
     compiled = getattr(options, "compile", False)
     tokens = options.batch_tokens if compiled else int(min(options.batch_tokens, lengths.sum()))
     accumulate = options.grad_accum if total_steps else 1
-    categories = memory(
-        model, tokens, dtype, grad_accum=accumulate, chunk=chunk, ranks=ranks,
-        checkpointing=getattr(options, "activation_checkpointing", None) or "none",
-        kernel_joins=device.type == "cuda" and dtype != torch.float32, compiled=compiled)
-    peak = peak_flops(device, dtype)
+    peak = peak_flops(torch.device(options.device), getattr(torch, options.dtype))
     return Prediction(
-        categories, parameters=parameters(model), tokens=tokens,
-        flops=flops_per_token(model, mean_attended(lengths)),
-        peak_flops=None if peak is None else peak * ranks)
+        _memory_of_run(model, options, tokens, accumulate, chunk), parameters=parameters(model),
+        tokens=tokens, flops=flops_per_token(model, mean_attended(lengths)),
+        peak_flops=None if peak is None else peak * _ranks())
+
+
+def fit_batch(options, model, chunk=None, say=print):
+    """Fill in --batch-tokens where a GPU's run has left it open, and say so.
+
+    The largest power of two, LARGEST_PACK at most, whose predicted peak is at most SHARE of the
+    GPU's memory; --grad-accum grows so that a step keeps its tokens. (The rest of the memory is
+    for CUDA itself, for what kernels take for a moment, and for gaps between blocks.) `model`
+    needs only shapes. Raises UserError where even SMALLEST_PACK tokens do not fit, or one
+    document of --max-seq-len.
+    """
+    if options.batch_tokens is not None:
+        return
+    has = distributed.least(torch.cuda.get_device_properties(options.device).total_memory)
+    longest = min(options.max_seq_len, model.config.max_position_embeddings, LARGEST_PACK)
+    tokens = LARGEST_PACK
+    while True:
+        accumulate = options.grad_accum * LARGEST_PACK // tokens
+        peak = sum(_memory_of_run(model, options, tokens, accumulate, chunk).values())
+        if peak <= SHARE * has or tokens // 2 < max(longest, SMALLEST_PACK):
+            break
+        tokens //= 2
+    if peak > SHARE * has:
+        raise UserError(
+            f"packs of {tokens} tokens need {readable_bytes(peak)}, and of the GPU's"
+            f" {readable_bytes(has)} a run may take {SHARE:.0%}: use chapter 3 (--method lora on"
+            " a base of four bits, --activation-checkpointing full), a smaller --model or"
+            " --max-seq-len, or set --batch-tokens yourself")
+    options.batch_tokens, options.grad_accum = tokens, accumulate
+    say(f"--batch-tokens {tokens} --grad-accum {accumulate}: predicted peak {readable_bytes(peak)}"
+        f" of the GPU's {readable_bytes(has)}")
+
+
+def _memory_of_run(model, options, tokens, grad_accum, chunk):
+    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
+    return memory(
+        model, tokens, dtype, grad_accum=grad_accum, chunk=chunk, ranks=_ranks(),
+        checkpointing=getattr(options, "activation_checkpointing", None) or "none",
+        kernel_joins=device.type == "cuda" and dtype != torch.float32,
+        compiled=getattr(options, "compile", False))
+
+
+def _ranks():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _short(number):

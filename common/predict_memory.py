@@ -69,28 +69,34 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
                           chunk is None and keeps_input(model.lm_head or model.model.embed_tokens))
     tables = c * config.head_dim  # cos and sin, once for all layers
     kept, again = sum(per_layer), 0
+    dear = dear_per_token(layers[0], dtype, compiled)
     if checkpointing != "none":
         # Kept: the layer's input, and if selective what is dear to compute. The layer at work is
         # computed once more, so its own tensors are there a second time.
         # Attention in blocks has q, k and v there a third time, heads first.
         again = max(per_layer) * tokens + max(copies)
+        if checkpointing == "selective":
+            again -= dear * tokens
         if hasattr(layers[0], "run") and not kernel_joins:
             again += c * tokens * sum(base(getattr(layers[0].self_attn, f"{n}_proj")).out_features
                                       for n in "qkv")
-        kept = len(layers) * (c * D + (dear_per_token(layers[0], dtype)
-                                       if checkpointing == "selective" else 0))
+        kept = len(layers) * (c * D + dear * (checkpointing == "selective"))
         copies = [0] * len(copies)
     activations = tokens * (kept + last + tables)
     all_copies = sum(copies) + head_copy
 
-    loss, head_phase = loss_and_head(tokens, V, D, c, chunk, head_trained, head_copy, kernel_joins)
+    loss, head_phase = loss_and_head(
+        tokens, V, D, c, chunk, head_trained, head_copy, kernel_joins, compiled)
 
     # --- what the backward needs for itself ---
     head_gradient = FLOAT32 * V * D * head_trained
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
     F = base(layers[-1].mlp.up_proj).out_features
-    whole = max((base(m).in_features * base(m).out_features for layer in layers[:1]
-                 for m in linears(layer) if matrix(m) is None), default=0)  # dequantised in turn
+    # A quantised layer's matrices are dequantised in turn, or, in a compiled layer that is computed
+    # again, all at once.
+    whole = [base(m).in_features * base(m).out_features for m in linears(layers[0])
+             if matrix(m) is None]
+    whole = sum(whole) if compiled and checkpointing == "full" else max(whole, default=0)
     at_work = tokens * (2 * c * D + 2 * c * F) + c * whole + again
     if ranks > 1:  # its whole gradient, in float32 for the reduction too; the gathering's buffer
         at_work += (2 * c + FLOAT32) * sum(p.numel() for p in layers[0].parameters())
@@ -126,7 +132,7 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     }
 
 
-def loss_and_head(tokens, V, D, c, chunk, trained, copy, kernel_joins):
+def loss_and_head(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
     """Bytes that the loss needs at its worst, and then the backward of the head.
 
     `trained`: the head is. `copy`: bytes of its weight in c, which goes when the head's turn ends.
@@ -141,12 +147,15 @@ def loss_and_head(tokens, V, D, c, chunk, trained, copy, kernel_joins):
         return loss, c * tokens * D + max(product, cast)
     # Both gradients are formed in the forward, one chunk's logits after another (loss.py): in c,
     # with float32 pieces that fit a cache; then the chunk's share of the weight's gradient, in c
-    # and, where adding it up needs that, in float32. The backward multiplies both gradients, and
-    # has them twice for that moment.
+    # and, where adding it up needs that, in float32. On a GPU that is one product, and the compiled
+    # softmax has no pieces. The backward multiplies both gradients, and has them twice for that
+    # moment.
     rows = -(-tokens // -(-tokens // chunk))
     both = c * tokens * D + FLOAT32 * V * D * trained
-    pieces = (1 + narrow) * FLOAT32 * min(rows * V, 2**26 if kernel_joins else 2**21)
+    pieces = (1 + narrow) * FLOAT32 * min(rows * V, 2**23 if on_gpu else 2**21)
     share = (c + FLOAT32) * min(V, 2**13) * D * narrow * trained  # in parts of 8,192 rows of W
+    if on_gpu:
+        pieces, share = pieces * (not compiled), 0
     return both + c * rows * (V + 2 * D) + max(pieces, share), 2 * both - copy
 
 
@@ -154,7 +163,7 @@ def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
     """What a decoder layer keeps for its backward, bytes per token: named terms, in order.
 
     Compiled code computes what is cheap a second time: it keeps what goes into a norm as it came,
-    in c and not in float32, and neither x / rms nor silu(gate).
+    in c and not in float32, and neither x / rms nor silu(gate), nor what DoRA has scaled.
     """
     def norm(module, width, keeps_result, rows=1):
         if compiled:
@@ -186,6 +195,9 @@ def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
     terms["gate, up, silu(gate)"] = c * F * (2 if compiled else 3)
     terms["input of down_proj"] = c * F * keeps_input(mlp.down_proj)
     terms["adapters"] = sum(adapter_per_token(module, dtype) for module in linears(layer))
+    terms["DoRA: unscaled outputs"] = sum(unscaled_per_token(module, dtype) for module in (
+        *((v, o, mlp.down_proj) if compiled else linears(layer)),
+        *((q, k) if compiled and not hasattr(attention.q_norm, "weight") else ())))
     return terms
 
 
@@ -198,22 +210,34 @@ def norm_per_token(norm, width, dtype, keeps_result, rows=1):
     return FLOAT32 * (width + rows) + c * width * (norm.weight.requires_grad + keeps_result)
 
 
-def dear_per_token(layer, dtype):
-    """Outputs of the matrix products and of attention: what selective checkpointing keeps."""
+def dear_per_token(layer, dtype, compiled=False):
+    """Outputs of the matrix products and of attention: what selective checkpointing keeps.
+
+    Compiled code does not keep the last product, which nothing but the next layer needs (or DoRA).
+    """
     c, d = dtype.itemsize, layer.self_attn.head_dim
     Hd = base(layer.self_attn.q_proj).out_features
-    return c * (Hd + sum(base(m).out_features for m in linears(layer))) + FLOAT32 * Hd // d + sum(
-        adapter_per_token(m, dtype) for m in linears(layer))
+    kept = Hd + sum(base(m).out_features for m in linears(layer))
+    kept += sum(m.factors()[0].shape[0] for m in linears(layer) if base(m) is not m)  # x Aᵀ
+    if compiled and not unscaled_per_token(layer.mlp.down_proj, dtype):
+        kept -= base(layer.mlp.down_proj).out_features
+    return c * kept + FLOAT32 * Hd // d
 
 
 def adapter_per_token(module, dtype):
-    """An adapter keeps x Aᵀ (r); with dropout its own x and the mask; DoRA its unscaled output."""
+    """An adapter keeps x Aᵀ (r); with dropout its own x and the mask."""
     if base(module) is module:
         return 0
     c, A = dtype.itemsize, module.factors()[0]
     dropped = 2 * c * A.shape[1] if module.dropout else 0
-    unscaled = c * module.base.out_features if hasattr(module, "lora_magnitude_vector") else 0
-    return c * A.shape[0] + dropped + unscaled
+    return c * A.shape[0] + dropped
+
+
+def unscaled_per_token(module, dtype):
+    """DoRA keeps its output before it is scaled, for the gradient of the magnitudes."""
+    if not hasattr(module, "lora_magnitude_vector"):
+        return 0
+    return dtype.itemsize * module.base.out_features
 
 
 def weight_copies(layer, dtype):

@@ -17,7 +17,8 @@ GPU_MEMORY = 16e9  # bytes of GPU memory from which `auto` chooses the real mode
 
 
 def parse(options_class, chapter, description, tiny, real, argv=None):
-    """The options of this run: an `options_class` in which nothing is left open.
+    """The options of this run: an `options_class` in which nothing is left open, but for
+    --batch-tokens on a GPU (see `predict.fit_batch`).
 
     `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
     values: for the embedded model (`init` and `steps` only on the embedded data), and for every
@@ -73,9 +74,10 @@ def _summary(options):
         return "\n".join(f"{name:<22} {value}" for name, value in asdict(options).items())
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
     steps = f"{count} {unit}{'s' * (count > 1)}"
+    packs = (f"up to {options.grad_accum} x {options.batch_tokens} tokens"
+             if options.batch_tokens else "packs as large as the GPU has room for")
     return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}, "
-            f"{options.dtype} on {options.device}:\n{steps} of up to {options.grad_accum} x "
-            f"{options.batch_tokens} tokens, lr {options.lr:g}")
+            f"{options.dtype} on {options.device}:\n{steps} of {packs}, lr {options.lr:g}")
 
 
 def _choose_model_and_data(options, device, tiny, real):
@@ -105,7 +107,8 @@ def _choose_model_and_data(options, device, tiny, real):
         preset.pop("init", None)
     preset.setdefault("init", "pretrained")
     if options.model != "tiny" or list(options.data) != ["tiny"]:
-        preset.setdefault("batch_tokens", 16384 if on_gpu else 2048)
+        if not on_gpu:  # there `predict.fit_batch` chooses, once the model's shapes are known
+            preset.setdefault("batch_tokens", 2048)
         if list(options.data) == ["virtual"] and options.epochs is None:
             preset.setdefault("steps", 20)
     if options.epochs is not None:

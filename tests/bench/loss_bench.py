@@ -6,6 +6,7 @@ Prints a Markdown table; --json also writes the figures.
 """
 
 import argparse
+import functools
 import json
 import platform
 import sys
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "chapter-03"), str(Path(__file__).parents[2])]
-from loss import chunked_cross_entropy  # noqa: E402
+from loss import chunked_cross_entropy, softmax_, softmax_at_once_  # noqa: E402
 
 from common.memory import LivePeak  # noqa: E402
 
@@ -91,9 +92,12 @@ def main():
         return chunked_cross_entropy(hidden, weight, labels, options.chunk)
 
     contestants = {"plain": plain_cross_entropy, "chunked": chunked}
-    if options.compile:
-        contestants |= {f"{name}, compiled": torch.compile(function, fullgraph=True, dynamic=False)
-                        for name, function in contestants.items()}
+    if options.compile:  # of the chunked one its softmax is, as by train.py on a GPU
+        softmax = functools.partial(softmax_at_once_, compiled=torch.compile(softmax_))
+        contestants |= {
+            "plain, compiled": torch.compile(plain_cross_entropy, fullgraph=True, dynamic=False),
+            "chunked, compiled": lambda hidden, weight, labels: chunked_cross_entropy(
+                hidden, weight, labels, options.chunk, softmax=softmax)}
     torch.manual_seed(0)
     figures = []
     for dtype in options.dtype:

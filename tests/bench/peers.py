@@ -172,7 +172,7 @@ def main(argv=None):
     sampler = packing.PackSampler(documents.lengths, budget, seed=0)
     count = WARM + options.steps * options.repeats
     packs = [[documents[i] for i in sampler.pack(n)] for n in range(count)]
-    shape = packing.StaticShape.of([documents.lengths], budget, budget // 4)
+    shape = packing.StaticShape.of((sampler, count))
     show_conditions(found)
     padded = sum(len(pack) * max(len(ids) for ids, _ in pack) for pack in packs)
     real = sum(len(ids) for pack in packs for ids, _ in pack)

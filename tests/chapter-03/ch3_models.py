@@ -46,7 +46,7 @@ def pack_of(lengths, shape=None, seed=1, vocabulary=96):
 
 
 def inputs_of(pack):
-    return {name: value for name, value in pack.items() if name != "labels"}
+    return {name: value for name, value in pack.items() if not name.startswith("label")}
 
 
 def loss_and_gradients(model, pack):

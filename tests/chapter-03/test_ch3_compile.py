@@ -18,7 +18,7 @@ compiling = load("chapter-03/compiling.py")
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch):
     """The compiler imports the modules of what it traces by name, which tests do not have there."""
-    for name in ("attention", "lora", "modeling_llama", "nf4"):
+    for name in ("attention", "lora", "loss", "modeling_llama", "nf4", "products"):
         monkeypatch.setitem(sys.modules, name, load(f"chapter-03/{name}.py"))
     torch._dynamo.reset()
     counters.clear()
@@ -31,14 +31,14 @@ def varied_packs(count, shape, seed=0):
     random = np.random.default_rng(seed)
     lengths = np.exp(random.uniform(0, np.log(shape.max_seqlen), 40 * count)).astype(int)
     sampler = packing.PackSampler(lengths, shape.tokens, seed)
-    shape = packing.StaticShape.of([lengths], shape.tokens, shape.max_seqlen)
+    shape = packing.StaticShape.of((sampler, count))
     for index in range(count):
         chosen = [int(lengths[i]) for i in sampler.pack(index)]
         yield pack_of(chosen, shape, seed=index), pack_of(chosen, seed=index)
 
 
 @pytest.mark.parametrize("base, method, checkpointing, graphs", [
-    ("dense", "full", "none", 1), ("nf4", "lora", "selective", 2)])
+    ("dense", "full", "none", 1), ("nf4", "lora", "selective", 2), ("nf4", "lora", "full", 2)])
 def test_50_packs_of_varied_lengths_compile_once(base, method, checkpointing, graphs):
     model, eager = (build(base, method, num_hidden_layers=2) for _ in range(2))
     for layer in model.model.layers:
@@ -61,8 +61,9 @@ def test_50_packs_of_varied_lengths_compile_once(base, method, checkpointing, gr
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-def test_evaluation_and_generation_beside_training():
-    model = compiling.compile_model(build(), backend="aot_eager")
+@pytest.mark.parametrize("base, method, graphs", [("dense", "full", 2), ("nf4", "lora", 4)])
+def test_evaluation_and_generation_beside_training(base, method, graphs):
+    model = compiling.compile_model(build(base, method), backend="aot_eager")
     shape = packing.StaticShape(64, 12, 32)
     for seed in range(4):
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
@@ -75,7 +76,7 @@ def test_evaluation_and_generation_beside_training():
         with torch.no_grad():  # prompts of any length: not compiled
             cache = load("chapter-03/kv_cache.py").KVCache(1, 64)
             model(**inputs_of(pack_of([5 + seed])), cache=cache)
-    assert counters["stats"]["unique_graphs"] == 1 + 2
+    assert counters["stats"]["unique_graphs"] == 1 + graphs
 
 
 def test_bfloat16_compiled_equals_eager():

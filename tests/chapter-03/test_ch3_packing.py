@@ -24,7 +24,7 @@ def test_collate_by_hand():
     assert pack["labels"].tolist() == [8, -100, -100, 4, 6, -100, -100, -100]
     assert pack["position_ids"].tolist() == [0, 1, 0, 0, 1, 2, 0, 1]
     assert pack["cu_seqlens"].tolist() == [0, 2, 3, 6, 8, 8]
-    assert pack["max_seqlen"] == 4
+    assert pack["max_seqlen"] == 4 and pack["labelled"].tolist() == [0, 3, 4]
     plain = collate(examples)
     assert plain["cu_seqlens"].tolist() == [0, 2, 3, 6] and plain["max_seqlen"] == 3
 
@@ -32,27 +32,30 @@ def test_collate_by_hand():
 def test_without_a_shape_it_is_chapter_1():
     one = load("chapter-01/packing.py").packed_sequence_collate_fn(documents(3, 9, 1))
     three = collate(documents(3, 9, 1))
-    assert one.keys() == three.keys() and one["max_seqlen"] == three["max_seqlen"]
+    assert {*one, "labelled"} == {*three} and one["max_seqlen"] == three["max_seqlen"]
     assert all(torch.equal(one[k], three[k]) and one[k].dtype == three[k].dtype for k in FIELDS)
 
 
-@pytest.mark.parametrize("high, budget, longest", [(60, 100, 60), (5, 100, 60), (60, 60, 60),
-                                                   (2, 50, 7)])
-def test_every_pack_of_every_epoch_fits_the_shape(high, budget, longest):
+@pytest.mark.parametrize("high, budget", [(60, 100), (5, 100), (60, 60), (2, 50)])
+def test_every_pack_of_the_run_fits_the_shape_which_is_no_larger_than_needed(high, budget):
     random = np.random.default_rng(0)
-    datasets = [random.integers(1, high + 1, 300), random.integers(1, high + 1, 20)]
-    shape = StaticShape.of(datasets, budget, longest)
-    for lengths in datasets:
-        sampler = packing.PackSampler(lengths, budget, seed=1)
+    samplers = [packing.PackSampler(random.integers(1, high + 1, count), budget, seed)
+                for count, seed in ((300, 1), (20, None))]
+    packs = samplers[0].packs_in(3) - 2, samplers[1].packs_in(1)
+    shape = StaticShape.of(*zip(samplers, packs))
+    most = []
+    for sampler, count in zip(samplers, packs):
         shapes = set()
-        for index in range(sampler.packs_in(3)):
-            chosen = [int(lengths[i]) for i in sampler.pack(index)]
+        for index in range(count):
+            chosen = [int(sampler.lengths[i]) for i in sampler.pack(index)]
             pack = collate(documents(*chosen), shape)
             shapes.add((*(tuple(pack[k].shape) for k in FIELDS), pack["max_seqlen"]))
-            assert pack["cu_seqlens"].diff().max() <= longest
-            assert pack["cu_seqlens"].diff()[:len(chosen)].tolist() == chosen
+            lengths = pack["cu_seqlens"].diff()
+            assert lengths.max() <= shape.max_seqlen and lengths[:len(chosen)].tolist() == chosen
             assert (pack["labels"] != -100).sum() == sum(n - 1 for n in chosen)
-        assert shapes == {((budget,), (budget,), (budget,), (shape.documents + 1,), longest)}
+            most.append(int((lengths > 0).sum()))
+        assert shapes == {((budget,), (budget,), (budget,), (shape.documents + 1,), high)}
+    assert shape.documents == max(most)
 
 
 @pytest.mark.parametrize("shape", [(20, 9, 9), (40, 3, 16), (40, 9, 15)])

@@ -1,5 +1,6 @@
 """Predicted and measured time and memory of a step: what is counted, and where it is put."""
 
+import gzip
 import json
 import os
 import time
@@ -212,7 +213,7 @@ def test_script_leaves_what_it_says(tmp_path):
                       "--init", "random", "--device", "cpu", "--dtype", "float32",
                       "--batch-tokens", 256, "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    trace = json.loads((tmp_path / "out" / "trace.json").read_text(encoding="utf-8"))
+    trace = json.loads(gzip.decompress((tmp_path / "out" / "trace.json.gz").read_bytes()))
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"step", "forward", "loss", "backward", "optimizer"} <= names
     figures = json.loads((tmp_path / "out" / "profile.json").read_text(encoding="utf-8"))
@@ -220,7 +221,7 @@ def test_script_leaves_what_it_says(tmp_path):
     predicted, measured = (sum(figures[key].values())
                            for key in ("predicted_bytes", "measured_bytes"))
     assert predicted == pytest.approx(measured, rel=0.1)
-    for words in ("GFLOP/s in a large float32 product", "explained", "trace.json: the timeline",
+    for words in ("GFLOP/s in a large float32 product", "explained", "trace.json.gz: the timeline",
                   "perfetto", *buckets.BUCKETS, *anatomy.CATEGORIES):
         assert words in done.stdout
     assert os.listdir(tmp_path / "out") and "snapshot" not in done.stdout

@@ -39,8 +39,8 @@ BUGS = [
          "targets = counts[0].item() * ranks.world_size\n"
          "            tokens = distributed.all_sum(counts)[1].item()")]),
     (4, "the norm is added up over the ranks twice", [
-        (CH1, "norm = distributed.full_tensor(norm).item()",
-         "norm = distributed.all_sum(distributed.full_tensor(norm)).item()")]),
+        (CH1, "norm = distributed.full_tensor(norm)",
+         "norm = distributed.all_sum(distributed.full_tensor(norm))")]),
     (5, "attention crosses documents", [
         ("chapter-01/modeling_qwen3.py", "lengths = cu_seqlens.diff().tolist()",
          "lengths = [len(q)]")]),

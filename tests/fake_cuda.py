@@ -1,0 +1,338 @@
+"""The CUDA branch without a GPU: fake tensors on "cuda" through whole training steps.
+
+    python tests/fake_cuda.py steps       every chapter and method, two layers, one line of JSON each
+    python tests/fake_cuda.py compiled    chapter 3 through torch.compile, as far as AOTAutograd
+    python tests/fake_cuda.py memory      Qwen3 at full depth: the predicted peak and the traced one
+
+Nothing is computed, but every operator is called: one that gets tensors of two devices or of dtypes
+that do not go together fails as on a GPU. test_cuda_branch.py reads the lines. It needs g++, once:
+autograd asks for a device guard, and fake_cuda.cpp has one that does nothing.
+
+Memory is the sum of the live storages, in the allocator's blocks of 512 bytes. What a kernel takes
+for itself (FlashAttention's float32 scratch, cuBLAS's workspace) is not in it.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import types
+import weakref
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MEMORY = 80 * 2**30  # bytes of the card that we play
+QUANTIZE = {"none": {"quantize": "none"}, "nf4": {"quantize": "nf4"},
+            "double": {"quantize": "nf4", "double_quant": True}}
+
+
+def before_torch():
+    """Compile fake_cuda.cpp for the torch that is installed, and load it; gives the library."""
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    library = Path(tempfile.mkdtemp()) / "fake_cuda.so"
+    subprocess.run(
+        ["g++", "-std=c++20", "-fPIC", "-shared", str(HERE / "fake_cuda.cpp"), "-o", str(library),
+         f"-I{torch}/include", f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-lc10", "-ltorch_cpu"],
+        check=True)
+    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+if __name__ == "__main__":
+    LIBRARY = before_torch()
+
+import torch
+from torch._dynamo.utils import counters
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from helpers import ROOT, _loaded, load
+
+from common import predict_memory
+from common.weights import read_config
+
+CUDA = torch.device("cuda")
+
+
+def after_torch():
+    """Have torch.cuda answer as if an H100 were there."""
+    LIBRARY.take_over()
+    properties = types.SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", total_memory=MEMORY, major=9, minor=0,
+        multi_processor_count=132)
+    for name, answer in {
+            "is_available": True, "is_initialized": True, "_lazy_init": None, "device_count": 1,
+            "current_device": 0, "get_device_name": properties.name, "synchronize": None,
+            "get_device_properties": properties, "get_device_capability": (9, 0),
+            "is_current_stream_capturing": False, "is_bf16_supported": True,
+            "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None}.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    fake_tensor.init_gpu_context = lambda *_: None
+
+
+class Trace(TorchDispatchMode):
+    """Live bytes on "cuda" and their peak, and which operators are called on another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak, self.elsewhere = set(), 0, 0, set()
+
+    @classmethod
+    def is_infra_mode(cls):  # or dynamo stands aside
+        return True
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key not in self.live:
+            self.live.add(key)
+            weakref.finalize(storage, self.drop, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def drop(self, key, size):
+        self.live.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        node = torch._C._current_autograd_node()
+        if function is torch.ops.aten.add.Tensor and not torch.is_grad_enabled() and node and (
+                "Compiled" not in node.name() and getattr(args[1], "shape", 0) == args[0].shape):
+            function = torch.ops.aten.add_.Tensor  # autograd adds fake gradients out of place
+        result = function(*args, **(kwargs or {}))
+        inputs, outputs = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+                           for tree in ((args, kwargs), result))
+        others = {t.device.type for t in (*inputs, *outputs) if t.ndim and t.numel()} - {"cuda"}
+        if others and not function.is_view and "prim" not in str(function):
+            self.elsewhere.add(str(function))
+        for tensor in outputs:
+            if tensor.device.type == "cuda":
+                self.add(tensor)
+        return result
+
+
+# --- a model, a pack, a step ---
+
+def to_cuda(module):
+    """The module with its parameters and buffers as fake tensors on "cuda", shared ones shared."""
+    made = {}
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, old in store.items():
+                if old is not None and id(old) not in made:
+                    new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=CUDA)
+                    if isinstance(old, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, old.requires_grad)
+                    made[id(old)] = new, old
+                store[name] = old if old is None else made[id(old)][0]
+    return module
+
+
+class Case:
+    """A chapter's model and step under a configuration; `run` gives what was seen of it."""
+
+    def __init__(self, chapter, method="full", quantize="none", checkpointing="none", compiled=False,
+                 model="qwen3-0.6b", layers=2, tokens=2048, dtype="bfloat16"):
+        self.chapter, self.tokens, self.compiled, self.grad_accum = chapter, tokens, compiled, 1
+        self.raw = dict(read_config(ROOT / "common/architectures" / model))
+        self.raw["num_hidden_layers"] = layers or self.raw["num_hidden_layers"]
+        self.files = {path.stem: load(path.relative_to(ROOT)) for path in
+                      sorted((ROOT / chapter).glob("*.py")) if path.stem in (
+                          "train", "packing", "modeling_qwen3", "modeling_llama", "lora",
+                          "quantized_model", "compiling", "loss")}
+        more = {} if chapter == "chapter-01" else {"method": method, "rank": 16, "alpha": 32.0}
+        if chapter == "chapter-03":
+            more |= {**QUANTIZE[quantize], "compile": compiled,
+                     "activation_checkpointing": checkpointing}
+        train = self.files["train"]
+        self.options = getattr(train, "Options", train.cli.Options)(
+            dtype=dtype, device="cuda", init="pretrained", batch_tokens=tokens, **more)
+
+    def build(self):
+        """The base model, shapes alone, and its adapter's config (or None)."""
+        options, files = self.options, self.files
+        if self.chapter == "chapter-01":
+            file = files["modeling_qwen3"]
+            with torch.device("meta"):
+                model = file.Qwen3ForCausalLM(file.Qwen3Config.from_dict(self.raw))
+            model.compute_dtype = getattr(torch, options.dtype)
+            return model, None
+        config = files["modeling_llama"].LlamaConfig.from_dict(self.raw)
+        none, adapter = (files["lora"].AdapterConfig(method, rank=16, alpha=32.0)
+                         for method in ("full", options.method))
+        return files["train"].build(config, options, none), adapter
+
+    def pack(self, step):
+        """A pack of documents of 2,048 tokens at most, of which `step` decides how many have labels;
+        of a fixed shape if it is to be compiled."""
+        packing, length = self.files["packing"], min(2048, self.tokens)
+        ids = torch.zeros(self.tokens // length, length, dtype=torch.int64)
+        examples = [(row, row.masked_fill(torch.arange(length) < 100 * step, -100)) for row in ids]
+        if self.compiled:
+            shape = packing.StaticShape(self.tokens, len(examples) + 2, length)
+            return packing.packed_sequence_collate_fn(examples, shape)
+        return packing.packed_sequence_collate_fn(examples)
+
+    def step(self, model, adapter, optimizer, pack, number):
+        """One optimizer step as the loop has it; gives what is wrong with the gradients."""
+        pack = {name: torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+                if torch.is_tensor(value) else value for name, value in pack.items()}
+        if self.chapter == "chapter-03":
+            loss = model(**pack)
+        else:
+            loss = self.files["train"].loss_sum(model, pack)
+        (loss / 100).backward()
+        wrong = [name for name, p in model.named_parameters() if p.requires_grad and (
+            p.grad is None or p.grad.dtype != p.dtype or p.grad.device != p.device)]
+        if adapter is not None:
+            self.files["lora"].before_step(model, adapter)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if adapter is not None:
+            self.files["lora"].after_step(model, adapter, number)
+        optimizer.zero_grad(set_to_none=True)
+        return wrong
+
+    def run(self):
+        """A few steps: gradients that are wrong, operators on another device, compiled graphs and
+        breaks; of the last step the peak of memory, and the predicted one."""
+        torch._dynamo.reset()
+        model, adapter = self.build()
+        packs = [self.pack(1), self.pack(0)]  # the larger one last
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            to_cuda(model)
+            groups = [{"params": list(model.parameters())}]
+            if adapter is not None:
+                self.files["lora"].apply_adapter(model, adapter)
+                groups = self.files["lora"].optimizer_groups(model, adapter, 1e-4, 0.1)
+            optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+            if self.compiled:
+                sys.modules.update(_loaded[ROOT / self.chapter])  # the compiler imports them by name
+                self.files["compiling"].compile_model(model, as_far_as_autograd)
+            counters.clear()
+            with Trace() as trace:
+                for tensor in (*model.parameters(), *model.buffers()):
+                    trace.add(tensor)
+                wrong = []
+                for number, pack in enumerate([*packs, packs[-1]][:2 + self.compiled], 1):
+                    if number == 3:  # one kernel, which has nothing of its own in memory
+                        model.softmax = lambda *_: torch.zeros((), device=CUDA)
+                    trace.peak = trace.now
+                    wrong += self.step(model, adapter, optimizer, pack, number)
+        predicted = predict_memory.memory(
+            model, self.tokens, getattr(torch, self.options.dtype), compiled=self.compiled,
+            chunk=model.chunk if self.chapter == "chapter-03" else None, kernel_joins=True,
+            checkpointing=getattr(self.options, "activation_checkpointing", "none"))
+        return {"wrong": wrong, "elsewhere": sorted(trace.elsewhere), "peak": trace.peak,
+                "predicted": sum(predicted.values()), "graphs": counters["stats"]["unique_graphs"],
+                "breaks": sum(counters["graph_break"].values())}
+
+
+def as_far_as_autograd(graph, inputs):
+    """torch.compile's backend: traced, differentiated and cut in two as Inductor has it, what may
+    be done in place done so, then run operator by operator."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
+    from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
+
+    def boxed(module, inputs):
+        reinplace_inplaceable_ops_core(module.graph)
+        decompose_auto_functionalized(module.graph)
+        module.recompile()
+        return make_boxed_func(module)
+
+    return aot_autograd(fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed,
+                        decompositions=select_decomp_table(), keep_inference_input_mutations=True,
+                        partition_fn=min_cut_rematerialization_partition)(graph, inputs)
+
+
+# --- what is run ---
+
+METHODS = ("full", "lora", "rslora", "dora", "vera", "pissa", "lora+", "lora-fa", "delta-lora")
+MODES = ("none", "full", "selective")
+STEPS = {"chapter 1": ("chapter-01",),
+         **{f"chapter 2, {method}": ("chapter-02", method) for method in METHODS},
+         **{f"chapter 3, dense, {mode}": ("chapter-03", "full", "none", mode) for mode in MODES},
+         **{f"chapter 3, lora on {base}, {mode}": ("chapter-03", "lora", base, mode)
+            for base in QUANTIZE for mode in MODES},
+         "chapter 3, dora on double, selective": ("chapter-03", "dora", "double", "selective")}
+COMPILED = {f"{name}, compiled": (*case, True) for name, case in STEPS.items()
+            if name.startswith("chapter 3")}
+COMPILED |= {f"chapter 3, {method}, compiled": ("chapter-03", method, "none", "none", True)
+             for method in ("vera", "lora-fa")}
+WHOLE = {  # row of chapter 3's table, of Qwen3-0.6B: its case
+    "chapter 1": ("chapter-01",), "chapter 2, LoRA": ("chapter-02", "lora"),
+    "chapter 3, dense": ("chapter-03",),
+    "chapter 3, dense, compiled": ("chapter-03", "full", "none", "none", True),
+    "chapter 3, LoRA": ("chapter-03", "lora"), "chapter 3, QLoRA": ("chapter-03", "lora", "double")}
+EIGHT_BILLION = "Qwen3-8B, QLoRA, full checkpointing"
+
+
+def cases(kind):
+    """(name, Case) of everything of a kind."""
+    if kind != "memory":
+        for name, case in {"steps": STEPS, "compiled": COMPILED}[kind].items():
+            yield name, Case(*case)
+        return
+    for tokens in (2048, 16384):
+        for name, case in WHOLE.items():
+            yield f"{name}, {tokens} tokens", Case(*case, layers=None, tokens=tokens)
+    # Of 2,048 tokens only: where a layer at work decides, what fake tensors make of SiLU's backward
+    # (eight operators, where a GPU has one) takes more than the real thing.
+    yield f"{EIGHT_BILLION}, 2048 tokens", Case(
+        "chapter-03", "lora", "double", "full", model="qwen3-8b", layers=None)
+
+
+def loss_memory(T=4096, V=151_936, D=1024):
+    """Bytes above inputs and gradients of the plain loss, the chunked one, and that with its softmax
+    compiled to one kernel."""
+    loss = load("chapter-03/loss.py")
+
+    def plain(hidden, weight, labels, labelled):
+        logits = hidden @ weight.to(hidden.dtype).t()
+        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def chunked(*inputs, softmax=None):
+        hidden, weight, labels, labelled = inputs
+        return loss.chunked_cross_entropy(
+            hidden, weight, labels, loss.chunk_for(V, CUDA), labelled, softmax)
+
+    found = {}
+    for name, function in {"plain": plain, "chunked": chunked, "compiled": lambda *inputs: chunked(
+            *inputs, softmax=lambda *_: torch.zeros((), device=CUDA))}.items():
+        with FakeTensorMode():
+            hidden = torch.empty(T, D, dtype=torch.bfloat16, device=CUDA, requires_grad=True)
+            weight = torch.empty(V, D, device=CUDA, requires_grad=True)
+            labels, labelled = torch.empty(2, T, dtype=torch.int64, device=CUDA)
+            with Trace() as trace:
+                for tensor in (hidden, weight, labels):
+                    trace.add(tensor)
+                inputs = trace.now
+                (function(hidden, weight, labels, labelled) / T).backward()
+        found[name] = trace.peak - inputs - hidden.nbytes - weight.nbytes
+    return found
+
+
+def main():
+    after_torch()
+    if sys.argv[1] == "memory":
+        print(json.dumps({"case": "loss", **loss_memory()}), flush=True)
+    for name, case in cases(sys.argv[1]):
+        try:
+            found = case.run()
+        except Exception as error:  # told by the test of that name
+            found = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"case": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The CUDA branch on fake tensors: what tests/fake_cuda.py says of each case (see there)."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import fake_cuda
+import pytest
+import torch
+from helpers import ROOT, load
+from torch.nn import functional as F
+
+LORA_FA = {"aten._to_copy.default", "aten.div.Tensor", "aten.linalg_pinv.atol_rtol_tensor",
+           "aten.mm.default"}  # (A Aᵀ)⁻¹, once in a run, in float64
+
+
+@pytest.fixture(scope="module")
+def found():
+    """{case: what was seen}, of three processes at once."""
+    if shutil.which("g++") is None:
+        pytest.skip("the stand-in for CUDA has to be compiled, and no g++ is here")
+    started = [subprocess.Popen([sys.executable, ROOT / "tests/fake_cuda.py", kind], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for kind in ("memory", "compiled", "steps")]
+    lines = {}
+    for process in started:
+        printed, errors = process.communicate(timeout=800)
+        assert process.returncode == 0, errors[-2000:]
+        lines |= {line.pop("case"): line for line in map(json.loads, printed.splitlines())}
+    return lines
+
+
+@pytest.mark.parametrize("name", [*fake_cuda.STEPS, *fake_cuda.COMPILED])
+def test_step(name, found):
+    """No error (as of two devices, or dtypes that do not go together), every gradient there, of its
+    parameter's dtype and device, nothing computed elsewhere; compiled, one graph for a layer, one
+    for the first layer above a frozen embedding, one for the loss with any number of labels."""
+    step = found[name]
+    assert "error" not in step, step["error"]
+    assert step["wrong"] == []
+    assert set(step["elsewhere"]) == (LORA_FA if "lora-fa" in name else set())
+    dense = name in ("chapter 1", "chapter 2, full") or "dense" in name
+    assert step["breaks"] == 0
+    assert step["graphs"] == ((2 if dense else 3) if name in fake_cuda.COMPILED else 0)
+    assert step["predicted"] == pytest.approx(step["peak"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", [*fake_cuda.WHOLE, fake_cuda.EIGHT_BILLION])
+def test_memory_of_the_whole_model_is_the_predicted_one(name, found):
+    """Within 1 %; and chapter 3's README has these figures."""
+    readme = (ROOT / "chapter-03" / "README.md").read_text(encoding="utf-8")
+    cells = re.search(rf"^\| {re.escape(name)} \|(.*)\|$", readme, re.MULTILINE)[1].split("|")
+    for tokens, cell in zip((2048, 16384), cells, strict=True):
+        if name == fake_cuda.EIGHT_BILLION and tokens == 16384:
+            continue
+        memory = found[f"{name}, {tokens} tokens"]
+        assert "error" not in memory, memory["error"]
+        assert memory["predicted"] == pytest.approx(memory["peak"], rel=0.01)
+        shown = [float(number) for number in re.findall(r"[\d.]+", cell)]
+        assert shown == pytest.approx([memory["predicted"] / 1e9, memory["peak"] / 1e9], abs=0.006)
+
+
+def test_memory_of_the_loss(found):
+    """Above inputs and gradients: the target of 15 % of the plain loss's."""
+    loss = found["loss"]
+    assert loss["compiled"] < loss["chunked"] <= 0.15 * loss["plain"]
+
+
+@pytest.mark.parametrize("file, name", [
+    ("chapter-01/modeling_qwen3.py", "varlen_attention"),
+    ("chapter-02/modeling_llama.py", "varlen_attention"),
+    ("chapter-03/ladder.py", "sliced_attention")])
+def test_float32_attention_on_cuda_gets_as_many_key_heads_as_query_heads(file, name, monkeypatch):
+    """With fewer, PyTorch takes the kernel that keeps all of S² in memory."""
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    attention = getattr(load(file), name)
+    q, k, v = (torch.randn(30, heads, 8) for heads in (6, 2, 2))
+    rest = torch.tensor([0, 11, 30], dtype=torch.int32), 19
+    expected, kernel, seen = attention(q, k, v, *rest), F.scaled_dot_product_attention, []
+
+    def watched(q, k, v, **options):
+        seen.append((q.shape, k.shape, v.shape))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    found = attention(*(x.as_subclass(OnCuda) for x in (q, k, v)), *rest)
+    assert len(seen) == 2 and all(q == k == v for q, k, v in seen)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
