@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from common.errors import UserError, printable
-from common.guard import out_of_memory
+from common.errors import UserError, out_of_memory, printable
 
 
 def option(default, text, kind=str, choices=None, least=None, many=False, result=True):
@@ -191,6 +190,9 @@ def choose_device(name):
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device cpu")
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # read when the first memory is taken
+    if name == "cuda" and not any(map(os.environ.get, names)):
+        os.environ[names[0]] = "expandable_segments:True"  # packs of many sizes leave fewer gaps
     return torch.device(name)
 
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from common.errors import UserError
+from common.errors import UserError, out_of_memory
 
 # How long a rank waits for the others. Rank 0 writes checkpoints while they wait, so not seconds.
 TIMEOUT_SECONDS = 1800
@@ -237,9 +237,9 @@ def _plain_words(doing):
     """A collective fails when another rank is gone or stuck: say so, ahead of PyTorch's words."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, and the caller's to explain
-        raise
     except RuntimeError as error:  # torch.distributed.DistError is one
+        if out_of_memory(error):  # the caller's to explain
+            raise
         rank = os.environ.get("RANK", "?")
         raise UserError(
             f"rank {rank}: another rank has ended or does not answer ({doing}); its own message,"

@@ -1,7 +1,9 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; and how others say that memory is out."""
 
+import re
 from contextlib import contextmanager
 
+import torch
 
 LONGEST = 2000  # characters of a message
 
@@ -42,3 +44,12 @@ def named(place):
         yield
     except ValueError as error:
         raise UserError(f"{place}: {error}") from error
+
+
+def out_of_memory(error):
+    """True if this exception is one of those by which Python, PyTorch, CUDA and its libraries (cuBLAS
+    for its workspace, NCCL) say so."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = "out of memory|_ALLOC_FAILED|can't allocate memory"  # the last one on a CPU
+    return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))

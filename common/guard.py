@@ -10,8 +10,6 @@ import os
 import signal
 import time
 
-import torch
-
 from common.errors import UserError
 from common.metrics import readable_bytes
 from common.tensor_files import is_writer
@@ -126,12 +124,6 @@ class LossSpikes:
         self.mean += share * difference
         self.variance = (1 - share) * (self.variance + share * difference**2)
         return spike
-
-
-def out_of_memory(error):
-    """True if this exception is one of those by which Python and PyTorch say so."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # on a CPU
 
 
 def out_of_memory_advice(error, options, predicted=None):

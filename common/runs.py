@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint, distributed, guard, weights
-from common.errors import UserError
+from common.errors import UserError, out_of_memory
 from common.manifest import MARK
 
 
@@ -80,6 +80,6 @@ def memory_advice(options, predicted):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not guard.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise UserError(guard.out_of_memory_advice(error, options, predicted)) from error

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from common.errors import UserError
+from common.errors import UserError, out_of_memory
 from common.guard import LossSpikes, NonFinite, Signals, out_of_memory_advice
 
 
@@ -149,6 +149,20 @@ OOM = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 def options(batch_tokens=16384, grad_accum=2, max_seq_len=2048):
     return types.SimpleNamespace(
         batch_tokens=batch_tokens, grad_accum=grad_accum, max_seq_len=max_seq_len)
+
+
+@pytest.mark.parametrize("error, is_it", [
+    (torch.OutOfMemoryError(OOM), True),
+    (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be ...", 2), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), True),
+    (MemoryError(), True),
+    (torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700), False),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+    (ValueError("out of memory"), False)])
+def test_whatever_says_that_memory_is_out(error, is_it):
+    assert out_of_memory(error) is is_it
 
 
 def test_advice_keeps_the_tokens_of_a_step():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import refused
 from helpers import ROOT, load
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -307,6 +308,74 @@ def test_savings_of_checkpointing_chunked_loss_and_ranks():
     for name in ("weights", "optimizer moments"):
         assert shared[name] == plain[name] // 8
     assert plain["weights"] == 4 * 596_049_920 and plain["optimizer moments"] == 8 * 596_049_920
+
+
+# --- packs as large as a GPU has room for ---
+
+def gpu_run(chapter, **options):
+    """(options of a run of Qwen3-0.6B on a GPU, the model's shapes, the chunk of the loss)."""
+    train = load(f"chapter-0{chapter}/train.py")
+    kind = train.Options if chapter > 1 else train.cli.Options
+    run = kind(dtype="bfloat16", device="cuda", init="pretrained", **options)
+    if chapter == 1:
+        return run, built_in("qwen3-0.6b", 1), None
+    run.rank, run.alpha = 16, 32.0
+    lora, config = load(f"chapter-0{chapter}/lora.py"), built_in("qwen3-0.6b", chapter).config
+    model = train.build(config, run, lora.AdapterConfig(run.method, rank=16, alpha=32.0))
+    return run, model, model.chunk if chapter == 3 else None
+
+
+def a_card_of(gigabytes, monkeypatch):
+    """torch.cuda says that there is one; not all of its memory is PyTorch's to have."""
+    total = int(0.99 * gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=total))
+    return total
+
+
+@pytest.mark.parametrize("chapter, options, tokens", [  # on 16, 24, 40 and 80 GB; 0: not at all
+    (1, {}, (0, 2048, 4096, 16384)),
+    (2, {}, (2048, 4096, 8192, 16384)),
+    (3, {}, (4096, 8192, 16384, 16384)),
+    (3, {"method": "full", "quantize": "none"}, (0, 4096, 8192, 16384)),
+    (3, {"method": "full", "quantize": "none", "compile": True}, (2048, 4096, 16384, 16384)),
+    (3, {"method": "full", "quantize": "none", "activation_checkpointing": "full"}, (16384,) * 4),
+    (3, {"grad_accum": 3}, (4096, 8192, 16384, 16384))], ids=str)
+def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypatch):
+    for gigabytes, expected in zip((16, 24, 40, 80), tokens, strict=True):
+        total, said = a_card_of(gigabytes, monkeypatch), []
+        run, model, chunk = gpu_run(chapter, **options)
+        accumulate = run.grad_accum
+        if not expected:
+            with refused("packs of 2048 tokens need", "chapter 3 needs less", "--batch-tokens",
+                         "--activation-checkpointing full"):
+                predict.fit_batch(run, model, chunk)
+            continue
+        predict.fit_batch(run, model, chunk, said.append)
+        assert run.batch_tokens == expected
+        assert run.batch_tokens * run.grad_accum == 16384 * accumulate
+        assert f"--batch-tokens {expected} --grad-accum {run.grad_accum}: pred" in said[0]
+        for larger in (1, 2):
+            peak = sum(predict_memory.memory(
+                model, larger * expected, torch.bfloat16, chunk=chunk, kernel_joins=True,
+                grad_accum=run.grad_accum // larger, compiled=getattr(run, "compile", False),
+                checkpointing=getattr(run, "activation_checkpointing", "none")).values())
+            assert (peak <= 0.85 * total) == (larger == 1) or larger * expected > 16384
+
+
+def test_what_was_typed_and_long_documents_are_left_alone(monkeypatch):
+    a_card_of(24, monkeypatch)
+    run, model, _ = gpu_run(1, batch_tokens=16384, grad_accum=2)
+    predict.fit_batch(run, model, say=pytest.fail)
+    assert (run.batch_tokens, run.grad_accum) == (16384, 2)
+    # Documents of 5,000 tokens may come: a pack of 4,096 would cut them.
+    run, model, chunk = gpu_run(3, max_seq_len=5000)
+    predict.fit_batch(run, model, chunk, lambda text: None)
+    assert run.batch_tokens == 8192
+    a_card_of(16, monkeypatch)
+    run, model, chunk = gpu_run(3, max_seq_len=5000)
+    with refused("packs of 8192 tokens need", "--max-seq-len"):
+        predict.fit_batch(run, model, chunk)
 
 
 # --- the rest ---
