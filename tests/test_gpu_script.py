@@ -1,42 +1,102 @@
 """The script for a GPU runs on a CPU at tiny sizes, so it is not dead code."""
 
 import json
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import load
+from helpers import ROOT, load
 
 
-def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
+TINY = ["--device", "cpu", "--size", "tiny", "--backend", "eager", "--steps", "2"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu.py"])
+    return load("tests/bench/gpu.py")
+
+
+def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys, gpu):
     out = tmp_path / "gpu.json"
-    code = load("tests/bench/gpu.py").main([
-        "--device", "cpu", "--size", "tiny", "--backend", "eager", "--steps", "2",
-        "--out", str(out)])
+    code = gpu.main([*TINY, "--out", str(out)])
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
-    wrong = [check for check in found["checks"] if not check["good"]]
+    wrong = [row for row in found["rows"] if row[-1] in ("WRONG", "FAILED")]
     assert code == 0 and not wrong, wrong
-    assert len(found["checks"]) > 20
+    assert sum(row[-1] == "ok" for row in found["rows"]) > 25
     # What a GPU is needed for is "not measured"; what a CPU can tell is told.
-    verdicts = {what: verdict for what, _, _, verdict in found["rows"]}
+    verdicts = {what: verdict for _, what, _, _, verdict in found["rows"]}
     assert verdicts["QLoRA step / LoRA step"] == "not measured"
     assert verdicts["graph breaks, recompilations over 50 packs"] == "met"
+    assert verdicts["compiled loss / eager loss"] == "met"
     for what in verdicts:
         assert what in printed
+    for kind in ("dense", "lora", "qlora", "chapter 1"):
+        assert found["figures"][kind]["tokens_per_second"] > 0
+    assert list(tmp_path.iterdir()) == [out]
 
 
-def test_the_reports_that_follow_take_these_arguments(monkeypatch):
-    """A GPU's minutes are dear: a misspelt option would be found only there."""
-    monkeypatch.setattr("sys.argv", ["gpu.py"])
-    options = SimpleNamespace(device=torch.device("cpu"))
-    commands = list(load("tests/bench/gpu.py").reports(options))
-    assert len(commands) == 4
-    for script, arguments in commands:
+def test_a_part_that_fails_costs_no_other(tmp_path, monkeypatch, gpu):
+    def part(options, figures):
+        yield "first", "1", "1", "met"
+        raise torch.OutOfMemoryError("no memory\nin a long message")
+
+    monkeypatch.setitem(gpu.PARTS, "loss", part)
+    out = tmp_path / "gpu.json"
+    assert gpu.main([*TINY, "--part", "loss", "attention", "--out", str(out)]) == 1
+    found = json.loads(out.read_text())
+    assert [row[:2] for row in found["rows"][-2:]] == [["loss", "first"], ["loss", "loss"]]
+    assert found["rows"][-1][2:] == ["OutOfMemoryError: no memory", "", "FAILED"]
+    assert "in a long message" in found["figures"]["loss: error"]
+    assert found["rows"][0][0] == "attention" and found["rows"][0][-1] == "ok"  # in its own order
+
+
+def test_killed_half_way_it_leaves_the_rows_so_far(tmp_path):
+    out = tmp_path / "gpu.json"
+    run = subprocess.Popen([sys.executable, ROOT / "tests/bench/gpu.py", *TINY, "--out", out],
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not out.exists() or len(json.loads(out.read_text())["rows"]) < 3:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        run.kill()
+        run.wait()
+    found = json.loads(out.read_text())
+    assert len(found["rows"]) >= 3 and found["command"] and found["versions"]["torch"]
+
+
+def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkeypatch, gpu):
+    """A GPU's minutes are dear: a misspelt option would be found only there, and what lies deep
+    or is large does not come back."""
+    options = SimpleNamespace(device=torch.device("cpu"), size="full", left=lambda: 60,
+                              out=str(tmp_path / "gpu.json"))
+    commands = list(gpu.reports(options))
+    assert [name for name, *_ in commands] == ["profile", "profile-qlora", "ladder"]
+    for _, script, arguments in commands:
         module = load(script)
-        kind = module.LadderOptions if "ladder" in script else module.Options
+        kind = module.LadderOptions if "ladder" in script else module.ProfileOptions
         kind(**module.cli.read_flags(kind, "", arguments))
+
+    monkeypatch.setattr(gpu, "reports", lambda options: [
+        ("profile", "chapter-03/profile_step.py", [
+            "--model", "tiny", "--data", "virtual", "--device", "cpu", "--batch-tokens", "128"]),
+        ("ladder", "chapter-03/ladder.py", [
+            "--size", "tiny", "--first", "LoRA", "--steps", "1", "--device", "cpu",
+            "--no-compile"])])
+    figures, rows = {}, []
+    for name in ("profile", "ladder"):
+        rows += gpu.PARTS[name](options, figures)
+    assert [row[-1] for row in rows] == ["met", "met"], figures
+    assert "explained" in figures["profile"]["text"] and "| QLoRA |" in figures["ladder"]["text"]
+    assert figures["profile"]["files"]["profile.json"]["tokens"] > 0
+    assert "10-QLoRA.json" in figures["ladder"]["files"]
+    assert [file.name for file in tmp_path.iterdir()] == ["profile-trace.json.gz"]
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):

@@ -20,6 +20,7 @@ from helpers import ROOT, load
 
 from common import weights
 
+CPU = torch.device("cpu")
 WARM = 3  # first steps, with what is compiled and allocated in them: not timed
 LORA = {"rank": 16, "alpha": 32.0}
 # Qwen3-0.6B's proportions (F = 3D, H·d = 2D, K = H/2). "0.6b-layers" is a seventh of the real
@@ -108,7 +109,13 @@ def ours(chapter, kind, folder, dtype, shape=None, adapters=None):
 
 # --- peers ---
 
-def transformers_model(kind, folder, dtype, adapters, pure):
+def attention_of(device):
+    """transformers' fastest attention that is installed."""
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def transformers_model(kind, folder, dtype, adapters, pure, device=CPU):
     """transformers' model: float32 masters, or a frozen base in `dtype` or 4 bits under PEFT."""
     from transformers import AutoModelForCausalLM
 
@@ -117,10 +124,12 @@ def transformers_model(kind, folder, dtype, adapters, pure):
     if kind == "qlora":
         from transformers import BitsAndBytesConfig
 
-        extra = {"device_map": "cpu", "quantization_config": BitsAndBytesConfig(
+        extra = {"device_map": device.type, "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=stored, attn_implementation="sdpa", **extra)
+        folder, dtype=stored, attn_implementation=attention_of(device), **extra)
+    if kind != "qlora":  # that one is there already
+        model.to(device)
     model.config.use_cache = False
     if kind != "dense":
         from peft import LoraConfig, get_peft_model
@@ -133,13 +142,14 @@ def transformers_model(kind, folder, dtype, adapters, pure):
     return model.train()
 
 
-def peer(name, kind, folder, dtype, adapters, padded=False, pure=False, needs=("transformers",)):
+def peer(name, kind, folder, dtype, adapters, padded=False, pure=False, needs=("transformers",),
+         device=CPU):
     """A row of transformers in a plain loop, or why there is none. `pure`: no float32 masters."""
     absent = [package for package in needs if importlib.util.find_spec(package) is None]
     if absent:
         return Row(name, False, missing=f"not installed: {', '.join(absent)}")
     try:
-        model = transformers_model(kind, folder, dtype, adapters, pure)
+        model = transformers_model(kind, folder, dtype, adapters, pure, device)
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
         return Row(name, False, missing=f"does not run here: {str(error).splitlines()[0][:90]}")
     pad, packing = torch.nn.utils.rnn.pad_sequence, load("chapter-01/packing.py")
@@ -157,7 +167,8 @@ def peer(name, kind, folder, dtype, adapters, padded=False, pure=False, needs=("
 
     def loss(documents, targets):
         fields, labels = inputs_of(documents)
-        mixed = torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not pure)
+        fields, labels = {n: t.to(device) for n, t in fields.items()}, labels.to(device)
+        mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not pure)
         with mixed:
             logits = model(**fields, use_cache=False).logits.flatten(0, 1)
         return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum") / targets
@@ -165,8 +176,9 @@ def peer(name, kind, folder, dtype, adapters, padded=False, pure=False, needs=("
     return Row(name, False, model, loss, same=not pure)
 
 
-def trl_row(folder, documents, options):
-    """TRL's SFTTrainer on the same documents, in its own loop and packing: not interleaved."""
+def trl_row(folder, documents, options, tokens=None, device=CPU):
+    """TRL's SFTTrainer on the same documents, in its own loop and packing: not interleaved. A step
+    has `tokens`, else those of options.size."""
     name = "TRL SFTTrainer, packed (own loop, afterwards)"
     absent = [p for p in ("trl", "datasets") if importlib.util.find_spec(p) is None]
     if absent:
@@ -186,13 +198,15 @@ def trl_row(folder, documents, options):
         eos_token="<|im_end|>", pad_token="<|endoftext|>")
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
-            output_dir=scratch, max_steps=WARM + options.steps, use_cpu=True, packing=True,
-            bf16=options.dtype == "bfloat16", max_length=SIZES[options.size][0],
+            output_dir=scratch, max_steps=WARM + options.steps, packing=True,
+            use_cpu=device.type == "cpu", bf16=options.dtype == "bfloat16",
+            max_length=tokens or SIZES[options.size][0],
             per_device_train_batch_size=1, gradient_accumulation_steps=1, optim="adamw_torch_fused",
-            gradient_checkpointing=False, learning_rate=options.lr, report_to=[], disable_tqdm=True,
+            gradient_checkpointing=False, learning_rate=3e-4, report_to=[], disable_tqdm=True,
             save_strategy="no", logging_strategy="no", dataloader_pin_memory=False, seed=0)
         trainer = SFTTrainer(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), arguments,
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention_of(device)), arguments,
             train_dataset=Dataset.from_dict({"input_ids": [ids.tolist() for ids, _ in documents]}),
             processing_class=tokenizer, callbacks=[Clock()])
         rows = trainer.train_dataset["input_ids"]

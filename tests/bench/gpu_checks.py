@@ -5,6 +5,7 @@ So the checks mean something on a CPU too.
 """
 
 import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -46,13 +47,14 @@ def on(device, pack):
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in pack.items()}
 
 
-def logits_and_gradients(model, examples, device):
-    """(logits (T, V) float32, {name: gradient}) of a pack of `examples`, on the CPU."""
+def logits_and_gradients(model, examples, device, shape=None):
+    """(logits (T, V) float32, {name: gradient}) of a pack of `examples`, on the CPU. With a
+    StaticShape the pack has padding and empty documents too, whose logits are left out."""
     model.zero_grad(set_to_none=True)
-    pack = on(device, packing.packed_sequence_collate_fn(examples))
+    pack = on(device, packing.packed_sequence_collate_fn(examples, shape))
     inputs = {k: v for k, v in pack.items() if k != "labels"}
     with torch.no_grad():
-        logits = model(**inputs).float().cpu()
+        logits = model(**inputs).float().cpu()[:sum(len(ids) for ids, _ in examples)]
     model(**pack).backward()
     return logits, {n: p.grad.float().cpu() for n, p in model.named_parameters()
                     if p.grad is not None}
@@ -86,8 +88,11 @@ def models(device, dtype):
         if lengths == [1]:
             continue  # one token has no target; it counts among others
         examples = documents_of(lengths)
-        found, wanted = logits_and_gradients(there, examples, device), alone(reference, examples)
-        errors.append([distance(a, b) for a, b in zip(found, wanted)])
+        wanted = alone(reference, examples)
+        filled = packing.StaticShape(sum(lengths) + 37, len(lengths) + 5, max(lengths))
+        for shape in (None, filled):
+            found = logits_and_gradients(there, examples, device, shape)
+            errors.append([distance(a, b) for a, b in zip(found, wanted)])
     limits = (1e-5, 1e-4) if dtype == torch.float32 else (3e-2, 6e-2)
     name = str(dtype).removeprefix("torch.")
     for what, worst, limit in zip(("logits", "gradients"), map(max, zip(*errors)), limits):
@@ -110,32 +115,54 @@ def isolation(device, dtype):
         float((logits[0].float() - logits[1].float()).abs().max()), 0.0
 
 
-def chunked_loss(device, dtype):
+def chunked_loss(device, dtype, softmax=None, how="chunked"):
     """The loss against float64 on the same rounded logits; gradients against float64's."""
     torch.manual_seed(1)
     hidden = torch.randn(700, 64, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(1003, 64, device=device) * 0.1).requires_grad_()
     labels = torch.randint(0, 1003, (700,), device=device)
     labels[::5] = -100
-    loss = loss_module.chunked_cross_entropy(hidden, weight, labels, 256)
+    rows = (labels >= 0).nonzero()[:, 0]
+    loss = loss_module.chunked_cross_entropy(hidden, weight, labels, 256, rows, softmax)
     (loss / 560).backward()
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight.to(dtype))]
     logits = exact[0] @ exact[1].t()
     (F.cross_entropy(logits, labels, reduction="sum") / 560).backward()
-    rounded = torch.tensor(0.0, dtype=torch.float64, device=device)
-    rows = (labels >= 0).nonzero()[:, 0] if device.type == "cpu" else torch.arange(
-        700, device=device)
-    parts = -(-len(rows) // 256)
+    rounded, parts = torch.zeros((), dtype=torch.float64, device=device), -(-len(rows) // 256)
     with torch.no_grad():
         for i in range(parts):  # the same pieces, so that the same products are rounded
             part = rows[len(rows) * i // parts:len(rows) * (i + 1) // parts]
             product = hidden[part] @ weight.to(dtype).t()
             rounded += F.cross_entropy(product.double(), labels[part], reduction="sum")
     name = str(dtype).removeprefix("torch.")
-    yield f"{name} chunked loss, against float64", abs(loss.item() / rounded.item() - 1), 1e-6
+    yield f"{name} {how} loss, against float64", abs(loss.item() / rounded.item() - 1), 1e-6
     limit = 1e-5 if dtype == torch.float32 else 1e-2
-    yield f"{name} chunked loss, its gradients", max(
+    yield f"{name} {how} loss, its gradients", max(
         distance(hidden.grad, exact[0].grad), distance(weight.grad, exact[1].grad)), limit
+
+
+def compiled(device, backend):
+    """Layers with adapters and the loss, compiled."""
+    settings = {"backend": backend, "fullgraph": True, "dynamic": False}
+    softmax = functools.partial(loss_module.softmax_at_once_,
+                                compiled=torch.compile(loss_module.softmax_, **settings))
+    yield from chunked_loss(device, torch.bfloat16, softmax, "compiled")
+    reference = small_model()
+    lora.apply_adapter(reference, lora.AdapterConfig(rank=4, alpha=8.0))
+    random = torch.Generator().manual_seed(3)
+    for parameter in reference.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=random)
+    model = copy.deepcopy(reference).to(device)
+    model.compute_dtype = torch.bfloat16
+    compile_model(model, backend)
+    errors = []
+    for lengths in ([70, 30, 9], [50, 50, 1, 9], [128]):
+        examples, shape = documents_of(lengths), packing.StaticShape(128, 8, 128)
+        found = logits_and_gradients(model, examples, device, shape)
+        errors.append([distance(a, b) for a, b in zip(found, alone(reference, examples))])
+    for what, worst, limit in zip(("logits", "gradients"), map(max, zip(*errors)), (3e-2, 6e-2)):
+        yield f"bfloat16 compiled LoRA, {what}, 3 packs, against the CPU's of documents alone", \
+            worst, limit
 
 
 def four_bits(device):
@@ -177,12 +204,18 @@ def adapters(device):
             distance(a, b) for a, b in zip(found, wanted)), 1e-4
 
 
-def all_checks(device):
-    """Every check, one after another."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for dtype in (torch.float32, torch.bfloat16):
-        yield from models(device, dtype)
-        yield from chunked_loss(device, dtype)
+def first_checks(device, backend):
+    """What everything else rests on, in a quarter of a minute."""
+    yield from models(device, torch.bfloat16)
     yield from isolation(device, torch.bfloat16)
+    yield from chunked_loss(device, torch.bfloat16)
+
+
+def other_checks(device, backend):
+    """The rest."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield from compiled(device, backend)
+    yield from models(device, torch.float32)
+    yield from chunked_loss(device, torch.float32)
     yield from four_bits(device)
     yield from adapters(device)

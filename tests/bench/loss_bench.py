@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "chapter-03"), str(Path(__file__).parents[2])]
-from loss import chunked_cross_entropy, softmax_, softmax_at_once_  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from helpers import load
 
-from common.memory import LivePeak  # noqa: E402
+from common.memory import LivePeak
+
+loss = load("chapter-03/loss.py")
+chunked_cross_entropy = loss.chunked_cross_entropy
 
 
 def plain_cross_entropy(hidden, weight, labels):
@@ -93,7 +96,7 @@ def main():
 
     contestants = {"plain": plain_cross_entropy, "chunked": chunked}
     if options.compile:  # of the chunked one its softmax is, as by train.py on a GPU
-        softmax = functools.partial(softmax_at_once_, compiled=torch.compile(softmax_))
+        softmax = functools.partial(loss.softmax_at_once_, compiled=torch.compile(loss.softmax_))
         contestants |= {
             "plain, compiled": torch.compile(plain_cross_entropy, fullgraph=True, dynamic=False),
             "chunked, compiled": lambda hidden, weight, labels: chunked_cross_entropy(

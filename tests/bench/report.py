@@ -109,6 +109,8 @@ def table(columns, rows):
 
 
 def write(path, figures):
-    """Write what was measured as JSON, if a path is given."""
+    """Write what was measured as JSON, if a path is given: a file is there whole, or as before."""
     if path:
-        Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        new = Path(f"{path}.tmp")
+        new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        os.replace(new, path)
