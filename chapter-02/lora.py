@@ -317,8 +317,7 @@ def device_of(base):
 
 def own_rows(tensor):
     """The rows of a parameter or gradient that this rank holds; all of it without FSDP2."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 # --- a model with adapters, from the start to the end of a training run ---
