@@ -111,8 +111,8 @@ def softmax_at_once_(logits, labels, gradient, compiled=None):
 
 
 def softmax_(logits, at_label, labels, gradient):
-    """`softmax_in_pieces_` in plain operations, of which a compiler makes one that passes twice over
-    the logits; at_label (C, 1) are those at the labels."""
+    """`softmax_in_pieces_` in plain operations, of which a compiler makes one kernel that reads the
+    logits twice; at_label (C, 1) are those at the labels."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     x = logits.to(wide)
     largest = x.amax(dim=1, keepdim=True)

@@ -52,8 +52,9 @@ def packed_sequence_collate_fn(examples, shape=None):
         cu_seqlens    (N+1,) int32  the running sum of lengths: document n is the tokens
                                     cu_seqlens[n] to cu_seqlens[n+1]
         max_seqlen    int           the longest document
-        labelled      (L,) int64    the positions that have a target: the loss needs no others,
+        labelled      (L,) int64    the positions that have a target: the loss looks at no others,
                                     and a GPU would have to be waited for to say which they are
+                                    (who changes the labels of a pack has to change this too)
 
     Three documents of 2, 1 and 3 tokens, all trained on:
 

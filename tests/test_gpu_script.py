@@ -78,6 +78,9 @@ def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkey
                               out=str(tmp_path / "gpu.json"))
     commands = list(gpu.reports(options))
     assert [name for name, *_ in commands] == ["profile", "profile-qlora", "ladder"]
+    # What is profiled is what the targets are for, and the naive rung would take the time of all.
+    assert all("--compile" in arguments for _, script, arguments in commands[:2])
+    assert commands[2][2][2:4] == ["--first", "packing"]
     for _, script, arguments in commands:
         module = load(script)
         kind = module.LadderOptions if "ladder" in script else module.ProfileOptions
@@ -97,6 +100,16 @@ def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkey
     assert figures["profile"]["files"]["profile.json"]["tokens"] > 0
     assert "10-QLoRA.json" in figures["ladder"]["files"]
     assert [file.name for file in tmp_path.iterdir()] == ["profile-trace.json.gz"]
+
+
+@pytest.mark.parametrize("card, goals", [
+    ("NVIDIA A100-SXM4-80GB", (40e3, 54e3, 30e3)), ("NVIDIA H200", (104e3, 140e3, 60e3)),
+    ("NVIDIA H100 80GB HBM3", (104e3, 140e3, 60e3)), ("NVIDIA H100 PCIe", (None, None, None)),
+    ("NVIDIA L4", (None, None, None))])
+def test_each_card_has_its_targets(card, goals, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    options = SimpleNamespace(device=torch.device("cuda"), size="full")
+    assert load("tests/bench/gpu_targets.py").goals(options) == goals
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):

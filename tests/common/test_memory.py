@@ -1,10 +1,15 @@
 """common/memory.py: what is freed is kept. (LivePeak is held to the prediction: test_predict.py.)"""
 
 import ctypes
+import os
 import subprocess
 import sys
 
+import pytest
+import torch
 from helpers import ROOT
+
+from common import cli
 
 LARGE = """
 import resource, torch
@@ -29,3 +34,15 @@ def test_large_tensors_reuse_memory():
     faults = page_faults("cpu")  # elsewhere than on Linux with glibc it must do no harm
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         assert faults < page_faults("cuda") / 4
+
+
+@pytest.mark.parametrize("already", [{}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"},
+                                     {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}], ids=str)
+def test_on_cuda_blocks_may_grow_unless_the_user_has_said_otherwise(already, monkeypatch):
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    for name in names:
+        monkeypatch.setenv(name, already.get(name, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.choose_device("auto").type == "cuda"
+    expected = already or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert {name: os.environ[name] for name in names if os.environ[name]} == expected
