@@ -107,8 +107,8 @@ def record(model, pack, finish=None, compiled=False):
     whole.model, whole.forward = model, forward_and_backward
     compile_loss = compiled and pack["labels"].device.type == "cuda"
     model.softmax = softmax_at_once_ if compile_loss else None
-    with (FakeTensorMode() as mode, mock.patch.object(modeling_llama, "varlen_attention", attention),
-          named_parts(model), _Recorder() as recorder):
+    exchanged = mock.patch.object(modeling_llama, "varlen_attention", attention)
+    with FakeTensorMode() as mode, exchanged, named_parts(model), _Recorder() as recorder:
         fake = {name: mode.from_tensor(tensor)
                 for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
         inputs = {name: mode.from_tensor(value) if torch.is_tensor(value) else value

@@ -134,8 +134,8 @@ def main(argv=None):
         "torch": torch.__version__, "device": str(device), "options": vars(options),
         "tokens": tokens, "seconds": plain, "explained": share, "predicted": times,
         "measured": seconds, "predicted_bytes": memory, "measured_bytes": found}, indent=1) + "\n")
-    print(f"\n{out / 'trace.json.gz'}: the timeline; open it at https://ui.perfetto.dev or in Chrome "
-          "at chrome://tracing\n" + f"{out / 'profile.json'}: the figures above")
+    print(f"\n{out / 'trace.json.gz'}: the timeline; open it at https://ui.perfetto.dev or in "
+          "Chrome at chrome://tracing\n" + f"{out / 'profile.json'}: the figures above")
     if options.snapshot and device.type == "cuda":
         anatomy.write_snapshot(step, out / "snapshot.pickle", device)
         print(f"{out / 'snapshot.pickle'}: every allocation; drop it on "

@@ -47,8 +47,8 @@ def named(place):
 
 
 def out_of_memory(error):
-    """True if this exception is one of those by which Python, PyTorch, CUDA and its libraries (cuBLAS
-    for its workspace, NCCL) say so."""
+    """True if this exception is one of those by which Python, PyTorch, CUDA and its libraries
+    (cuBLAS for its workspace, NCCL) say so."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     words = "out of memory|_ALLOC_FAILED|can't allocate memory"  # the last one on a CPU

@@ -18,8 +18,8 @@ from common.memory import peak_memory_bytes
 from common.metrics import readable_bytes
 from common.predict_memory import memory
 
-__all__ = ["Prediction", "fit_batch", "flops_per_token", "mean_attended", "memory", "parameters", "peak_flops",
-           "peak_memory_bytes", "training"]
+__all__ = ["Prediction", "fit_batch", "flops_per_token", "mean_attended", "memory", "parameters",
+           "peak_flops", "peak_memory_bytes", "training"]
 
 # What `fit_batch` looks for: tokens, tokens, and the share of a GPU's memory that a run may take.
 LARGEST_PACK, SMALLEST_PACK, SHARE = 16384, 2048, 0.85
@@ -207,9 +207,9 @@ def fit_batch(options, model, chunk=None, say=print):
     if peak > SHARE * has:
         raise UserError(
             f"packs of {tokens} tokens need {readable_bytes(peak)}, and of the GPU's"
-            f" {readable_bytes(has)} a run may take {SHARE:.0%}: chapter 3 needs less, with --method"
-            " lora on its base of four bits, or with --activation-checkpointing full; or take a"
-            " smaller --model or --max-seq-len, or set --batch-tokens yourself")
+            f" {readable_bytes(has)} a run may take {SHARE:.0%}: chapter 3 needs less, with"
+            " --method lora on its base of four bits, or with --activation-checkpointing full; or"
+            " take a smaller --model or --max-seq-len, or set --batch-tokens yourself")
     options.batch_tokens, options.grad_accum = tokens, accumulate
     say(f"--batch-tokens {tokens} --grad-accum {accumulate}: predicted peak {readable_bytes(peak)}"
         f" of the GPU's {readable_bytes(has)}")

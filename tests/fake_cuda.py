@@ -1,6 +1,6 @@
 """The CUDA branch without a GPU: fake tensors on "cuda" through whole training steps.
 
-    python tests/fake_cuda.py steps       every chapter and method, two layers, one line of JSON each
+    python tests/fake_cuda.py steps       every chapter and method, two layers, a line of JSON each
     python tests/fake_cuda.py compiled    chapter 3 through torch.compile, as far as AOTAutograd
     python tests/fake_cuda.py memory      Qwen3 at full depth: the predicted peak and the traced one
 
@@ -12,11 +12,9 @@ Memory is the sum of the live storages, in the allocator's blocks of 512 bytes. 
 for itself (FlashAttention's float32 scratch, cuBLAS's workspace) is not in it.
 """
 
-import contextlib
 import ctypes
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,15 +31,18 @@ QUANTIZE = {"none": {"quantize": "none"}, "nf4": {"quantize": "nf4"},
 def before_torch():
     """Compile fake_cuda.cpp for the torch that is installed, and load it; gives the library."""
     torch = Path(importlib.util.find_spec("torch").origin).parent
-    library = Path(tempfile.mkdtemp()) / "fake_cuda.so"
-    subprocess.run(
-        ["g++", "-std=c++20", "-fPIC", "-shared", str(HERE / "fake_cuda.cpp"), "-o", str(library),
-         f"-I{torch}/include", f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-lc10", "-ltorch_cpu"],
-        check=True)
-    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/fake_cuda.so"
+        subprocess.run(
+            ["g++", "-std=c++20", "-fPIC", "-shared", HERE / "fake_cuda.cpp", "-o", library,
+             f"-I{torch}/include", f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-lc10",
+             "-ltorch_cpu"], check=True)
+        return ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in (["steps"], ["compiled"], ["memory"]):
+        sys.exit(__doc__)
     LIBRARY = before_torch()
 
 import torch
@@ -137,8 +138,8 @@ def to_cuda(module):
 class Case:
     """A chapter's model and step under a configuration; `run` gives what was seen of it."""
 
-    def __init__(self, chapter, method="full", quantize="none", checkpointing="none", compiled=False,
-                 model="qwen3-0.6b", layers=2, tokens=2048, dtype="bfloat16"):
+    def __init__(self, chapter, method="full", quantize="none", checkpointing="none",
+                 compiled=False, model="qwen3-0.6b", layers=2, tokens=2048):
         self.chapter, self.tokens, self.compiled, self.grad_accum = chapter, tokens, compiled, 1
         self.raw = dict(read_config(ROOT / "common/architectures" / model))
         self.raw["num_hidden_layers"] = layers or self.raw["num_hidden_layers"]
@@ -152,7 +153,7 @@ class Case:
                      "activation_checkpointing": checkpointing}
         train = self.files["train"]
         self.options = getattr(train, "Options", train.cli.Options)(
-            dtype=dtype, device="cuda", init="pretrained", batch_tokens=tokens, **more)
+            dtype="bfloat16", device="cuda", init="pretrained", batch_tokens=tokens, **more)
 
     def build(self):
         """The base model, shapes alone, and its adapter's config (or None)."""
@@ -169,8 +170,8 @@ class Case:
         return files["train"].build(config, options, none), adapter
 
     def pack(self, step):
-        """A pack of documents of 2,048 tokens at most, of which `step` decides how many have labels;
-        of a fixed shape if it is to be compiled."""
+        """A pack of documents of 2,048 tokens at most, each with 100 · `step` that have no label; of
+        a fixed shape if it is to be compiled."""
         packing, length = self.files["packing"], min(2048, self.tokens)
         ids = torch.zeros(self.tokens // length, length, dtype=torch.int64)
         examples = [(row, row.masked_fill(torch.arange(length) < 100 * step, -100)) for row in ids]
@@ -213,7 +214,7 @@ class Case:
                 groups = self.files["lora"].optimizer_groups(model, adapter, 1e-4, 0.1)
             optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
             if self.compiled:
-                sys.modules.update(_loaded[ROOT / self.chapter])  # the compiler imports them by name
+                sys.modules.update(_loaded[ROOT / self.chapter])  # the compiler imports by name
                 self.files["compiling"].compile_model(model, as_far_as_autograd)
             counters.clear()
             with Trace() as trace:
@@ -293,8 +294,8 @@ def cases(kind):
 
 
 def loss_memory(T=4096, V=151_936, D=1024):
-    """Bytes above inputs and gradients of the plain loss, the chunked one, and that with its softmax
-    compiled to one kernel."""
+    """Bytes above inputs and gradients: of the plain loss, of the chunked one, and of that with its
+    softmax compiled to one kernel."""
     loss = load("chapter-03/loss.py")
 
     def plain(hidden, weight, labels, labelled):

@@ -1,7 +1,7 @@
 """A GPU in two runs of five minutes: is it right, does it reach the targets, what brought it there.
 
     python tests/bench/gpu.py --out gpu.json                      on a machine with a CUDA device
-    python tests/bench/gpu.py --part profile ladder --out b.json  some of it
+    python tests/bench/gpu.py --part peers ladder --out b.json    some of it
     python tests/bench/gpu.py --device cpu --size tiny            the same code anywhere, in a minute
 
 Nothing is downloaded: the models have their real shapes and random weights, the documents are
@@ -39,8 +39,9 @@ EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 def allocator(device):
     """A row: whether this machine can do what a run asks of PyTorch's allocator (`choose_device` in
     common/cli.py); if so, it is asked for here too. To be called before CUDA starts."""
-    done = subprocess.run([sys.executable, "-c", "import torch; torch.ones(9, device='cuda').cpu()"],
-                          env={**os.environ, **EXPANDABLE}, capture_output=True, text=True)
+    program = "import torch; torch.ones(9, device='cuda').cpu()"
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **EXPANDABLE},
+                          capture_output=True, text=True)
     if done.returncode == 0:
         os.environ.update(EXPANDABLE)
     said = "work" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
@@ -60,7 +61,8 @@ def reports(options):
     device = ["--device", options.device.type]
     model = ["--model", "qwen3-0.6b", "--init", "random", "--data", "virtual", *device, "--compile",
              "--batch-tokens", "16384"]
-    yield "profile", "chapter-03/profile_step.py", [*model, "--method", "full", "--quantize", "none"]
+    dense = ["--method", "full", "--quantize", "none"]
+    yield "profile", "chapter-03/profile_step.py", [*model, *dense]
     yield "profile-qlora", "chapter-03/profile_step.py", model
     yield "ladder", "chapter-03/ladder.py", ["--size", "0.6b", "--first", "packing", "--steps", "2",
                                              *device]
@@ -154,7 +156,8 @@ def main(argv=None):
     show_conditions(found)
     table(["what", "measured", "target", ""], [row[1:] for row in rows])
     bad = [row for row in rows if row[-1] in ("WRONG", "FAILED")]
-    print(f"\n{len(rows)} rows, {len(bad)} wrong or failed" + "".join(f"\n{r[-1]}: {r[1]}" for r in bad)
+    print(f"\n{len(rows)} rows, {len(bad)} wrong or failed"
+          + "".join(f"\n{row[-1]}: {row[1]}" for row in bad)
           + f"\n{time.perf_counter() - started:.0f} seconds")
     return 1 if bad else 0
 

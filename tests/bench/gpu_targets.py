@@ -69,8 +69,8 @@ def wait(device):
 
 
 def train(model, items, device, warm=2, loss_of=None):
-    """(seconds of the median step after `warm`, peak bytes of a step, losses). An item is a pack, or
-    what `loss_of` makes a mean loss of."""
+    """(seconds of the median step after `warm`, peak bytes of a step, losses). An item is a pack,
+    or what `loss_of` makes a mean loss of."""
     optimizer, times, losses = adamw(model, 1e-4), [], []
     loss_of = loss_of or (lambda pack: model(**pack) / max(1, len(pack["labelled"])))
 
@@ -117,7 +117,8 @@ def goals(options):
 
 
 def rows_of(kind, options, figures, model, budget, measured, goal, **how):
-    """The two rows of a way to train: speed with MFU, and the peak of memory beside the predicted."""
+    """The two rows of a way to train: speed with MFU, and the peak of memory beside what was
+    predicted."""
     seconds, peak, losses = measured
     dtype, rate = getattr(torch, options.dtype), budget / seconds
     flops, most = predict.flops_per_token(model, S[options.size]), predict.peak_flops(
