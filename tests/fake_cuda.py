@@ -59,6 +59,7 @@ from common import predict_memory
 from common.weights import read_config
 
 CUDA = torch.device("cuda")
+COPIES = []  # where compiled code adds a product to a copy and not in place
 
 
 def after_torch():
@@ -217,6 +218,7 @@ class Case:
                 sys.modules.update(_loaded[ROOT / self.chapter])  # the compiler imports by name
                 self.files["compiling"].compile_model(model, as_far_as_autograd)
             counters.clear()
+            COPIES.clear()
             with Trace() as trace:
                 for tensor in (*model.parameters(), *model.buffers()):
                     trace.add(tensor)
@@ -232,7 +234,7 @@ class Case:
             checkpointing=getattr(self.options, "activation_checkpointing", "none"))
         return {"wrong": wrong, "elsewhere": sorted(trace.elsewhere), "peak": trace.peak,
                 "predicted": sum(predicted.values()), "graphs": counters["stats"]["unique_graphs"],
-                "breaks": sum(counters["graph_break"].values())}
+                "breaks": sum(counters["graph_break"].values()), "copies": len(COPIES)}
 
 
 def as_far_as_autograd(graph, inputs):
@@ -249,6 +251,8 @@ def as_far_as_autograd(graph, inputs):
         reinplace_inplaceable_ops_core(module.graph)
         decompose_auto_functionalized(module.graph)
         module.recompile()
+        copying = torch.ops.aten.addmm.default
+        COPIES.extend(module.graph.find_nodes(op="call_function", target=copying))
         return make_boxed_func(module)
 
     return aot_autograd(fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed,
