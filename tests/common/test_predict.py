@@ -363,6 +363,27 @@ def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypat
             assert (peak <= 0.85 * total) == (larger == 1) or larger * expected > 16384
 
 
+@pytest.mark.parametrize("chapter, typed, said", [
+    (1, [], "--batch-tokens 2048 --grad-accum 8: predicted peak 17.3 GiB of the GPU's 23.8 GiB"),
+    (2, [], "--batch-tokens 4096 --grad-accum 4: predicted peak 14.9 GiB of the GPU's 23.8 GiB"),
+    (3, [], "--batch-tokens 8192 --grad-accum 2: predicted peak 14.2 GiB of the GPU's 23.8 GiB"),
+    (3, ["--batch-tokens", "1024"], None)], ids=str)
+def test_the_start_of_a_run_on_a_gpu_says_what_fits(chapter, typed, said, monkeypatch, capsys):
+    """A whole dry run as on a card of 24 GB: only what torch.cuda says of it is played."""
+    a_card_of(24, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    train = load(f"chapter-0{chapter}/train.py")
+    assert train.main(["--model", "qwen3-0.6b", "--init", "random", "--data", "virtual", "--dry-run",
+                       "--epochs", "1", *typed]) == 0
+    printed = capsys.readouterr().out
+    if said is None:
+        assert "--batch-tokens" not in printed and "with 1024 tokens in a pack" in printed
+    else:
+        assert f"\n{said}\n" in printed and f"with {said.split()[1]} tokens in a pack" in printed
+
+
 def test_what_was_typed_and_long_documents_are_left_alone(monkeypatch):
     a_card_of(24, monkeypatch)
     run, model, _ = gpu_run(1, batch_tokens=16384, grad_accum=2)
