@@ -51,18 +51,19 @@ def named_parts(model):
             hook.remove()
 
 
-def bucket(names):
+def bucket(names, kernels=False):
     """The bucket of an operator, from its name and those of all that it runs in, inside out.
 
     The optimizer's operators are its own, whatever they are. Of the rest a matrix product is one
     wherever it occurs, the output head's too; what remains of the loss is the softmax. A name
     that is no operator (a region, a node of autograd) stands for the Python and C++ around the
-    operators, where the device has nothing to do.
+    operators, where the device has nothing to do; but not if it has started `kernels` itself, as
+    what a compiler made for a GPU does.
     """
     if any(name == "optimizer" or name.startswith("Optimizer.") for name in names):
         return "optimizer"
     operator = "::" in names[0] and not names[0].startswith(("autograd::", "torch::autograd"))
-    if not operator and not names[0].startswith("## Call CompiledFxGraph"):
+    if not (operator or kernels or names[0].startswith("## Call CompiledFxGraph")):
         return "idle"
     if any(re.search("attention|attn", name, re.IGNORECASE) for name in names):
         return "attention"
@@ -105,11 +106,10 @@ def sum_up(events, device):
         while above is not None:
             names.append(above.name)
             above = above.cpu_parent
-        kind = bucket(names)
-        if on_gpu:  # the backward has a thread of its own; a kernel is never idleness
-            times["element-wise" if kind == "idle" else kind] += event.self_device_time_total / 1e6
+        if on_gpu:  # the backward has a thread of its own
+            times[bucket(names, kernels=True)] += event.self_device_time_total / 1e6
         elif names[-1] == "step":
-            times[kind] += event.self_cpu_time_total / 1e6
+            times[bucket(names)] += event.self_cpu_time_total / 1e6
     if on_gpu:
         (whole,) = (event for event in events if event.name == "step")
         times["idle"] = whole.cpu_time_total / 1e6 - sum(times.values())

@@ -18,10 +18,10 @@ def compile_model(model, backend="inductor"):
     One graph, made at the first step and used by every layer, but for the first one above a frozen
     embedding, which has its own; another for evaluation. They fit packs of the same T, N and
     max_seqlen (`packing.StaticShape`). Within them attention is an operator that the compiler does
-    not look into. On CUDA the softmax of the loss is compiled too, for any number of tokens.
-    Embedding and generation stay as they are. Call it last, when weights, adapters and
-    checkpointing are in place. Raises UserError where nothing can be compiled, as without a C++
-    compiler.
+    not look into. On CUDA the softmax of the loss is compiled too, for any number of tokens (and
+    once more where a single one has a label). Embedding and generation stay as they are. Call it
+    last, when weights, adapters and checkpointing are in place. Raises UserError where nothing can
+    be compiled, as without a C++ compiler.
     """
     device = next(model.parameters()).device
     try:

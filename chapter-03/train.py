@@ -196,7 +196,7 @@ def main(argv=None):
 
     def make_packs(first):
         """Of the step whose packs begin with number `first`: this rank's packs and their documents,
-        and how many labelled tokens and how many tokens all ranks' packs have."""
+        and how many labelled tokens and how many tokens these have."""
         # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
         mine = range(first + ranks.rank, first + packs_per_step, ranks.world_size)
         documents = [sampler.pack(index) for index in mine]
@@ -204,8 +204,7 @@ def main(argv=None):
                  for pack in documents]
         counts = torch.tensor([sum(len(pack["labelled"]) for pack in packs),
                                sum(int(sampler.lengths[pack].sum()) for pack in documents)])
-        targets, tokens = distributed.all_sum(counts).tolist()
-        return [to_device(pack, device) for pack in packs], documents, targets, tokens
+        return [to_device(pack, device) for pack in packs], documents, counts
 
     nonfinite = guard.NonFinite()
     spikes = guard.LossSpikes()
@@ -216,8 +215,9 @@ def main(argv=None):
             started = time.perf_counter()
 
             # --- accumulate --- Changed from chapter-02: the next step's packs; no logits.
-            packs, documents, targets, tokens = ready or make_packs(state["next_pack"])
+            packs, documents, counts = ready or make_packs(state["next_pack"])
             state["next_pack"] += packs_per_step
+            targets, tokens = distributed.all_sum(counts).tolist()
             total_loss = torch.zeros((), device=device)
             for pack in packs:
                 # Divided by the labelled tokens of the *whole* step, so that every labelled
@@ -233,7 +233,7 @@ def main(argv=None):
             before_step(model, adapter)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
             norm = distributed.full_tensor(norm)
-            loss, norm = torch.stack((total_loss, norm)).tolist()  # here alone a GPU is waited for
+            loss, norm = torch.stack((total_loss, norm)).tolist()  # one GPU is waited for here alone
             lr = learning_rate(step, total_steps, options)
             if nonfinite.check(loss, norm, step, documents, saved):
                 for group in optimizer.param_groups:

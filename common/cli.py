@@ -31,7 +31,8 @@ def option(default, text, kind=str, choices=None, least=None, many=False, result
 
 @dataclass
 class Options:
-    """The options of every chapter's train.py. After `parse`, none that a run needs is None."""
+    """The options of every chapter's train.py. After `parse`, none that a run needs is None,
+    but `batch_tokens` on a GPU (`predict.fit_batch`)."""
 
     # --- what ---
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")

@@ -40,18 +40,20 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys, gpu):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_part_that_fails_costs_no_other(tmp_path, monkeypatch, gpu):
-    def part(options, figures):
+def test_a_measurement_that_fails_costs_no_other(tmp_path, monkeypatch, gpu):
+    def fails():
         yield "first", "1", "1", "met"
         raise torch.OutOfMemoryError("no memory\nin a long message")
 
-    monkeypatch.setitem(gpu.PARTS, "loss", part)
+    monkeypatch.setitem(gpu.PARTS, "loss", lambda options, figures: [
+        fails(), iter([("second", "2", "2", "met")])])
     out = tmp_path / "gpu.json"
     assert gpu.main([*TINY, "--part", "loss", "attention", "--out", str(out)]) == 1
     found = json.loads(out.read_text())
-    assert [row[:2] for row in found["rows"][-2:]] == [["loss", "first"], ["loss", "loss"]]
-    assert found["rows"][-1][2:] == ["OutOfMemoryError: no memory", "", "FAILED"]
-    assert "in a long message" in found["figures"]["loss: error"]
+    assert [row[:2] for row in found["rows"][-3:]] == [
+        ["loss", "first"], ["loss", "loss"], ["loss", "second"]]
+    assert found["rows"][-2][2:] == ["OutOfMemoryError: no memory", "", "FAILED"]
+    assert "in a long message" in found["figures"]["errors"][0]
     assert found["rows"][0][0] == "attention" and found["rows"][0][-1] == "ok"  # in its own order
 
 
@@ -94,7 +96,8 @@ def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkey
             "--no-compile"])])
     figures, rows = {}, []
     for name in ("profile", "ladder"):
-        rows += gpu.PARTS[name](options, figures)
+        for measurement in gpu.PARTS[name](options, figures):
+            rows += measurement
     assert [row[-1] for row in rows] == ["met", "met"], figures
     assert "explained" in figures["profile"]["text"] and "| QLoRA |" in figures["ladder"]["text"]
     assert figures["profile"]["files"]["profile.json"]["tokens"] > 0
@@ -104,8 +107,11 @@ def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkey
 
 @pytest.mark.parametrize("card, goals", [
     ("NVIDIA A100-SXM4-80GB", (40e3, 54e3, 30e3)), ("NVIDIA H200", (104e3, 140e3, 60e3)),
-    ("NVIDIA H100 80GB HBM3", (104e3, 140e3, 60e3)), ("NVIDIA H100 PCIe", (None, None, None)),
-    ("NVIDIA L4", (None, None, None))])
+    ("NVIDIA H100 80GB HBM3", (104e3, 140e3, 60e3)),
+    *((card, (None, None, None)) for card in (
+        "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe",
+        "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA L4"))])
 def test_each_card_has_its_targets(card, goals, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     options = SimpleNamespace(device=torch.device("cuda"), size="full")

@@ -176,7 +176,7 @@ def peer(name, kind, folder, dtype, adapters, padded=False, pure=False, needs=("
     return Row(name, False, model, loss, same=not pure)
 
 
-def trl_row(folder, documents, options, tokens=None, device=CPU):
+def trl_row(folder, documents, options, lr, tokens=None, device=CPU):
     """TRL's SFTTrainer on the same documents, in its own loop and packing: not interleaved. A step
     has `tokens`, else those of options.size."""
     name = "TRL SFTTrainer, packed (own loop, afterwards)"
@@ -202,7 +202,7 @@ def trl_row(folder, documents, options, tokens=None, device=CPU):
             use_cpu=device.type == "cpu", bf16=options.dtype == "bfloat16",
             max_length=tokens or SIZES[options.size][0],
             per_device_train_batch_size=1, gradient_accumulation_steps=1, optim="adamw_torch_fused",
-            gradient_checkpointing=False, learning_rate=3e-4, report_to=[], disable_tqdm=True,
+            gradient_checkpointing=False, learning_rate=lr, report_to=[], disable_tqdm=True,
             save_strategy="no", logging_strategy="no", dataloader_pin_memory=False, seed=0)
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(

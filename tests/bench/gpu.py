@@ -5,8 +5,8 @@
     python tests/bench/gpu.py --device cpu --size tiny            the same code anywhere, in a minute
 
 Nothing is downloaded: the models have their real shapes and random weights, the documents are
-random tokens. The parts stand in the order of their worth. A part that fails is told with its error
-and the next one begins; after every row the figures so far are in --out. The targets are chapter
+random tokens. The parts stand in the order of their worth. What fails is told with its error, and the
+next measurement begins; after every row the figures so far are in --out. The targets are chapter
 3's; on another GPU than a target is for, and on a CPU, the figure is printed and the target is "not
 measured". Beside --out lie the timelines of profile_step.py. The exit code is 1 if a check of
 correctness or a part failed, whatever the speed.
@@ -44,16 +44,22 @@ def allocator(device):
                           capture_output=True, text=True)
     if done.returncode == 0:
         os.environ.update(EXPANDABLE)
-    said = "work" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    said = "work" if done.returncode == 0 else "; ".join(
+        [f"exit code {done.returncode}", *done.stderr.strip().splitlines()[-1:]])
     return "expandable segments", said, "work", gpu_targets.verdict(done.returncode == 0)
 
 
 def checks(chosen):
     """A part that makes rows of checks."""
-    def part(options, figures):
-        for name, error, limit in chosen(options.device, options.backend):
+    def rows(check):
+        for name, error, limit in check:
             yield name, f"{error:.1e}", f"at most {limit:g}", "ok" if error <= limit else "WRONG"
-    return part
+    return lambda options, figures: map(rows, chosen(options.device, options.backend))
+
+
+def single(rows):
+    """A part of one measurement."""
+    return lambda options, figures: [rows(options, figures)]
 
 
 def reports(options):
@@ -70,7 +76,7 @@ def reports(options):
 
 def run_report(name):
     """A part that runs one of chapter 3's reports in a process of its own."""
-    def part(options, figures):
+    def rows(options, figures):
         if options.size != "full":
             return
         script, arguments = next(rest for found, *rest in reports(options) if found == name)
@@ -92,13 +98,14 @@ def run_report(name):
                 shutil.copy(trace, Path(options.out).with_name(f"{name}-trace.json.gz"))
         yield f"{script} {' '.join(arguments[:4])} ...", f"exit code {code}", "0", (
             gpu_targets.verdict(code == 0))
-    return part
+    return single(rows)
 
 
+# Each gives its measurements, as generators of rows.
 PARTS = {"attention": checks(first_checks), "speed": gpu_targets.speed,
-         "chapter-1": gpu_targets.chapter_1, "peers": gpu_targets.peers,
-         "8b": gpu_targets.eight_billion, "loss": gpu_targets.loss_cost,
-         "loading": gpu_targets.loading, "shapes": gpu_targets.shapes,
+         "chapter-1": single(gpu_targets.chapter_1), "peers": gpu_targets.peers,
+         "8b": single(gpu_targets.eight_billion), "loss": single(gpu_targets.loss_cost),
+         "loading": single(gpu_targets.loading), "shapes": single(gpu_targets.shapes),
          "checks": checks(other_checks), "profile": run_report("profile"),
          "profile-qlora": run_report("profile-qlora"), "ladder": run_report("ladder")}
 
@@ -132,26 +139,25 @@ def main(argv=None):
     show_conditions(found)
     for row in first:
         told("allocator", *row)
-    for name, part in PARTS.items():
-        if name not in options.part:
-            continue
-        if options.left() <= 0:
-            told(name, name, "out of time", "", "not measured")
-            continue
+    for name in (name for name in PARTS if name in options.part):
         print(f"\n## {name}, after {time.perf_counter() - started:.0f} s\n", flush=True)
-        try:
-            with importable("chapter-03"):
-                for row in part(options, figures):
-                    told(name, *row)
-        except Exception as error:  # the next part is worth having all the same
-            traceback.print_exc()
-            figures[f"{name}: error"] = traceback.format_exc()
-            said = (str(error).splitlines() or [""])[0][:200]
-            told(name, name, f"{type(error).__name__}: {said}", "", "FAILED")
-        torch.compiler.reset()
-        gc.collect()
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
+        for measurement in PARTS[name](options, figures):
+            if options.left() <= 0:
+                told(name, name, "out of time", "", "not measured")
+                break
+            try:
+                with importable("chapter-03"):
+                    for row in measurement:
+                        told(name, *row)
+            except Exception as error:  # the next measurement is worth having all the same
+                traceback.print_exc()
+                figures.setdefault("errors", []).append(traceback.format_exc())
+                said = (str(error).splitlines() or [""])[0][:200]
+                told(name, name, f"{type(error).__name__}: {said}", "", "FAILED")
+            torch.compiler.reset()
+            gc.collect()
+            if options.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     show_conditions(found)
     table(["what", "measured", "target", ""], [row[1:] for row in rows])

@@ -1,11 +1,15 @@
-"""The targets that gpu.py measures: each function gives rows (what, measured, target, verdict).
+"""The targets that gpu.py measures, as rows (what, measured, target, verdict).
 
 On another GPU than a target is for, and on a CPU, the verdict is "not measured". `options` are
-those of gpu.py; `figures`, a dict, gets the plain numbers.
+those of gpu.py; `figures`, a dict, gets the plain numbers. Each function gives rows, `speed` and
+`peers` a list of such generators, of which one may fail without the others.
 """
 
+import functools
 import gc
+import importlib.util
 import math
+import re
 import sys
 import tempfile
 import time
@@ -26,8 +30,10 @@ from common import hub, predict, weights
 from common.encode import virtual
 from common.memory import LivePeak, peak_memory_bytes, reset_peak_memory
 
-# Tokens/s: dense, LoRA of rank 16, chapter 1.
-TARGETS = {"A100": (40e3, 54e3, 30e3), "H100": (104e3, 140e3, 60e3), "H200": (104e3, 140e3, 60e3)}
+# Tokens/s by the end of the card's name: dense, LoRA of rank 16, chapter 1. The cards with less
+# power ("PCIe", "NVL") or memory, and slices of one ("MIG"), have none.
+TARGETS = {"A100-SXM4-80GB": (40e3, 54e3, 30e3), "H100 80GB HBM3": (104e3, 140e3, 60e3),
+           "H200": (104e3, 140e3, 60e3)}
 S = {"full": 2048, "tiny": 128}  # tokens of a document
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -112,7 +118,7 @@ def verdict(good, applies=True):
 def goals(options):
     """The targets of this device and size, or None for each."""
     name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "CPU"
-    known = [goal for gpu, goal in TARGETS.items() if gpu in name and "PCIe" not in name]
+    known = [goal for gpu, goal in TARGETS.items() if re.search(rf"\b{gpu}$", name)]
     return known[0] if known and options.size == "full" else (None, None, None)
 
 
@@ -143,21 +149,26 @@ def budget_of(options):
 
 def speed(options, figures):
     """Tokens per second, MFU and memory of chapter 3's three kinds, compiled; NF4 against LoRA."""
-    budget, length, seconds = budget_of(options), S[options.size], {}
-    for kind, goal in zip(("dense", "lora", "qlora"), (*goals(options)[:2], None)):
-        torch.compiler.reset()
-        model = compile_model(make(kind, "qwen3-0.6b", options), options.backend)
-        examples = equal_documents(model.config.vocab_size, length, budget, 2 + options.steps)
-        shape = packing.StaticShape(budget, budget // length, length)
-        measured = train(model, packs_of(examples, options.device, shape), options.device)
-        seconds[kind] = measured[0]
-        yield from rows_of(kind, options, figures, model, budget, measured, goal,
-                           chunk=model.chunk, compiled=options.backend == "inductor")
-        del model
-        gc.collect()
-    ratio = seconds["qlora"] / seconds["lora"]
-    yield "QLoRA step / LoRA step", f"{ratio:.3f}", "1.05", verdict(
-        ratio <= 1.05, options.size == "full" and options.device.type == "cuda")
+    dense, lora, _ = goals(options)
+    return [speed_of("dense", dense, options, figures), speed_of("lora", lora, options, figures),
+            speed_of("qlora", None, options, figures), quantised_over_lora(options, figures)]
+
+
+def speed_of(kind, goal, options, figures):
+    budget, length = budget_of(options), S[options.size]
+    model = compile_model(make(kind, "qwen3-0.6b", options), options.backend)
+    examples = equal_documents(model.config.vocab_size, length, budget, 2 + options.steps)
+    shape = packing.StaticShape(budget, budget // length, length)
+    measured = train(model, packs_of(examples, options.device, shape), options.device)
+    yield from rows_of(kind, options, figures, model, budget, measured, goal, chunk=model.chunk,
+                       compiled=options.backend == "inductor")
+
+
+def quantised_over_lora(options, figures):
+    if "lora" in figures and "qlora" in figures:
+        ratio = figures["lora"]["tokens_per_second"] / figures["qlora"]["tokens_per_second"]
+        yield "QLoRA step / LoRA step", f"{ratio:.3f}", "1.05", verdict(
+            ratio <= 1.05, options.size == "full" and options.device.type == "cuda")
 
 
 def chapter_1(options, figures):
@@ -193,49 +204,62 @@ def halved_until_it_fits(measure, budget, least):
         budget //= 2
 
 
+PEERS = (("transformers, packed", "dense", False),
+         ("transformers, a batch of equal documents", "dense", True),
+         ("PEFT, packed", "lora", False), ("PEFT, a batch of equal documents", "lora", True))
+
+
 def peers(options, figures):
     """transformers, PEFT and TRL, where they are installed, on documents of the same length."""
-    length, device, dtype = S[options.size], options.device, getattr(torch, options.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        model, raw = make("dense", "qwen3-0.6b", options), source("qwen3-0.6b", options.size)
-        weights.save_weights(model, raw, folder)
-        vocabulary = model.config.vocab_size
-        del model
-        for name, kind, padded, ours in (
-                ("transformers, packed", "dense", False, "dense"),
-                ("transformers, a batch of equal documents", "dense", True, "dense"),
-                ("PEFT, packed", "lora", False, "lora"),
-                ("PEFT, a batch of equal documents", "lora", True, "lora")):
-            gc.collect()
-            # PEFT's adapters as they begin: nothing is compared but time.
-            row = peer(name, kind, folder, dtype, {}, padded, device=device, needs=(
-                "transformers", "peft")[:1 + (kind == "lora")])
-            name = f"{name} ({attention_of(device)})"
-            if row.missing:
-                yield name, row.missing, "", "not measured"
-                continue
+    if importlib.util.find_spec("transformers") is None:
+        return [iter([("transformers, PEFT, TRL", "not installed: transformers", "none",
+                       "not measured")])]
+    folder = tempfile.TemporaryDirectory()
 
-            def measure(budget):
-                examples = equal_documents(vocabulary, length, budget, 2 + options.steps)
-                return train(row.model, examples, device, loss_of=lambda documents: row.loss(
-                    documents, len(documents) * (length - 1)))
+    @functools.cache
+    def checkpoint():  # written when it is first asked for
+        raw = source("qwen3-0.6b", options.size)
+        weights.save_weights(make("dense", "qwen3-0.6b", options), raw, folder.name)
+        return folder.name
 
-            budget, (seconds, peak, _) = halved_until_it_fits(measure, budget_of(options), length)
-            rate = budget / seconds
-            figures[name] = {"tokens_per_second": rate, "tokens": budget, "peak_bytes": peak}
-            yield from over(figures, name, ours, peak)
-            if kind == "dense":
-                yield from over(figures, name, "chapter 1", peak)
-            del row, measure
-        name = "TRL SFTTrainer, packed"
-        documents = sum(equal_documents(vocabulary, length, budget_of(options), 4 + options.steps),
-                        [])
-        row = trl_row(folder, documents, options, length, device)
-        figures[name] = row.figures
-        if row.missing:
-            yield name, row.missing, "", "not measured"
-        else:
-            yield from over(figures, name, "dense", None)
+    return [*(peer_of(*each, checkpoint, options, figures) for each in PEERS),
+            trl_of(checkpoint, options, figures)]
+
+
+def peer_of(name, kind, padded, checkpoint, options, figures):
+    length, device = S[options.size], options.device
+    vocabulary = source("qwen3-0.6b", options.size)["vocab_size"]
+    # PEFT's adapters as they begin: nothing is compared but time.
+    row = peer(name, kind, checkpoint(), getattr(torch, options.dtype), {}, padded,
+               device=device, needs=("transformers", "peft")[:1 + (kind == "lora")])
+    name = f"{name} ({attention_of(device)})"
+    if row.missing:
+        yield name, row.missing, "none", "not measured"
+        return
+
+    def measure(budget):
+        examples = equal_documents(vocabulary, length, budget, 2 + options.steps)
+        return train(row.model, examples, device, loss_of=lambda documents: row.loss(
+            documents, len(documents) * (length - 1)))
+
+    budget, (seconds, peak, _) = halved_until_it_fits(measure, budget_of(options), length)
+    figures[name] = {"tokens_per_second": budget / seconds, "tokens": budget, "peak_bytes": peak}
+    yield from over(figures, name, kind, peak)
+    if kind == "dense":
+        yield from over(figures, name, "chapter 1", peak)
+
+
+def trl_of(checkpoint, options, figures):
+    length = S[options.size]
+    name = f"TRL SFTTrainer, packed, steps of {length} tokens"
+    vocabulary = source("qwen3-0.6b", options.size)["vocab_size"]
+    documents = sum(equal_documents(vocabulary, length, budget_of(options), 4 + options.steps), [])
+    row = trl_row(checkpoint(), documents, options, 1e-4, length, options.device)
+    if row.missing:
+        yield name, row.missing, "none", "not measured"
+        return
+    figures[name] = row.figures
+    yield from over(figures, name, "dense", None)
 
 
 def over(figures, name, ours, peak):

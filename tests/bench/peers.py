@@ -190,7 +190,7 @@ def main(argv=None):
             rows = contestants(kind, scratch, dtype, None if options.no_compile else shape, packs,
                                options)
             if kind == "dense":
-                rows.append(trl_row(scratch, documents, options))
+                rows.append(trl_row(scratch, documents, options, options.lr))
             report(kind, rows)
             worst = max(worst, compare_losses(rows) or 0)
             figures[kind] = {row.name: row.figures or row.missing for row in rows}

@@ -4,11 +4,13 @@ import gzip
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ch3_models import build, pack_of
 from helpers import ROOT, load, run_script
+from torch.autograd import DeviceType
 
 from common import predict
 from common.errors import UserError
@@ -52,6 +54,25 @@ def one_step(model, pack, method="full"):
 ])
 def test_bucket_by_name_and_surroundings(names, expected):
     assert buckets.bucket(names) == expected
+
+
+def test_kernels_on_a_gpu_count_where_they_were_started():
+    """Inductor starts Triton's under their own names, which are no operators'."""
+    def event(name, above, kernels=0.0, whole=0.0):
+        return SimpleNamespace(name=name, cpu_parent=above, device_type=DeviceType.CPU,
+                               self_device_time_total=1e6 * kernels, cpu_time_total=1e6 * whole)
+
+    step = event("step", None, whole=20.0)
+    forward, loss = event("forward", step), event("loss", step)
+    graphs = [event("## Call CompiledFxGraph f0 ##", region) for region in (forward, loss)]
+    events = [step, forward, loss, *graphs, event("triton_poi_fused_mul_0", graphs[0], 2.0),
+              event("triton_red_fused_exp_sum_0", graphs[1], 3.0),
+              event("aten::mm", graphs[0], 4.0), event("aten::mm", loss, 1.0),
+              event("torch_attn::_varlen_attn", graphs[0], 0.5),
+              event("Optimizer.step#AdamW.step", step, 0.25)]
+    assert buckets.sum_up(events, torch.device("cuda")) == {
+        "matrix products": 5.0, "attention": 0.5, "loss": 3.0, "element-wise": 2.0,
+        "optimizer": 0.25, "idle": 9.25}
 
 
 @pytest.mark.parametrize("base, method", [("dense", "full"), ("nf4", "lora")])
