@@ -15,16 +15,15 @@ from products import addmm_
 CHUNK = 1024  # tokens whose logits exist at a time, on a CPU
 
 
-def chunk_for(vocabulary, device):
-    """How many tokens to take at a time: CHUNK on a CPU; on a GPU the power of two whose 16-bit
-    logits take up to 1/128 of its memory: 2,048 with 80 GB and a vocabulary of 151,936.
+def chunk_for(vocabulary, gpu_memory=None):
+    """How many tokens to take at a time: CHUNK on a CPU; on a GPU of so many bytes the power of two
+    whose 16-bit logits take up to 1/128 of them: 2,048 with 80 GB and a vocabulary of 151,936.
 
     More tokens mean fewer times that the whole weight is read, and a gradient of its size written.
     """
-    if device.type != "cuda":
+    if gpu_memory is None:
         return CHUNK
-    rows = torch.cuda.get_device_properties(device).total_memory // 128 // (2 * vocabulary)
-    return 2 ** max(rows.bit_length() - 1, 7)
+    return 2 ** max((gpu_memory // 128 // (2 * vocabulary)).bit_length() - 1, 7)
 
 
 def chunked_cross_entropy(hidden, weight, labels, chunk=CHUNK, labelled=None,

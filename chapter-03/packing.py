@@ -29,8 +29,8 @@ class StaticShape:
     def of(cls, *uses):
         """The shape that fits the first `count` packs of each (`PackSampler`, count).
 
-        N is what these packs hold, and max_seqlen their longest document, because attention pays
-        for both. A pack's padding is cut into pieces no longer than that document.
+        N is what these packs hold, because attention pays for it, as it does for max_seqlen: the
+        longest document there is. Padding is cut into pieces no longer than that.
         """
         longest = max(int(sampler.lengths.max()) for sampler, _ in uses)
         most = max(sampler.most_documents(count, longest) for sampler, count in uses)

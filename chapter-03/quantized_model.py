@@ -63,7 +63,9 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
         elif device != "meta":
             model.to_empty(device=device)
             weights.load_weights(model, source)
-    model.chunk = chunk_for(config.vocab_size, torch.device(options.device))
+    gpu_memory = (torch.cuda.get_device_properties(options.device).total_memory
+                  if torch.device(options.device).type == "cuda" else None)
+    model.chunk = chunk_for(config.vocab_size, gpu_memory)
     for layer in model.model.layers:
         layer.checkpointing = options.activation_checkpointing
     return apply_adapter(model, adapter)

@@ -71,7 +71,10 @@ def _with_whole_names(values):
 def _summary(options):
     """What was resolved: a line, or with --dry-run every option."""
     if options.dry_run:
-        return "\n".join(f"{name:<22} {value}" for name, value in asdict(options).items())
+        shown = asdict(options)
+        if options.batch_tokens is None:
+            shown["batch_tokens"] = "what the GPU has room for, with more --grad-accum: see below"
+        return "\n".join(f"{name:<22} {value}" for name, value in shown.items())
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
     steps = f"{count} {unit}{'s' * (count > 1)}"
     packs = (f"up to {options.grad_accum} x {options.batch_tokens} tokens"
@@ -176,8 +179,8 @@ def _resumed(options_class, chapter, given):
         _say(f"packs per step {packs_before} -> {packs_now} (ranks x --grad-accum)")
         altering.append("packs per step")
     if altering and not options.allow_changes:
-        raise UserError(f"--resume {run}: changing {', '.join(altering)} alters the result; say "
-                        "--allow-changes if that is meant")
+        raise UserError(f"--resume {run}: changing {', '.join(altering)} alters the result: leave"
+                        " it as it was, or say --allow-changes if that is meant")
     options.device = cli.choose_device(options.device).type
     options.out = None
     return options

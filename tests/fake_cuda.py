@@ -309,7 +309,7 @@ def loss_memory(T=4096, V=151_936, D=1024):
     def chunked(*inputs, softmax=None):
         hidden, weight, labels, labelled = inputs
         return loss.chunked_cross_entropy(
-            hidden, weight, labels, loss.chunk_for(V, CUDA), labelled, softmax)
+            hidden, weight, labels, loss.chunk_for(V, MEMORY), labelled, softmax)
 
     found = {}
     for name, function in {"plain": plain, "chunked": chunked, "compiled": lambda *inputs: chunked(

@@ -309,8 +309,9 @@ def loss_cost(options, figures):
     weight = (torch.randn(vocabulary, width, device=device) * 0.05).requires_grad_()
     inputs = hidden, weight, torch.randint(0, vocabulary, (tokens,), device=device)
     chunk, labelled = 64, torch.arange(tokens, device=device)
-    if options.size == "full":
-        chunk = load("chapter-03/loss.py").chunk_for(vocabulary, device)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        chunk = load("chapter-03/loss.py").chunk_for(vocabulary, memory)
 
     def chunked(*inputs):
         return loss_bench.chunked_cross_entropy(*inputs, chunk, labelled)

@@ -61,13 +61,14 @@ def predictions(machine, counts, attended=2048):
         model = shapes_only(name, method)
         groups = groups_of(model, tokens, attended, dtype if method == "full" else None)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        chunk = load("chapter-03/loss.py").chunk_for(model.config.vocab_size, int(machine.memory))
         alone = None
         for ranks in counts:
             times = simulate(groups, ranks, machine, trained)
             rate = ranks * tokens / times["step"]
             alone = alone or rate / ranks
             memory = sum(predict.memory(
-                model, tokens, dtype, chunk=1024, ranks=ranks, kernel_joins=True, compiled=True,
+                model, tokens, dtype, chunk=chunk, ranks=ranks, kernel_joins=True, compiled=True,
             ).values())
             found.append({"model": name, "method": method, "tokens_per_rank": tokens,
                           "ranks": ranks, "tokens_per_second": rate, "efficiency":

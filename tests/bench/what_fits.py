@@ -5,9 +5,10 @@
 From the predictor of `--dry-run` (common/predict_memory.py), on the meta device: nothing is loaded.
 A pack of 2,048 tokens, bfloat16, LoRA of rank 16 on every linear layer, NF4 with double
 quantisation, AdamW in float32. Each cell is the predicted peak in GiB, and in brackets the smallest
-GPU that has it to spare beside CONTEXT GiB for CUDA itself. Prints two Markdown tables, without and
-with full activation checkpointing. A cell that was measured on a GPU would be marked by its
-entry in MEASURED.
+GPU that has it to spare beside CONTEXT GiB for CUDA itself; where none has, the peak on the
+largest. (A larger GPU takes more tokens at a time through the loss.) Prints two Markdown tables,
+without and with full activation checkpointing. A cell that was measured on a GPU would be marked
+by its entry in MEASURED.
 """
 
 import sys
@@ -18,7 +19,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "chapter-03"), str(ROOT)]
 from lora import AdapterConfig, apply_adapter  # noqa: E402
-from modeling_llama import CHUNK, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from loss import chunk_for  # noqa: E402
+from modeling_llama import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from quantized_model import quantized_model  # noqa: E402
 
 from common.predict import memory, parameters  # noqa: E402
@@ -60,11 +62,15 @@ def build(name, kind):
 
 
 def cell(name, kind, checkpointing):
-    """(parameters, GiB) of a model trained in this way."""
+    """(parameters, GiB, the smallest GPU for it) of a model trained in this way."""
     model = build(name, kind)
-    categories = memory(model, TOKENS, torch.bfloat16, checkpointing=checkpointing, chunk=CHUNK,
-                        kernel_joins=True)
-    return parameters(model)["total"], sum(categories.values()) / 2**30
+    for gpu in GPUS:
+        chunk = chunk_for(model.config.vocab_size, gpu * 2**30)
+        size = sum(memory(model, TOKENS, torch.bfloat16, checkpointing=checkpointing, chunk=chunk,
+                          kernel_joins=True).values()) / 2**30
+        if size + CONTEXT <= gpu:
+            break
+    return parameters(model)["total"], size, f"{gpu} GB" if size + CONTEXT <= gpu else "none"
 
 
 def main():
@@ -74,8 +80,7 @@ def main():
         for name in MODELS:
             cells = []
             for kind in KINDS:
-                count, size = cell(name, kind, checkpointing)
-                fits = next((f"{gpu} GB" for gpu in GPUS if size + CONTEXT <= gpu), "none")
+                count, size, fits = cell(name, kind, checkpointing)
                 measured = MEASURED.get((name, kind, checkpointing))
                 mark = "" if measured is None else f", measured {measured:.1f}"
                 cells.append(f"{size:.1f} ({fits}{mark})")

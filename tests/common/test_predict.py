@@ -381,6 +381,7 @@ def test_the_start_of_a_run_on_a_gpu_says_what_fits(chapter, typed, said, monkey
     if said is None:
         assert "--batch-tokens" not in printed and "with 1024 tokens in a pack" in printed
     else:
+        assert "batch_tokens           what the GPU has room for" in printed
         assert f"\n{said}\n" in printed and f"with {said.split()[1]} tokens in a pack" in printed
 
 
