@@ -232,7 +232,7 @@ def main(argv=None):
             before_step(model, adapter)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
             norm = distributed.full_tensor(norm)
-            loss, norm = torch.stack((total_loss, norm)).tolist()  # one GPU is waited for here alone
+            loss, norm = torch.stack((total_loss, norm)).tolist()  # one GPU is waited for here only
             lr = learning_rate(step, total_steps, options)
             if nonfinite.check(loss, norm, step, documents, saved):
                 for group in optimizer.param_groups:
