@@ -141,7 +141,7 @@ class Case:
 
     def __init__(self, chapter, method="full", quantize="none", checkpointing="none",
                  compiled=False, model="qwen3-0.6b", layers=2, tokens=2048):
-        self.chapter, self.tokens, self.compiled, self.grad_accum = chapter, tokens, compiled, 1
+        self.chapter, self.tokens, self.compiled, self.whole = chapter, tokens, compiled, not layers
         self.raw = dict(read_config(ROOT / "common/architectures" / model))
         self.raw["num_hidden_layers"] = layers or self.raw["num_hidden_layers"]
         self.files = {path.stem: load(path.relative_to(ROOT)) for path in
@@ -202,8 +202,9 @@ class Case:
         return wrong
 
     def run(self):
-        """A few steps: gradients that are wrong, operators on another device, compiled graphs and
-        breaks; of the last step the peak of memory, and the predicted one."""
+        """A few steps, of a whole model the last alone: gradients that are wrong, operators on
+        another device, compiled graphs and breaks; of the last step the peak of memory, and the
+        predicted one."""
         torch._dynamo.reset()
         model, adapter = self.build()
         packs = [self.pack(1), self.pack(0)]  # the larger one last
@@ -222,12 +223,17 @@ class Case:
             with Trace() as trace:
                 for tensor in (*model.parameters(), *model.buffers()):
                     trace.add(tensor)
-                wrong = []
-                for number, pack in enumerate([*packs, packs[-1]][:2 + self.compiled], 1):
+                wrong, last = [], 2 + self.compiled
+                if self.whole:  # only the optimizer's state is needed of the first steps
+                    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                        parameter.grad = torch.empty_like(parameter)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                for number in range(last if self.whole else 1, last + 1):
                     if number == 3:  # one kernel, which has nothing of its own in memory
                         model.softmax = lambda *_: torch.zeros((), device=CUDA)
                     trace.peak = trace.now
-                    wrong += self.step(model, adapter, optimizer, pack, number)
+                    wrong += self.step(model, adapter, optimizer, packs[number > 1], number)
         predicted = predict_memory.memory(
             model, self.tokens, getattr(torch, self.options.dtype), compiled=self.compiled,
             chunk=model.chunk if self.chapter == "chapter-03" else None, kernel_joins=True,
