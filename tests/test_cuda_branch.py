@@ -2,9 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
-import sys
 
 import fake_cuda
 import pytest
@@ -17,15 +14,12 @@ LORA_FA = {"aten._to_copy.default", "aten.div.Tensor", "aten.linalg_pinv.atol_rt
 
 
 @pytest.fixture(scope="module")
-def found():
-    """{case: what was seen}, of three processes at once."""
-    if shutil.which("g++") is None:
+def found(fake_cuda_runs):
+    """{case: what was seen}."""
+    if not fake_cuda_runs:
         pytest.skip("the stand-in for CUDA has to be compiled, and no g++ is here")
-    started = [subprocess.Popen([sys.executable, ROOT / "tests/fake_cuda.py", kind], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for kind in ("memory", "compiled", "steps")]
     lines = {}
-    for process in started:
+    for process in fake_cuda_runs.values():
         printed, errors = process.communicate(timeout=800)
         assert process.returncode == 0, errors[-2000:]
         lines |= {line.pop("case"): line for line in map(json.loads, printed.splitlines())}
