@@ -37,7 +37,6 @@ NOT_SUPPORTED = {
     "attention_dropout": (0, None),
     "rope_scaling": (None,),
     "use_sliding_window": (False, None),
-    "quantization_config": (None,),
 }
 
 
@@ -65,6 +64,10 @@ class Qwen3Config:
         Raises ValueError, with the name of the field, where one is missing or has a wrong type,
         and where the checkpoint needs something that this file does not compute.
         """
+        if config.get("quantization_config") is not None:
+            raise ValueError("quantization_config is there, so the weights are quantised: give the"
+                             " original model, or, if this is bitsandbytes NF4 (4 bits), train it"
+                             " with chapter-03/train.py and ask it with chapter-03/generate.py")
         for name, neutral in NOT_SUPPORTED.items():
             if config.get(name, neutral[0]) not in neutral:
                 raise ValueError(f"{name}={config[name]!r} is not supported here")

@@ -24,7 +24,6 @@ NOT_SUPPORTED = {
     "partial_rotary_factor": (1, None),
     "pretraining_tp": (1, None),
     "use_sliding_window": (False, None),
-    "quantization_config": (None,),
 }
 
 
@@ -105,6 +104,10 @@ class LlamaConfig:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type={family!r} is none of {', '.join(FAMILIES)}")
+        if config.get("quantization_config") is not None:
+            raise ValueError("quantization_config is there, so the weights are quantised: give the"
+                             " original model, or, if this is bitsandbytes NF4 (4 bits), train it"
+                             " with chapter-03/train.py and ask it with chapter-03/generate.py")
         for name, neutral in NOT_SUPPORTED.items():
             if config.get(name, neutral[0]) not in neutral:
                 raise ValueError(f"{name}={config[name]!r} is not supported here")

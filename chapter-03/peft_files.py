@@ -25,6 +25,7 @@ from lora import AdapterConfig, adapter_modules, apply_adapter
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 PROJECTIONS = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
 
 # PEFT's options that change what an adapter computes and are not implemented, so must be unset;
@@ -42,6 +43,8 @@ KNOWN = (
     "megatron_core", "peft_type", "peft_version", "projection_prng_key", "qalora_group_size", "r",
     "revision", "runtime_config", "save_projection", "target_modules", "task_type", "use_dora",
     "use_rslora", "velora_config", "vera_dropout")
+WAY_OUT = ("merge it in PEFT (merge_and_unload), save the whole model and its tokenizer, and give"
+           " that folder as --model")
 # First values of A and B that leave the base weight alone; others would subtract from it.
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -134,16 +137,21 @@ def load_adapter(model, path):
     """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives the config.
 
     Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
-    options that are not implemented. Warns on stderr of an adapter that changes nothing. After an
-    error the model is not to be used.
+    options that are not implemented. Copies of the base's embedding and head, which PEFT may add,
+    must be what the model has. Warns on stderr of an adapter that changes nothing. After an error
+    the model is not to be used.
     """
     path = Path(path)
     verify(path)
     options = _read_options(path)
     headers = tensor_headers(path, STEM)
     config = _adapter_config(options, path / CONFIG, model)
-    apply_adapter(model, config)
+    try:
+        apply_adapter(model, config)
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: {error}") from error
 
+    copies = _copies(model, headers, path)
     wanted = {_key(name, attribute): parameter for name, module in adapter_modules(model)
               for attribute, parameter in module.named_parameters(recurse=False)}
     if config.method == "vera" and (options.get("save_projection", True) or
@@ -152,7 +160,7 @@ def load_adapter(model, path):
         wanted |= {key: getattr(shared, name) for key, name in PROJECTIONS.items()}
     problems = [f"{how} {listing(names)}" for how, names in (
         ("missing", wanted.keys() - headers.keys()),
-        ("unexpected", headers.keys() - wanted.keys())) if names]
+        ("unexpected", headers.keys() - wanted.keys() - copies.keys())) if names]
     for key in sorted(wanted.keys() & headers.keys()):
         shape, dtype, _ = headers[key]
         if shape != tuple(wanted[key].shape):
@@ -166,6 +174,9 @@ def load_adapter(model, path):
 
     zero = True
     for key, tensor in iter_tensors(path, STEM):
+        if key in copies:
+            _check_copy(tensor, copies[key], f"{path}: {key}")
+            continue
         copy_into(wanted[key], tensor)
         if key.endswith(("lora_B.weight", "vera_lambda_b")):
             zero = zero and not tensor.any()
@@ -173,6 +184,39 @@ def load_adapter(model, path):
         _warn(f"{path}: every {'vera_lambda_b' if config.method == 'vera' else 'lora_B'} is zero:"
               " this adapter was never trained, or not saved rightly")
     return config
+
+
+def _copies(model, headers, path):
+    """{key: the model's parameter} of PEFT's copies of the base's embedding and head.
+
+    PEFT saves them where the head has an adapter, where the embedding was resized, and if asked.
+    Raises UserError for one of another size.
+    """
+    own = dict(model.named_parameters())
+    found = {}
+    for name in (EMBEDDING, HEAD):
+        base = own.get(f"{name}.weight", own.get(f"{name}.base.weight", own[f"{EMBEDDING}.weight"]))
+        for key in (f"{PREFIX}{name}.weight", f"{PREFIX}{name}.base_layer.weight"):
+            if key in headers:
+                found[key] = base
+                shape = headers[key][0]
+                if shape != tuple(base.shape):
+                    raise UserError(f"{path}: {key} has shape {shape}, the model's"
+                                    f" {tuple(base.shape)}: its vocabulary was resized, say for"
+                                    f" tokens that were added; {WAY_OUT}")
+    return found
+
+
+def _check_copy(tensor, base, where):
+    """Raise UserError unless a copy is the parameter `base`, but for what one of them is rounded.
+
+    The base may have been loaded in 16 bits there and in 32 here, or the other way round.
+    """
+    base = full_tensor(base).to("cpu")
+    if not tensor.is_floating_point() or not (
+            torch.equal(tensor.to(base.dtype), base) or torch.equal(base.to(tensor.dtype), tensor)):
+        raise UserError(f"{where} is not the base model's: it was trained too, or on another base;"
+                        f" if this is the base, {WAY_OUT}")
 
 
 def _read_options(path):
@@ -188,9 +232,10 @@ def _adapter_config(options, file, model):
     for name in REFUSED:
         if options.get(name):
             raise UserError(f"{file}: {name}={options[name]!r} is not implemented, and without it"
-                            " the adapter would compute something else")
+                            f" the adapter would compute something else: {WAY_OUT}")
     if options.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias={options['bias']!r}: trained biases are not implemented")
+        raise UserError(f"{file}: bias={options['bias']!r}: trained biases are not implemented:"
+                        f" {WAY_OUT}")
     for name in options.keys() - {*REFUSED, *KNOWN}:
         if options[name]:
             _warn(f"{file}: {name}={options[name]!r} is unknown here and ignored")
@@ -203,7 +248,7 @@ def _adapter_config(options, file, model):
               "rank": options.get("r", 256 if kind == "VERA" else 8)}
     if isinstance(values["target_modules"], list):
         names = [name for name, _ in model.named_modules()]
-        found = tuple(target for target in values["target_modules"] if any(
+        found = tuple(target for target in values["target_modules"] if target == HEAD or any(
             name == target or name.endswith(f".{target}") for name in names))
         values["target_modules"] = found or tuple(values["target_modules"])
     if kind == "VERA":

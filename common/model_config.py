@@ -19,15 +19,20 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_wind
 _TEXTS = ("model_type", "hidden_act")
 MOST_LAYERS = 1000
 LARGEST = 2**25  # bytes of a JSON file; the index of a model of 700 billion parameters has 9 MB
+# What an absent key means by model_type, as in transformers.
+_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # at most all; Llama: all
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 def read_config(path):
     """The config.json of folder `path` as a dict, in one dialect whichever it was written in.
 
     It always has `rope_theta` (float) and `rope_scaling` (None, or a dict with `rope_type` and
-    without theta), never `rope_parameters`; and `head_dim` by its family's rule: Qwen3's default
-    is 128, for the others it is hidden_size / num_attention_heads. Every other key is as in the
-    file. Raises UserError for a file that is missing or broken, and for values of a wrong type.
+    without theta), never `rope_parameters`. Where they are absent, `head_dim`,
+    `num_key_value_heads` (null: all heads) and `max_position_embeddings` are by the family's rule:
+    say, Qwen3's head_dim is 128, of the others hidden_size / num_attention_heads. Every other key
+    is as in the file. Raises UserError for a file that is missing or broken, and for values of a
+    wrong type.
     """
     path = Path(path)
     if not path.is_dir():
@@ -58,13 +63,16 @@ def write_config(config, path, dtype):
 
 
 def read_json(file):
-    """The JSON object in `file` as a dict; anything else is a UserError that says where."""
+    """The JSON object in `file` as a dict, with or without a byte-order mark before it.
+
+    Anything else is a UserError that says where.
+    """
     try:
         if Path(file).exists() and not Path(file).is_file():  # say, a link to a device
             raise UserError(f"{file}: not a regular file")
         if Path(file).stat().st_size > LARGEST:
             raise UserError(f"{file}: larger than {LARGEST >> 20} MiB; is it the right file?")
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: line {error.lineno}: not valid JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8; numbers, nesting beyond all limits
@@ -109,9 +117,16 @@ def _normalise(config, file):
     config["rope_theta"] = float(config["rope_theta"])
     config["rope_scaling"] = scalings[0] if scalings else None
 
+    family = config.get("model_type")
+    if family in _POSITIONS:
+        config.setdefault("max_position_embeddings", _POSITIONS[family])
     width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if heads and config.get("num_key_value_heads") is None:
+        null = "num_key_value_heads" in config
+        config["num_key_value_heads"] = heads if null else min(
+            heads, _KEY_VALUE_HEADS.get(family, heads))
     if config.get("head_dim") is None and width and heads:
-        if config.get("model_type") == "qwen3":
+        if family == "qwen3":
             config["head_dim"] = 128
         elif width % heads == 0:
             config["head_dim"] = width // heads

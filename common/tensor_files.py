@@ -16,6 +16,8 @@ from common.distributed import together
 from common.errors import UserError, writing
 from common.model_config import read_json
 
+HEAD = "lm_head.weight"
+
 
 # --- in ---
 
@@ -66,6 +68,7 @@ def _shards(path, stem):
         checked = plain_file(path, file)
         with open_file(checked) as tensors:
             names = list(tensors.keys())
+        listed[file] -= {HEAD} - set(names)  # a tied head, listed all the same
         for where, lost in (("the index", set(names) - listed[file]),
                             (file, listed[file] - set(names))):
             if lost:

@@ -18,7 +18,7 @@ from common.errors import UserError, writing
 from common.manifest import verify
 from common.model_config import read_config, write_config
 from common.tensor_files import (
-    is_writer, iter_tensors, listing, open_file, plain_file, save_tensors, tensor_headers)
+    HEAD, is_writer, iter_tensors, listing, open_file, plain_file, save_tensors, tensor_headers)
 
 __all__ = [
     "read_config", "write_config", "iter_tensors", "tensor_headers", "load_weights",
@@ -27,7 +27,7 @@ __all__ = [
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "generation_config.json", "tokenizer.model", "merges.txt", "vocab.json")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 LOADABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 

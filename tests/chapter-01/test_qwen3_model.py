@@ -174,6 +174,15 @@ def test_bf16_compute_keeps_float32_masters_and_gradients():
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_a_temperature_too_small_for_float32_is_greedy():
+    generate = load("chapter-01/generate.py").generate
+    model, prompts = small_model(), [[5, 9, 2], [7], [60, 1, 1, 33]]
+    greedy = generate(model, prompts, 8)
+    for temperature in (5e-324, 1e-46, 1e-40, 1.1e-38, 2e-38, 1e-30):
+        assert generate(model, prompts, 8, temperature=temperature) == greedy
+    assert generate(model, prompts, 8, temperature=3.0) != greedy
+
+
 # --- configuration, initialisation, tying ---
 
 def test_initial_weights_follow_initializer_range():

@@ -152,6 +152,19 @@ def test_the_largest_draw_takes_no_token_that_is_cut_off():
     assert script.choose_tokens(logits.bfloat16(), 0, 0, 1.0, last).item() == 1
 
 
+@pytest.mark.parametrize("chapter", ["chapter-02", "chapter-03"])
+def test_numbers_too_small_for_float32_leave_the_likeliest(chapter):
+    choose_tokens = load(f"{chapter}/generate.py").choose_tokens
+    logits = torch.tensor([[0.0, 5.0, 4.99, -40.0], [1e30, -1e30, 0.0, 9e29]])
+    draws = torch.tensor([0.0, np.nextafter(np.float32(1), np.float32(0))])
+    for temperature in (5e-324, 1e-46, 1e-40, 1.1e-38, 2e-38, 1e-30):
+        assert choose_tokens(logits, temperature, 0, 1.0, draws).tolist() == [1, 0]
+        assert choose_tokens(logits.bfloat16(), temperature, 3, 0.9, draws)[1] == 0
+    for top_p in (5e-324, 1e-46, 1e-40):
+        assert choose_tokens(logits, 1.0, 0, top_p, draws).tolist() == [1, 0]
+        assert choose_tokens(logits, 1.0, 2, top_p, draws).tolist() == [1, 0]
+
+
 def test_a_document_draws_by_the_seed_and_its_place_alone():
     model, _ = folders.random_model()
     prompts = random_prompts([6, 6, 2])

@@ -1,5 +1,6 @@
 """Chapter 2's model against transformers (goldens), chapter 1 (bitwise) and float64 mathematics."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import GOLDENS, ROOT, load
 from safetensors.torch import load_file
 
 from common import hub, weights
+from common.errors import UserError
 
 llama = load("chapter-02/modeling_llama.py")
 qwen3 = load("chapter-01/modeling_qwen3.py")
@@ -216,6 +218,19 @@ def test_an_adapter_on_the_head_is_used():
 def test_config_refuses_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         llama.LlamaConfig.from_dict({**SMALL, **change})
+
+
+@pytest.mark.parametrize("chapter", ["chapter-01", "chapter-02"])
+@pytest.mark.parametrize("quantization", [
+    {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq"}, "awq"])
+def test_a_quantised_checkpoint_is_sent_to_chapter_3(chapter, quantization, tmp_path):
+    config = json.loads((GOLDENS / "models" / "qwen3_tied" / "config.json").read_text())
+    text = json.dumps(config | {"quantization_config": quantization})
+    (tmp_path / "config.json").write_text(text)
+    train = load(f"{chapter}/train.py")
+    with pytest.raises(UserError, match="config.json: quantization_config .*original.*NF4.*"
+                                        "chapter-03/train.py.*chapter-03/generate.py"):
+        train.main(["--model", str(tmp_path), "--data", "tiny", "--dry-run", "--device", "cpu"])
 
 
 def test_a_mistral_config_without_its_window_is_refused():

@@ -22,7 +22,8 @@ ABOUT = json.loads((PEFT / "about.json").read_text())
 LOGITS = load_file(PEFT / "logits.safetensors")
 CASES = ABOUT["cases"]
 METHODS = {"lora": "lora", "rslora": "rslora", "dora": "dora", "dora-bias": "dora", "vera": "vera",
-           "vera-seed": "vera", "regex": "lora", "pissa": "lora", "pissa-raw": "pissa"}
+           "vera-seed": "vera", "regex": "lora", "pissa": "lora", "pissa-raw": "pissa",
+           "head": "lora"}
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 ALL = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
@@ -196,6 +197,79 @@ def test_options_that_are_not_implemented_are_named(option, value, tmp_path):
             "target_modules": "--target-modules"}.get(option, option)
     with pytest.raises(UserError, match=name):
         peft_files.load_adapter(base_model(), folder)
+
+
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
+
+
+@pytest.mark.parametrize("script", ["chapter-02", "chapter-03"])
+def test_pefts_copies_of_embedding_and_head_must_be_the_models(script, tmp_path):
+    """What PEFT 0.21 adds: `base_layer` where the head is a target, the others if asked to, or
+    where the vocabulary was resized."""
+    files, model_file = load(f"{script}/peft_files.py"), load(f"{script}/modeling_llama.py")
+    own = load_file(PEFT / "qwen3" / "model.safetensors")
+    own = {EMBEDDING: own["model.embed_tokens.weight"], HEAD: own["lm_head.weight"]}
+    both = {f"{name}.weight": tensor for name, tensor in own.items()}
+    assert torch.equal(load_file(PEFT / "head" / "adapter_model.safetensors")[
+        f"{HEAD}.base_layer.weight"], own[HEAD])
+
+    def load_into(dtype, folder):
+        config = weights.read_config(PEFT / "qwen3")
+        model = model_file.LlamaForCausalLM(model_file.LlamaConfig.from_dict(config)).to(dtype)
+        weights.load_weights(model, PEFT / "qwen3")
+        files.load_adapter(model.eval(), folder)
+        return model
+
+    def folder_with(name, case="lora", **tensors):
+        return copy_of(case, tmp_path / str(name), tensors=lambda old: {**old, **tensors})
+
+    model = load_into(torch.float32, folder_with("same", **both))
+    same(logits_of(model), LOGITS["lora"])
+    load_into(torch.bfloat16, folder_with("rounded base", **both))
+    load_into(torch.float32, folder_with("rounded copy", **{
+        key: tensor.bfloat16() for key, tensor in both.items()}))
+
+    for number, (key, tensor) in enumerate((
+            (f"{EMBEDDING}.weight", own[EMBEDDING] * 1.02), (f"{HEAD}.weight", own[HEAD] * 1.02),
+            (f"{HEAD}.base_layer.weight", own[HEAD] * 1.02))):
+        folder = folder_with(number, "head" if "base_layer" in key else "lora", **{key: tensor})
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.raises(UserError, match=f"{key} is not the base model's.*merge_and_unload"):
+                load_into(dtype, folder)
+    for rows in (70, 60):
+        resized = {f"{name}.weight": torch.ones(rows, 32) for name in own}
+        resized[f"{HEAD}.lora_B.weight"] = torch.ones(rows, 2)
+        folder = folder_with(rows, "head", **resized)
+        with pytest.raises(UserError, match=rf"embed_tokens.weight has shape \({rows}, 32\), the m"
+                           r".*\(64, 32\): .*resized, .*merge_and_unload.*--model"):
+            load_into(torch.float32, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pefts_copies_are_checked_on_a_base_of_four_bits(dtype, tmp_path):
+    files, llama3 = load("chapter-03/peft_files.py"), load("chapter-03/modeling_llama.py")
+    quantized_model = load("chapter-03/quantized_model.py").quantized_model
+
+    def load_into(folder):
+        config = llama3.LlamaConfig.from_dict(weights.read_config(PEFT / "qwen3"))
+        files.load_adapter(quantized_model(config, PEFT / "qwen3", dtype), folder)
+
+    load_into(PEFT / "head")
+    changed = copy_of("head", tmp_path, tensors=lambda tensors: {
+        key: tensor * 1.02 for key, tensor in tensors.items()})
+    with pytest.raises(UserError, match="lm_head.base_layer.weight is not the base model's"):
+        load_into(changed)
+
+
+def test_a_tied_models_head_is_copied_by_its_embedding_and_takes_no_adapter(tmp_path):
+    config = weights.read_config(PEFT / "qwen3") | {"tie_word_embeddings": True}
+    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
+    embedding = model.model.embed_tokens.weight.data
+    peft_files.load_adapter(model, copy_of("lora", tmp_path, tensors=lambda tensors: {
+        **tensors, f"{HEAD}.weight": embedding.clone(), f"{EMBEDDING}.weight": embedding.clone()}))
+    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
+    with pytest.raises(UserError, match="adapter_config.json: .*lm_head cannot be adapted in this"):
+        peft_files.load_adapter(model, PEFT / "head")
 
 
 def test_an_option_of_tomorrow_is_said_to_be_ignored(tmp_path, capsys):

@@ -1,15 +1,17 @@
 """Model folders against what transformers wrote, and against every way in which they break."""
 
+import codecs
 import gc
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from checks import refused
 from faults import Faults, disk_full
-from helpers import GOLDENS
+from helpers import GOLDENS, load
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -114,6 +116,48 @@ def test_read_config_knows_both_dialects(tmp_path, given, theta, scaling):
 def test_head_dim_by_family(tmp_path, given, head_dim):
     sizes = {"hidden_size": 64, "num_attention_heads": 4}
     assert config_of(tmp_path, sizes | given)["head_dim"] == head_dim
+
+
+@pytest.mark.parametrize("given, groups, positions", [  # as transformers 5.23, where it has a model
+    ({"model_type": "llama"}, 64, 2048), ({"model_type": "mistral"}, 8, 131072),
+    ({"model_type": "qwen2"}, 32, 32768), ({"model_type": "qwen3"}, 32, 32768),
+    ({"model_type": "qwen3", "num_attention_heads": 16}, 16, 32768),
+    ({"model_type": "qwen3", "num_key_value_heads": None}, 64, 32768),
+    ({"model_type": "llama", "num_key_value_heads": None}, 64, 2048),
+    ({"model_type": "llama", "num_key_value_heads": 4, "max_position_embeddings": 77}, 4, 77),
+])
+def test_key_value_heads_and_positions_that_are_not_said(tmp_path, given, groups, positions):
+    config = config_of(tmp_path, {"hidden_size": 256, "num_attention_heads": 64} | given)
+    assert config["num_key_value_heads"] == groups
+    assert config["max_position_embeddings"] == positions
+
+
+@pytest.mark.parametrize("script, name, of", [
+    ("chapter-01/modeling_qwen3.py", "Qwen3Config", "qwen3_tied"),
+    ("chapter-02/llama_config.py", "LlamaConfig", "llama3_tied"),
+    ("chapter-03/llama_config.py", "LlamaConfig", "qwen2_tied")])
+def test_optional_keys_may_be_absent_or_null_in_every_chapter(tmp_path, script, name, of):
+    read = getattr(load(script), name).from_dict
+    config = json.loads((MODELS / of / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    expected = replace(read(weights.read_config(MODELS / of)), num_key_value_heads=heads)
+    assert read(config_of(tmp_path, config | {"num_key_value_heads": None})) == expected
+    for key, default in {"rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+                         "initializer_range": 0.02, "num_key_value_heads": heads}.items():
+        less = {k: v for k, v in config.items() if k not in (key, "num_key_value_heads")}
+        assert read(config_of(tmp_path, less)) == replace(expected, **{key: default})
+
+
+def test_byte_order_marks_are_passed_over(tmp_path):
+    folder = sharded(tmp_path)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    expected = weights.read_config(folder), list(weights.tensor_headers(folder))
+    for name in ("config.json", "model.safetensors.index.json"):
+        (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+    assert (weights.read_config(folder), list(weights.tensor_headers(folder))) == expected
+    (folder / "config.json").write_bytes(codecs.BOM_UTF8 + b"{")
+    with refused(folder / "config.json", "line 1: not valid JSON"):
+        weights.read_config(folder)
 
 
 @pytest.mark.parametrize("text, parts", [
@@ -379,6 +423,20 @@ def test_a_tensor_that_the_index_forgets_is_refused(tmp_path):
     save_file(extra, folder / "model-00002-of-00002.safetensors")
     with refused(folder, "forgotten", "not in the index"):
         list(weights.iter_tensors(folder))
+
+
+def test_a_head_that_only_the_index_has_is_the_embedding_of_a_tied_model(tmp_path):
+    tensors = tied_tensors()
+    weights.save_tensors(iter(tensors.items()), tmp_path, max_shard_bytes=16)
+    index = tmp_path / "model.safetensors.index.json"
+    contents = json.loads(index.read_text())
+    contents["weight_map"]["lm_head.weight"] = contents["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(contents))
+    model = tree(shapes_of(tensors))
+    weights.load_weights(model, tmp_path)
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+    with refused(tmp_path, "missing lm_head.weight"):
+        weights.load_weights(tree(shapes_of(tensors) | {"lm_head.weight": (6, 4)}), tmp_path)
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path):

@@ -46,6 +46,7 @@ CASES = {  # name: (base, PEFT's config)
         r=RANK, lora_alpha=8, target_modules=ALL, init_lora_weights="pissa")),
     "pissa": ("qwen3", peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=ALL, init_lora_weights="pissa")),
+    "head": ("qwen3", peft.LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj", "lm_head"])),
 }
 
 
