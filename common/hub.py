@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     CacheNotFound, EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
     LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError)
 
+from common import readers, splits
 from common.errors import UserError
 
 COMMON = Path(__file__).resolve().parent
@@ -25,7 +26,6 @@ ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
 # Offline the Hub's cache counts as whole only for the patterns that it was filled with, so there
 # is one list. It leaves out pickled weights and Llama's original/*.pth.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-DATA_SUFFIXES = (".json", ".jsonl", ".txt")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What a failed connection raises: the HTTP library under huggingface_hub, another one in each of
@@ -57,67 +57,90 @@ def resolve(name, flag="--model"):
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=PATTERNS))
 
 
-def resolve_data(name):
+def resolve_data(name, say=print, flag="--data"):
     """The data files that `name` stands for, as a list of paths; `name` may be a list of names.
 
-    A name is a .json, .jsonl or .txt file, a folder of such files, or a data set on the Hub:
-    `owner/name:file`, or `owner/name` if it holds a single JSON file or a single one for training.
-    Raises UserError for anything else, Parquet among it.
+    A name is a file that `common/readers.py` reads, a folder of such files, a data set on the Hub
+    (`owner/name`), or a part of one of the latter two, a split or a file: `owner/name:test`. Which
+    files that means is decided in `common/splits.py`, and `say` is told where there was a choice.
+    Raises UserError, naming `flag`, where there is no such thing, where several could be meant, or
+    where it cannot be had or read here.
     """
     if isinstance(name, (list, tuple)):
-        return [path for each in name for path in resolve_data(each)]
+        return [path for each in name for path in resolve_data(each, say, flag)]
     text = str(name)
     path = Path(os.path.expanduser(text))
-    if os.path.isdir(path):
-        files = sorted(file for file in path.iterdir() if file.suffix in DATA_SUFFIXES)
-        if not files:
-            for parquet in path.glob("*.parquet"):
-                _check_suffix(parquet)
-            raise UserError(f"{path}: no .json, .jsonl or .txt file in this folder")
-        return files
-    if os.path.exists(path):
-        return [_check_suffix(path)]
-    repo, _, file = text.partition(":")
-    local = path.suffix in (*DATA_SUFFIXES, ".parquet", ".csv") and not file
-    if local or not _HUB_ID.fullmatch(repo):
-        raise UserError(f"--data {text}: no such file or folder{_near(text, ('tiny', 'virtual'))}"
-                        " (a data set on the Hub is written owner/name or owner/name:file)")
-    file = file or _choose(repo)
-    _check_suffix(Path(file))
-    with _plain_words(repo, "dataset", file):
-        return [Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset"))]
+    if os.path.exists(path) and not os.path.isdir(path):
+        readers.check_kind(path)
+        return [path]
+    place, _, part = (text, "", "") if os.path.isdir(path) else text.partition(":")
+    folder = Path(os.path.expanduser(place))
+    if os.path.isdir(folder):
+        names = _files_below(folder, deep=part)
+        chosen, note = splits.choose(names, part, place, flag)
+        if note:
+            say(note)
+        return [folder / file for file in chosen]
+    local = readers.suffix(path) and not part
+    if local or not _HUB_ID.fullmatch(place):
+        raise UserError(f"{flag} {text}: no such file or folder{_near(text, ('tiny', 'virtual'))}"
+                        " (a data set on the Hub is written owner/name or owner/name:split)")
+    if readers.suffix(part):
+        chosen, note = [part], f"{flag.lstrip('-')}: {place}: {part}"
+    else:
+        chosen, note = _choose(place, part, flag)
+    for file in chosen:
+        readers.check_kind(file)  # before anything is downloaded
+    say(note)
+    paths = []
+    for file in chosen:
+        with _plain_words(place, "dataset", file):
+            paths.append(Path(huggingface_hub.hf_hub_download(place, file, repo_type="dataset")))
+    return paths
 
 
 def whole_name(name):
-    """A local file or folder by its absolute path, so that it is found from any other folder; what
-    is no such path, and what means something else first (`tiny`, `virtual`...), as it is."""
+    """A local file or folder by its absolute path, so that it is found from any other folder, with
+    `:split` behind it or not; what is no such path, and what means something else first (`tiny`,
+    `virtual`...), as it is."""
     path = os.path.expanduser(name)
-    reserved = name in ("auto", "tiny", "virtual", *ARCHITECTURES)
-    return name if reserved or not os.path.exists(path) else os.path.abspath(path)
+    if name in ("auto", "tiny", "virtual", *ARCHITECTURES):
+        return name
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    folder, colon, part = path.partition(":")
+    return os.path.abspath(folder) + colon + part if colon and os.path.isdir(folder) else name
 
 
-def _choose(repo):
-    """The one file of a data set on the Hub that must be meant, or an error that lists them."""
+def _files_below(folder, deep):
+    """The files of a folder as paths below it; those of its subfolders only if it has no data
+    itself, or if `deep`. What is hidden is left out."""
+    def fail(error):
+        raise UserError(f"{folder}: cannot be read ({error.strerror})")
+
+    names = []
+    for place, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [(Path(place) / file).relative_to(folder).as_posix() for file in files]
+        if Path(place) == folder and not deep and any(map(splits.is_data, names)):
+            break
+    return sorted(names)
+
+
+def _choose(repo, part, flag):
+    """The files of a data set on the Hub that `part` stands for, and what to say of the choice."""
+    offline = None
     try:
         with _plain_words(repo, "dataset"):
-            files = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
-    except UserError:
-        files = _cached(repo)
-        if not files:
+            names = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
+    except UserError as error:
+        names, offline = _cached(repo), error
+        if not names:
             raise
-    names = [file for file in files if Path(file).suffix in (".json", ".jsonl")
-             and Path(file).name not in ("dataset_infos.json", "dataset_info.json")]
-    train = [file for file in names if "train" in Path(file).name.lower()]
-    if len(names) == 1 or len(train) == 1:
-        return names[0] if len(names) == 1 else train[0]
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise UserError(f"{repo} holds {', '.join(sorted(names)[:5])}{more}: name one, as in"
-                        f" --data {repo}:{sorted(names)[0]}")
-    parquet = next((file for file in files if file.endswith(".parquet")), None)
-    if parquet:
-        _check_suffix(Path(parquet))
-    raise UserError(f"{repo} holds no .json or .jsonl file; see {_page(repo, 'dataset')}")
+    chosen, note = splits.choose(names, part, repo, flag, _page(repo, "dataset"))
+    if offline and splits.missing(chosen):
+        raise offline
+    return chosen, note
 
 
 def _cached(repo):
@@ -130,17 +153,6 @@ def _cached(repo):
         file.file_path.relative_to(revision.snapshot_path).as_posix()
         for cached in repos if (cached.repo_id, cached.repo_type) == (repo, "dataset")
         for revision in cached.revisions for file in revision.files})
-
-
-def _check_suffix(path):
-    """Give `path` back if it is of a format that is read here."""
-    if path.suffix == ".parquet":
-        raise UserError(
-            f"{path}: Parquet is not read; convert it: python -c \"import pandas; pandas"
-            f".read_parquet('{path}').to_json('{path.stem}.jsonl', orient='records', lines=True)\"")
-    if path.suffix not in DATA_SUFFIXES:
-        raise UserError(f"{path}: data must be a .json, .jsonl or .txt file")
-    return path
 
 
 def _near(text, names):

@@ -1,21 +1,47 @@
 """Data files to the values in them, one at a time, with the place of each.
 
-A reader of READERS takes a path and yields (where, value, bytes read so far). Any bytes in a file
-give values or a UserError that names the file and the line.
+JSON, JSON lines, CSV, TSV and plain text, each also compressed (`.jsonl.gz`), and Parquet where
+pyarrow is installed. Any bytes in a file give values or a UserError that names the file and the
+line.
 """
 
 import contextlib
+import csv
 import difflib
+import gzip
+import io
 import itertools
 import json
 import os
 import re
 import stat
+import zlib
+from pathlib import Path
 
 from common.errors import UserError
 from common.template import one_line
 
 LONGEST_LINE = 2**28  # bytes
+LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can hold anything
+ROWS = 256  # of a Parquet file that are in memory at a time
+
+
+def read(path, choose=None):
+    """Yield (where, value, bytes of the file done so far) for each value in a data file.
+
+    A file with columns (CSV, TSV, Parquet) is asked for some of them: `choose` gets their names
+    and gives back those to read, None for all. Raises UserError, at once or on the way.
+    """
+    path = Path(path)
+    return READERS[check_kind(path)](path, choose)
+
+
+def suffix(path):
+    """The kind of a data file by its name, a key of READERS (without .gz), or None."""
+    name = Path(path).name.lower()
+    kind = Path(name.removesuffix(".gz")).suffix
+    known = kind in READERS and not (kind == ".parquet" and name.endswith(".gz"))
+    return kind if known else None
 
 
 def check(path):
@@ -30,11 +56,24 @@ def check(path):
         raise UserError(f"{one_line(path)}: cannot be read ({one_line(error)})") from None
     if not stat.S_ISREG(status.st_mode):
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise UserError(f"{path}: {what}; give files that end in {', '.join(READERS)}")
-    if path.suffix.lower() not in READERS:
-        raise UserError(f"{path}: its name must end in {', '.join(READERS)}; convert other "
-                        "kinds to .jsonl, one JSON object a line")
+        raise UserError(f"{path}: {what}; give files that end in {KINDS}")
+    check_kind(path)
     return status.st_size
+
+
+def check_kind(path):
+    """The suffix of a path, which need not be there, or a UserError if it cannot be read here."""
+    kind = suffix(path)
+    if kind == ".parquet":
+        _pyarrow(path)
+    if Path(path).suffix.lower() == ".arrow":
+        raise UserError(f"{path}: Arrow files are not read; load the data set where it was made "
+                        "and write it with ds.to_parquet(\"x.parquet\") or "
+                        "ds.to_json(\"x.jsonl\")")
+    if kind is None:
+        raise UserError(f"{path}: its name must end in {KINDS}; convert other kinds to .jsonl, "
+                        "one JSON object a line")
+    return kind
 
 
 def nearest(name, names):
@@ -45,45 +84,60 @@ def nearest(name, names):
 
 @contextlib.contextmanager
 def _opened(path):
+    """A file to read from, unpacked, and a function that gives how many of its bytes are done."""
     try:
         with open(path, "rb") as file:
-            yield file
+            packed = path.name.lower().endswith(".gz")
+            yield gzip.GzipFile(fileobj=file) if packed else file, file.tell
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({one_line(error)}); copy or download it "
+                        "again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def plain_text(path):
-    """The file whole, its line ends made \\n."""
-    with _opened(path) as file:
-        raw = file.read()
-    text = _decode(raw, path).replace("\r\n", "\n").replace("\r", "\n")
-    if text.strip():
-        yield str(path), {"text": text}, len(raw)
+def _whole(path):
+    """The text of a file, and its size in bytes."""
+    with _opened(path) as (file, done):
+        raw = file.read(LARGEST_UNPACKED + 1 if isinstance(file, gzip.GzipFile) else -1)
+        if isinstance(file, gzip.GzipFile) and len(raw) > LARGEST_UNPACKED:
+            raise UserError(f"{path}: more than {LARGEST_UNPACKED >> 20} MiB when unpacked; unpack "
+                            "it first (gunzip), or write .jsonl.gz, one JSON object a line")
+        return _decode(raw, path), done()
 
 
-def lines(path):
-    """The JSON value of each line that is not blank."""
-    with _opened(path) as file:
-        done = 0
+def _lines(path):
+    """The number of each line, its text with its end, and the bytes done."""
+    with _opened(path) as (file, done):
         for number in itertools.count(1):
             line = file.readline(LONGEST_LINE)
             if not line:
                 return
             if len(line) == LONGEST_LINE:
                 raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; "
-                                "write one JSON object a line")
-            done += len(line)
-            text = _decode(line, path, number).rstrip()  # or its end would count as another line
-            if text:
-                yield f"{path}:{number}", parse(json.loads, path, number, text), done
+                                "write one example a line")
+            yield number, _decode(line, path, number), done()
 
 
-def json_file(path):
+def plain_text(path, choose=None):
+    """The file whole, its line ends made \\n."""
+    text, size = _whole(path)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if text.strip():
+        yield str(path), {"text": text}, size
+
+
+def lines(path, choose=None):
+    """The JSON value of each line that is not blank."""
+    for number, line, done in _lines(path):
+        text = line.rstrip()  # or its end would count as another line
+        if text:
+            yield f"{path}:{number}", parse(json.loads, path, number, text), done
+
+
+def json_file(path, choose=None):
     """A list, {"data": [...]}, or, as many .json files are in truth, JSON lines."""
-    with _opened(path) as file:
-        raw = file.read()
-    text, size = _decode(raw, path), len(raw)
-    del raw
+    text, size = _whole(path)
     at = _space(text, 0)
     if at == len(text):
         return
@@ -114,7 +168,95 @@ def json_file(path):
         raise UserError(f"{path}:{line}: not valid JSON (Extra data after the list)")
 
 
-READERS = {".jsonl": lines, ".json": json_file, ".txt": plain_text}
+def table(path, choose=None):
+    """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
+    done, columns = 0, None
+    separator = "\t" if suffix(path) == ".tsv" else ","
+
+    def text():
+        nonlocal done
+        for _, line, done in _lines(path):
+            yield from io.StringIO(line, newline="")  # an old Mac's lines end in \r only
+
+    csv.field_size_limit(LONGEST_LINE)
+    rows = csv.reader(text(), delimiter=separator, strict=True)
+    while True:
+        line = rows.line_num + 1  # a row with line ends in its cells goes on to further lines
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UserError(f"{path}:{line}: not valid CSV ({one_line(error)}); is a quotation "
+                            "mark left open, or one within a cell not doubled?") from None
+        if row is None:
+            return
+        if not row:
+            continue
+        if columns is None:
+            columns = row
+            wanted = _chosen(columns, choose, f"{path}:{line}")
+        elif len(row) != len(columns):
+            raise UserError(f"{path}:{line}: {len(row)} cells, but the header has {len(columns)}; "
+                            f"a cell with a {'tab' if separator != ',' else 'comma'} in it must "
+                            "stand in double quotes")
+        else:
+            value = {name: cell for name, cell in zip(columns, row) if name in wanted}
+            yield f"{path}:{line}", value, done
+
+
+def parquet(path, choose=None):
+    """The rows of a Parquet file, as JSON would have them."""
+    pyarrow, number = _pyarrow(path), 0
+    try:
+        size = path.stat().st_size
+        # Read in pieces, by this thread alone: the rest of a row group is never in memory.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False,
+                                         page_checksum_verification=True) as file:
+            rows = max(1, file.metadata.num_rows)
+            wanted = _chosen(file.schema_arrow.names, choose, path)
+            for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", _as_json(row), min(size, size * number // rows)
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        place = f"{path}: row {number + 1} or after" if number else path
+        raise UserError(f"{place}: not readable as Parquet ({one_line(error)}); is it "
+                        "damaged?") from None
+
+
+def _pyarrow(path):
+    """The library that reads Parquet, or a UserError about `path` if it is not there."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: Parquet needs pyarrow, which is not installed: pip install "
+                        "pyarrow") from None
+    return pyarrow
+
+
+def _chosen(names, choose, where):
+    """The columns to read of those that a file has."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: two columns are called {one_line(repr(twice))}; rename one")
+    chosen = None if choose is None else choose(names)
+    return names if chosen is None else list(chosen)
+
+
+def _as_json(value):
+    """A value of Parquet with what JSON has no word for (dates, decimals, bytes) as text."""
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode()
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
+
+# By their names' ends; where the same data is there in several, the first is taken.
+READERS = {".jsonl": lines, ".json": json_file, ".csv": table, ".tsv": table, ".parquet": parquet,
+           ".txt": plain_text}
+KINDS = f"{', '.join(READERS)} (or, but for Parquet, any of these with .gz)"
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 

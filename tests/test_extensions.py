@@ -153,24 +153,31 @@ def test_the_peft_method_is_lora_xs_and_saves_as_lora(patched, tmp_path):
     assert torch.allclose(plain(**pack), model(**pack), atol=1e-4)
 
 
-def test_the_data_format_is_csv(patched, tmp_path):
+def test_the_data_format_is_markdown(patched, tmp_path):
     root = patched("data_format", "chapter-01", "common")
-    rows = '"how many?","one,\ntwo"\n' + "".join(f"q{n},a{n}\n" for n in range(20))
-    (tmp_path / "my.csv").write_text("question,answer\n" + rows, encoding="utf-8")
+    text = "# Opening\n## How many?\none,\n\ntwo\n" + "".join(
+        f"## q{n}\na{n}\n" for n in range(20))
+    (tmp_path / "my.md").write_text(text, encoding="utf-8")
+    rows = [{"prompt": "How many?", "completion": "one,\n\ntwo"}] + [
+        {"prompt": f"q{n}", "completion": f"a{n}"} for n in range(20)]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
-    def train(*arguments):
+    def train(name):
         return subprocess.run(
             [sys.executable, str(root / "chapter-01/train.py"), "--model", "tiny", "--init",
-             "random", "--data", str(tmp_path / "my.csv"), *SHORT, *arguments],
+             "random", "--data", str(tmp_path / name), *SHORT, "--out", str(tmp_path / name[3:])],
             cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
-    columns = ["--columns", "prompt=question,completion=answer"]
-    done = train(*columns)
-    assert done.returncode == 0, done.stderr
-    assert "two" in done.stdout or "a1" in done.stdout  # the example that is shown
-    (tmp_path / "my.csv").write_text("question,answer\nq,a\nq,a,b\n", encoding="utf-8")
-    wrong = train(*columns)
-    assert wrong.returncode == 2 and "my.csv:3: not as many cells" in wrong.stderr
+    shown = []
+    for name in ("my.md", "my.jsonl"):
+        done = train(name)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        shown.append([line for line in lines if re.match("data|held|  +[aq]", line)])
+    assert shown[0] == shown[1] and len(shown[0]) > 4
+    (tmp_path / "my.md").write_text("# Only a heading\n", encoding="utf-8")
+    wrong = train("my.md")
+    assert wrong.returncode == 2 and "my.md: empty, no example in it" in wrong.stderr
 
 
 def test_the_model_family_is_smollm3(patched):

@@ -9,7 +9,7 @@ import pytest
 from checks import refused
 from huggingface_hub import constants, errors
 
-from common import hub
+from common import hub, splits
 from common.errors import UserError
 from common.model_config import read_config
 
@@ -148,45 +148,176 @@ def test_a_missing_repository_may_be_a_mistyped_folder(tmp_path, monkeypatch, an
 
 # --- data ---
 
-def test_data_files_and_folders(tmp_path, answer):
-    for name in ("b.jsonl", "a.json", "c.txt", "notes.md"):
-        (tmp_path / name).touch()
-    assert hub.resolve_data(tmp_path / "c.txt") == [tmp_path / "c.txt"]
-    assert [path.name for path in hub.resolve_data(tmp_path)] == ["a.json", "b.jsonl", "c.txt"]
-    both = hub.resolve_data([tmp_path / "c.txt", tmp_path / "a.json"])
-    assert [path.name for path in both] == ["c.txt", "a.json"]
+ULTRACHAT = [f"data/{split}-0000{n}-of-0000{count}-f7dfac4afe5b93f4.parquet"
+             for split, count in (("test_gen", 1), ("test_sft", 1), ("train_gen", 3),
+                                  ("train_sft", 3)) for n in range(count)]
+GSM8K = [f"{config}/{split}-00000-of-00001.parquet" for config in ("main", "socratic")
+         for split in ("test", "train")]
+C4 = [f"{config}/c4-{split}.0000{n}-of-00002.json.gz" for config in ("en", "en.noblocklist")
+      for split in ("train", "validation") for n in range(2)]
+SMOLTALK = [f"data/{config}/{split}-00000-of-00001.parquet" for config in ("all", "apigen-80k")
+            for split in ("test", "train")]
+
+
+@pytest.fixture
+def parquet():
+    pytest.importorskip("pyarrow", reason="Parquet is read where pyarrow is installed")
+
+
+def fill(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def chosen(name, **options):
+    """The names of the files below the current folder, and what was said."""
+    said = []
+    paths = hub.resolve_data(name, said.append, **options)
+    return [str(path) for path in paths], said
+
+
+def downloads(answer):
+    return [positional[1] for positional, named in answer.calls if len(positional) == 2]
+
+
+def test_data_files_and_folders(tmp_path, monkeypatch, answer):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "d/b.jsonl", "d/a.json", "d/c.TXT", "d/e.csv.gz", "d/notes.md", "d/sub/x.json",
+         "d/.hidden.json", "d/.cache/x.json", "d/dataset_info.json", "d/state.json",
+         "d/README.txt")
+    assert chosen("d/c.TXT") == (["d/c.TXT"], [])
+    assert chosen("d") == (["d/a.json", "d/b.jsonl", "d/c.TXT", "d/e.csv.gz"], [])
+    assert chosen(["d/c.TXT", "d/a.json"]) == (["d/c.TXT", "d/a.json"], [])
+    assert chosen(tmp_path / "d" / "a.json") == ([str(tmp_path / "d/a.json")], [])
+    assert chosen("d:a.json") == (["d/a.json"], [])
+    assert chosen("d:sub/x.json") == (["d/sub/x.json"], [])
     assert answer.calls == []
+
+
+def test_a_folder_whose_files_lie_in_subfolders(tmp_path, monkeypatch, answer):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "d/README.md", "d/z/b.json", "d/a/deep/c.json", "d/a/b.json", "d/.git/x.json",
+         "d/dataset_dict.json")
+    assert chosen("d") == (["d/a/b.json", "d/a/deep/c.json", "d/z/b.json"], [])
+    fill(tmp_path, "d/top.json")
+    assert chosen("d") == (["d/top.json"], [])
+    assert chosen("d:a") == (["d/a/b.json", "d/a/deep/c.json"],
+                             ["data: d: 2 files (also there: top, z/b)"])
+    (tmp_path / "d/top.json").rename(tmp_path / "d:top.json")
+    assert chosen("d:top.json") == (["d:top.json"], [])  # a file of that name comes first
+
+
+def test_a_folder_with_train_and_test_files_trains_on_train_and_says_so(
+        tmp_path, monkeypatch, answer, capsys):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "d/train.jsonl", "d/test.jsonl", "e/train/1.json", "e/train/2.json",
+         "e/dev/1.json")
+    assert chosen("d") == (["d/train.jsonl"], ["data: d: train.jsonl (also there: test)"])
+    assert chosen("d:test", flag="--eval-data") == (
+        ["d/test.jsonl"], ["eval-data: d: test, 1 file (also there: train)"])
+    assert chosen("e/") == (["e/train/1.json", "e/train/2.json"],
+                            ["data: e/: train, 2 files (also there: dev)"])
+    assert chosen(["d", "d:test"], flag="--x")[1] == ["x: d: train.jsonl (also there: test)",
+                                                      "x: d: test, 1 file (also there: train)"]
+    hub.resolve_data("d")
+    assert capsys.readouterr().out == "data: d: train.jsonl (also there: test)\n"
+
+
+@pytest.mark.parametrize("names, expected", [
+    (["a", "b", "test"], ["a", "b"]), (["en/valid", "en/x", "eval/x"], ["en/x"]),
+    (["constraint", "dev_1", "held-out", "heldout"], ["constraint"]),
+    (["test", "validation"], ["test", "validation"]),
+    (["contest", "latest"], ["contest", "latest"]),
+    (["Training-v2", "other"], ["Training-v2"]), (["a", "test1"], ["a"]), (["x.train", "constraint"], ["x.train"]),
+    (["train/en", "test/en", "test/de"], ["train/en"]), (["my_train2", "sub"], ["my_train2"]),
+])
+def test_the_default_of_a_local_folder(tmp_path, monkeypatch, answer, names, expected):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, *(f"d/{name}.json" for name in names))
+    paths, said = chosen("d")
+    assert paths == [f"d/{name}.json" for name in expected]
+    assert len(said) == (expected != names)
+    for name in set(names) - set(expected):
+        assert name in said[0]
+
+
+def test_one_suffix_of_the_same_data(tmp_path, monkeypatch, answer, parquet):
+    monkeypatch.chdir(tmp_path)
+    kinds = [".jsonl", ".json", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt"]
+    order = [".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".txt"]
+    fill(tmp_path, *(f"d/train{kind}" for kind in kinds))
+    for kind in order:
+        paths, said = chosen("d")
+        assert paths == [f"d/train{kind}"]
+        assert all(f"train{other}" in said[0] for other in order[order.index(kind) + 1:])
+        (tmp_path / paths[0]).unlink()
+    fill(tmp_path, "e/data-00000-of-00002.parquet", "e/data-00001-of-00002.parquet", "e/all.csv")
+    assert chosen("e")[0] == ["e/all.csv", "e/data-00000-of-00002.parquet",
+                              "e/data-00001-of-00002.parquet"]  # of two labels
+
+
+def test_missing_shards_are_said(tmp_path, monkeypatch, answer):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "d/x-00000-of-00003.json", "d/x-00002-of-00003.json")
+    assert chosen("d") == (["d/x-00000-of-00003.json", "d/x-00002-of-00003.json"],
+                           ["data: d: x, 2 of 3 files"])
+    fill(tmp_path, "d/x-00001-of-00003.json")
+    assert chosen("d")[1] == []
 
 
 def test_data_that_is_not_there_or_not_readable(tmp_path, monkeypatch, answer):
     monkeypatch.chdir(tmp_path)
-    with refused("no .json, .jsonl or .txt file in this folder"):
+    with refused("holds no file that ends in .jsonl, .json, .csv, .tsv, .parquet, .txt"):
         hub.resolve_data(tmp_path)
-    for name in ("train.jsonl", "x.parquet", "table.csv"):
-        (tmp_path / name).touch()
-    with refused("trian.jsonl: no such file or folder", "did you mean train.jsonl"):
+    fill(tmp_path, "train.jsonl", "table.xlsx", "ds/data-00000-of-00001.arrow", "ds/state.json",
+         "dd/train/data-00000-of-00001.arrow", "dd/dataset_dict.json", "e/test_a.json",
+         "e/train_b.json", "e/train_c.json")
+    with refused("--data trian.jsonl: no such file or folder", "did you mean train.jsonl"):
         hub.resolve_data("trian.jsonl")
-    with refused("no such file"):
-        hub.resolve_data("data/train.jsonl")  # a path that looks like a Hub id
-    with refused("did you mean tiny"):
-        hub.resolve_data("tinny")
-    with refused("table.csv", ".json, .jsonl or .txt"):
-        hub.resolve_data("table.csv")
-    with refused("x.parquet", "Parquet is not read", "to_json('x.jsonl'"):
-        hub.resolve_data("x.parquet")
-    (tmp_path / "train.jsonl").unlink()
-    with refused("Parquet is not read"):
-        hub.resolve_data(tmp_path)
+    for name in ("data/train.jsonl", "data/train.csv.gz", "data/x.parquet", "data/x.TSV"):
+        with refused(f"{name}: no such file"):
+            hub.resolve_data(name)  # a path that looks like a Hub id
+    with refused("--eval-data tinny", "did you mean tiny"):
+        hub.resolve_data("tinny", flag="--eval-data")
+    with refused("table.xlsx", "must end in"):
+        hub.resolve_data("table.xlsx")
+    for name in ("ds", "dd", "ds/data-00000-of-00001.arrow"):
+        with refused(f"{name}", ".arrow: Arrow files are not read", "ds.to_parquet"):
+            hub.resolve_data(name)
+    with refused("e holds train_b, train_c: name one, as in --data e:train_b"):
+        hub.resolve_data("e")
+    with refused("e has no 'trian_b'; did you mean train_b?; it holds test_a, train_b, train_c, as "
+                 "in --eval-data e:test_a"):
+        hub.resolve_data("e:trian_b", flag="--eval-data")
+    with refused("e has no 'test_b.json'", "did you mean test_a.json"):
+        hub.resolve_data("e:test_b.json")
+    with refused("no such file or folder"):
+        hub.resolve_data("train.jsonl:train")
     assert answer.calls == []
+
+
+def test_an_unreadable_folder(tmp_path, monkeypatch, answer):
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(hub.os, "walk", walk)
+    with refused(f"{tmp_path}: cannot be read (Permission denied)"):
+        hub.resolve_data(tmp_path)
+
+
+def test_a_part_of_a_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "d/train.json")
+    assert hub.whole_name("d:train") == f"{tmp_path}/d:train"
+    assert hub.whole_name("d") == f"{tmp_path}/d"
+    for name in ("owner/name:train", "d2:train", "tiny", "no", ":x"):
+        assert hub.whole_name(name) == name
 
 
 def test_a_named_file_of_a_data_set(tmp_path, answer):
     answer.value = str(tmp_path / "x.json")
-    assert hub.resolve_data("a/b:data/x.json") == [tmp_path / "x.json"]
+    assert chosen("a/b:data/x.json") == ([str(tmp_path / "x.json")], ["data: a/b: data/x.json"])
     assert answer.calls == [(("a/b", "data/x.json"), {"repo_type": "dataset"})]
-    with refused("Parquet is not read"):
-        hub.resolve_data("a/b:x.parquet")
-    assert len(answer.calls) == 1
     answer.value = http(getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError), 404)
     with refused("a/b has no file x.json", constants.ENDPOINT + "/datasets/a/b/tree/main"):
         hub.resolve_data("a/b:x.json")
@@ -195,30 +326,98 @@ def test_a_named_file_of_a_data_set(tmp_path, answer):
         hub.resolve_data("a/b:x.json")
 
 
-@pytest.mark.parametrize("files, chosen", [
-    (["README.md", "alpaca.json", "dataset_infos.json"], "alpaca.json"),
-    (["data/train.jsonl", "data/test.jsonl"], "data/train.jsonl"),
-    (["sub/a.jsonl", "b.parquet"], "sub/a.jsonl"),
-])
-def test_the_file_of_a_data_set_is_chosen(tmp_path, answer, files, chosen):
-    answer.files, answer.value = files, str(tmp_path / "x")
-    assert hub.resolve_data("a/b") == [tmp_path / "x"]
-    assert answer.calls[1][0] == ("a/b", chosen)
+@pytest.mark.parametrize("name", ["a/b:x.parquet", "a/b:train", "a/b"])
+def test_without_pyarrow_nothing_is_downloaded(monkeypatch, answer, name):
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    answer.files = ["train-00000-of-00001.parquet"]
+    with refused(".parquet: Parquet needs pyarrow, which is not installed: pip install pyarrow"):
+        hub.resolve_data(name)
+    assert downloads(answer) == []
 
 
-@pytest.mark.parametrize("files, parts", [
-    (["a.json", "b.json"], ["a.json, b.json", "name one", "--data a/b:a.json"]),
-    (["train-1.json", "train-2.json"], ["name one", "a/b:train-1.json"]),
-    ([f"{i}.json" for i in range(9)], ["and 4 more"]),
-    (["data/train.parquet"], ["data/train.parquet", "Parquet is not read"]),
-    (["README.md"], ["no .json or .jsonl file", constants.ENDPOINT + "/datasets/a/b"]),
-    ([], ["no .json or .jsonl file"]),
+@pytest.mark.parametrize("files, part, expected, said", [
+    (["README.md", "alpaca_data_cleaned.json", "dataset_infos.json"], "",
+     ["alpaca_data_cleaned.json"], "alpaca_data_cleaned.json"),
+    (["data/train.jsonl", "data/test.jsonl"], "", ["data/train.jsonl"],
+     "data/train.jsonl (also there: test)"),
+    (["alpaca.json", "urls.txt", "sub/x.txt"], "", ["alpaca.json"], "alpaca.json"),
+    (["a.txt", "README.md"], "", ["a.txt"], "a.txt"),
+    (["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"], "",
+     ["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"],
+     "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"),
+    (["data/part-0.jsonl", "data/part-1.jsonl", ".x/a.json"], "",
+     ["data/part-0.jsonl", "data/part-1.jsonl"], "default, 2 files"),
+    (["data.json", "test.json"], "default", ["data.json"],
+     "default, 1 file (also there: test)"),
+    (ULTRACHAT, "train_sft", ULTRACHAT[5:],
+     "train_sft, 3 files (also there: test_gen, test_sft, train_gen)"),
+    (ULTRACHAT, "data/test_sft", ULTRACHAT[1:2],
+     "test_sft, 1 file (also there: test_gen, train_gen, train_sft)"),
+    (ULTRACHAT, ULTRACHAT[0], ULTRACHAT[:1], ULTRACHAT[0]),
+    (GSM8K, "main", GSM8K[1:2],
+     "main/train, 1 file (also there: main/test, socratic/test, socratic/train)"),
+    (GSM8K, "main/train", GSM8K[1:2],
+     "main/train, 1 file (also there: main/test, socratic/test, socratic/train)"),
+    (GSM8K, "socratic/test", GSM8K[2:3],
+     "socratic/test, 1 file (also there: main/test, main/train, socratic/train)"),
+    (GSM8K[:2], "train", GSM8K[1:2], "main/train, 1 file (also there: main/test)"),
+    (GSM8K[:2], "", GSM8K[1:2], "main/train-00000-of-00001.parquet (also there: main/test)"),
+    (C4, "en", C4[:2], "en/c4-train, 2 files (also there: "
+     "en.noblocklist/c4-train, en.noblocklist/c4-validation, en/c4-validation)"),
+    (SMOLTALK, "all", SMOLTALK[1:2],
+     "all/train, 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+    (SMOLTALK, "data/all/", SMOLTALK[1:2],
+     "all/train, 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+    (["train.jsonl", "train/0.parquet", "test.csv"], "", ["train.jsonl"],
+     "train.jsonl (also there: test, train/0.parquet)"),
+    (["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"], "",
+     ["train/0000.parquet", "train/0001.parquet"], "train, 2 files (also there: test)"),
 ])
-def test_a_data_set_without_one_obvious_file(answer, files, parts):
+def test_the_files_of_a_data_set_are_chosen(tmp_path, answer, parquet, files, part, expected, said):
+    answer.files, answer.value = [*reversed(files), "README.md", ".gitattributes"], "x"
+    line = f"data: a/b: {said}"
+    assert chosen(f"a/b:{part}" if part else "a/b") == (["x"] * len(expected), [line])
+    assert downloads(answer) == expected
+
+
+@pytest.mark.parametrize("files, part, parts", [
+    (["a.json", "b.json"], "", ["a/b holds a, b: name one, as in --data a/b:a"]),
+    (["train-1.json", "train-2.json"], "", ["name one, as in --data a/b:train-1"]),
+    ([f"{chr(97 + i)}.json" for i in range(11)], "", ["g, h, 3 more: name one"]),
+    (ULTRACHAT, "", ["a/b holds train_gen, train_sft: name one, as in --data a/b:train_gen"]),
+    (GSM8K, "", ["a/b holds main/train, socratic/train: name one, as in --data a/b:main/train"]),
+    (GSM8K, "train", ["a/b holds main/train, socratic/train: name one"]),
+    (GSM8K, "mian", ["a/b has no 'mian'", "it holds main/test, main/train, socratic/test"]),
+    (ULTRACHAT, "train_stf", ["a/b has no 'train_stf'; did you mean train_sft?"]),
+    (ULTRACHAT, "train", ["a/b has no 'train'", "it holds test_gen, test_sft, train_gen, "]),
+    (["train/en.json", "test/en.json"], "", ["a/b holds test/en, train/en: name one"]),
+    (["m/en.json", "m/de.json"], "m", ["a/b holds m/de, m/en: name one, as in --data a/b:m/de"]),
+    (["README.md", "data/x.arrow"], "", ["a/b/data/x.arrow: Arrow files are not read"]),
+    (["README.md"], "README.md", ["README.md: its name must end in .jsonl"]),
+    (["README.md"], "", ["a/b holds no file that ends in .jsonl, .json",
+                         "see " + constants.ENDPOINT + "/datasets/a/b"]),
+    ([], "", ["holds no file"]),
+])
+def test_a_data_set_without_one_obvious_split(answer, files, part, parts):
     answer.files = files
     with refused(*parts):
-        hub.resolve_data("a/b")
-    assert len(answer.calls) == 1
+        hub.resolve_data(f"a/b:{part}" if part else "a/b")
+    assert downloads(answer) == []
+
+
+@pytest.mark.parametrize("name, label", [
+    ("data/train_sft-00000-of-00003-a1b2.parquet", "train_sft"), ("a.b/c.d.jsonl.gz", "a.b/c.d"),
+    ("main/train-00000-of-00001.parquet", "main/train"), ("train/0000.parquet", "train"),
+    ("alpaca_data_cleaned.json", "alpaca_data_cleaned"), ("train/00000-of-00003.json", "train"),
+    ("default/train/0000.parquet", "train"), ("data/default/x.json", "x"),
+    ("x/data/y.json", "x/data/y"),
+    ("x/Part_003.csv", "x"), ("x/shard7.csv", "x"), ("x/chunk.csv", "x"), ("x/file-1.csv", "x"),
+    ("x/parts.csv", "x/parts"), ("train-1.json", "train-1"), ("2.json", "default"),
+    ("en/c4-train.00000-of-01024.json.gz", "en/c4-train"),
+])
+def test_labels(name, label):
+    assert splits.label(name) == label
 
 
 def test_offline_the_file_is_chosen_from_the_cache(tmp_path, monkeypatch, answer):
@@ -249,3 +448,10 @@ def test_offline_the_file_is_chosen_from_the_cache(tmp_path, monkeypatch, answer
         huggingface_hub, "hf_hub_download",
         lambda *names, **options: download(*names, **options, cache_dir=tmp_path))
     assert hub.resolve_data("a/b") == [snapshot / "data" / "train.json"]
+
+    # Of three files that belong together one is there: half a data set is none.
+    (snapshot / "data" / "train.json").rename(snapshot / "data" / "train-00000-of-00003.json")
+    with refused("a/b", "not complete in the cache", "HF_HUB_OFFLINE"):
+        hub.resolve_data("a/b")
+    name = "data/train-00000-of-00003.json"
+    assert hub.resolve_data(f"a/b:{name}") == [snapshot / name]

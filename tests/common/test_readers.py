@@ -1,0 +1,369 @@
+"""common/readers.py: the same values from every kind of file, and one line for a bad one."""
+
+import bz2
+import datetime
+import decimal
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from checks import refused
+from helpers import ROOT
+
+from common import readers
+from common.errors import UserError
+
+ROWS = [{"prompt": "q, with a comma", "completion": 'a "quoted"\nanswer'},
+        {"prompt": "été", "completion": ""}, {"prompt": " x\r\ny ", "completion": "\ttab"}]
+NESTED = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}],
+           "tags": ["a", "b"], "score": 0.5, "n": 3, "ok": True, "meta": {"a": {"b": [1, None]}}},
+          {"messages": [], "tags": None, "score": None, "n": -1, "ok": None, "meta": None}]
+
+
+@pytest.fixture
+def arrow():
+    """pyarrow, which the project does without: its tests are skipped there."""
+    pytest.importorskip("pyarrow", reason="Parquet is read where pyarrow is installed")
+    import pyarrow.parquet
+    return pyarrow
+
+
+def write(path, content):
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(content) if path.name.lower().endswith(".gz") else content)
+    return path
+
+
+def write_parquet(arrow, path, rows, **options):
+    arrow.parquet.write_table(arrow.Table.from_pylist(rows), path, **options)
+    return path
+
+
+def values(path, choose=None):
+    return [value for _, value, _ in readers.read(path, choose)]
+
+
+def places(path):
+    return [where.removeprefix(str(path)) for where, _, _ in readers.read(path)]
+
+
+def csv_text(rows, delimiter=","):
+    cells = [list(rows[0]), *(row.values() for row in rows)]
+    return "".join(delimiter.join('"' + cell.replace('"', '""') + '"' for cell in row) + "\r\n"
+                   for row in cells)
+
+
+CONTENTS = {".jsonl": "\n".join(map(json.dumps, ROWS)), ".json": json.dumps(ROWS),
+            ".csv": csv_text(ROWS), ".tsv": csv_text(ROWS, "\t")}
+
+
+# --- the same values ---
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_every_text_kind_gives_the_same_values(tmp_path, kind, gz):
+    for name, mark in (("a" + kind + gz, ""), (("b" + kind + gz).upper(), "\ufeff")):
+        path = write(tmp_path / name, mark + CONTENTS[kind])
+        assert values(path) == ROWS
+        assert values(str(path)) == ROWS
+        done = [done for _, _, done in readers.read(path)]
+        size = readers.check(path)
+        assert size == path.stat().st_size
+        assert done == sorted(done) and 0.97 * size <= done[-1] <= size  # a list's end comes after
+
+
+def test_a_text_file_compressed(tmp_path):
+    assert values(write(tmp_path / "a.txt.gz", b"\xef\xbb\xbfa\r\nb\n")) == [{"text": "a\nb\n"}]
+
+
+@pytest.mark.parametrize("rows", [ROWS, NESTED])
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 1}, {"compression": "zstd"},
+                                     {"use_dictionary": False, "data_page_version": "2.0"}])
+def test_parquet_gives_what_json_gives(tmp_path, arrow, rows, options):
+    path = write_parquet(arrow, tmp_path / "a.parquet", rows, **options)
+    assert values(path) == values(write(tmp_path / "a.json", json.dumps(rows))) == rows
+    assert places(path) == [f": row {n + 1}" for n in range(len(rows))]
+    assert [done for _, _, done in readers.read(path)] == [
+        readers.check(path) * (n + 1) // len(rows) for n in range(len(rows))]
+
+
+def test_parquet_of_several_batches(tmp_path, arrow):
+    rows = [{"a": str(n)} for n in range(2 * readers.ROWS + 5)]
+    path = write_parquet(arrow, tmp_path / "a.parquet", rows, row_group_size=readers.ROWS + 1)
+    assert values(path) == rows
+    assert places(path)[-1] == f": row {len(rows)}"
+
+
+def test_what_json_has_no_word_for_is_text(tmp_path, arrow):
+    row = {"day": datetime.date(2024, 5, 6), "time": datetime.datetime(2024, 5, 6, 7, 8),
+           "price": decimal.Decimal("1.50"), "raw": b"\xc3\xa9", "in": [{"day": [datetime.date(
+               2024, 5, 7)]}]}
+    path = write_parquet(arrow, tmp_path / "a.parquet", [row])
+    assert values(path) == [{"day": "2024-05-06", "time": "2024-05-06 07:08:00", "price": "1.50",
+                             "raw": "é", "in": [{"day": ["2024-05-07"]}]}]
+    with refused("b.parquet", "not readable", "decode byte 0xff"):  # a picture, say
+        values(write_parquet(arrow, tmp_path / "b.parquet", [{"raw": b"\xff\xd8"}]))
+    column = arrow.array([2**62], arrow.timestamp("ms"))  # a year that Python cannot count to
+    arrow.parquet.write_table(arrow.table({"time": column}), tmp_path / "c.parquet")
+    with refused("c.parquet: not readable as Parquet ("):
+        values(tmp_path / "c.parquet")
+    assert values(tmp_path / "a.parquet", lambda names: ["day"]) == [{"day": "2024-05-06"}]
+
+
+# --- columns ---
+
+def test_only_the_columns_that_are_chosen(tmp_path, arrow):
+    rows = [{"a": "1", "b": "2", "a.b": "3"}, {"a": "4", "b": "5", "a.b": "6"}]
+    paths = [write_parquet(arrow, tmp_path / "a.parquet", rows),
+             write(tmp_path / "a.csv", csv_text(rows)),
+             write(tmp_path / "a.tsv.gz", csv_text(rows, "\t"))]
+    for path in paths:
+        asked = []
+
+        def choose(names):
+            asked.append(list(names))
+            return [name for name in names if name in wanted]
+
+        for wanted in (["a"], ["b", "a.b"], []):
+            expected = [{name: row[name] for name in wanted} for row in rows]
+            assert values(path, choose) == expected
+        assert asked == [["a", "b", "a.b"]] * 3  # once for each file
+        assert values(path, lambda names: None) == rows
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert values(path, choose) == rows and len(asked) == 3  # JSON is not asked
+
+
+def test_a_damaged_column_that_is_not_chosen_is_not_read(tmp_path, arrow):
+    rows = [{"good": "g" * 50, "bad": "b" * 50} for _ in range(5)]
+    path = write_parquet(arrow, tmp_path / "a.parquet", rows, compression="none",
+                         use_dictionary=False, write_page_checksum=True, write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"bbbb", b"bbbc", 1))
+    assert len(values(path, lambda names: ["good"])) == 5
+    with refused("a.parquet", "damaged"):
+        values(path)
+
+
+# --- CSV ---
+
+def test_places_in_csv_are_where_a_row_begins(tmp_path):
+    path = write(tmp_path / "a.csv", '\n\na,b\n1,"x\ny"\n\n2,z\r\n"3","\r"\n4,w')
+    assert values(path) == [{"a": "1", "b": "x\ny"}, {"a": "2", "b": "z"},
+                            {"a": "3", "b": "\r"}, {"a": "4", "b": "w"}]
+    assert places(path)[:3] == [":4", ":7", ":8"]
+    assert values(write(tmp_path / "mac.csv", "a,b\r1,2\r3,4")) == [{"a": "1", "b": "2"},
+                                                                   {"a": "3", "b": "4"}]
+
+
+def test_a_long_cell(tmp_path):
+    long = "word " * 100_000  # beyond the csv module's own limit of 131,072 characters
+    assert values(write(tmp_path / "a.csv", f'a\n"{long}"\n')) == [{"a": long}]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", "a,b\n1,2\n3\n", ":3: 1 cells, but the header has 2; a cell with a comma"),
+    ("a.csv", 'a,b\n"1\n\n",2\n3,4,5\n', ":5: 3 cells, but the header has 2"),
+    ("a.tsv", "a\tb\n1,2\n", ":2: 1 cells, but the header has 2; a cell with a tab"),
+    ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', ":3: not valid CSV (unexpected end of data); is a quot"),
+    ("a.csv", 'a\n"x"y\n', ":2: not valid CSV"),
+    ("a.csv", "a,b,a\n1,2,3\n", ":1: two columns are called 'a'"),
+    ("a.csv", b"a\nb\n\xff\n", ":3: not UTF-8 text (byte 0xff)"),
+    ("a.csv", b"\xff", ":1: not UTF-8"),
+])
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_bad_csv_is_one_line_with_its_place(tmp_path, name, content, message, gz):
+    with refused(f"{name}{gz}{message}"):
+        values(write(tmp_path / (name + gz), content))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "a,b\n", "a,b\n\n"])
+def test_csv_without_rows(tmp_path, content):
+    assert values(write(tmp_path / "a.csv", content)) == []
+
+
+def test_a_line_or_a_cell_beyond_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 40)
+    with refused("a.csv:2: a line of more than"):
+        values(write(tmp_path / "a.csv", "a\n" + "b" * 50))
+    with refused("a.csv:2: not valid CSV (field larger than field limit"):
+        values(write(tmp_path / "a.csv", 'a\n"' + "b\n" * 50))
+
+
+# --- what cannot be read ---
+
+def test_kinds_by_their_names():
+    for name, kind in (
+            ("a.jsonl", ".jsonl"), ("x/A.JSON", ".json"), ("a.b.csv.gz", ".csv"),
+            ("a.TSV.GZ", ".tsv"), ("a.txt", ".txt"), ("a.parquet", ".parquet"),
+            ("a.parquet.gz", None), ("a.gz", None), ("a.arrow", None), ("jsonl", None),
+            (".jsonl", None), ("a.jsonl.bz2", None), ("", None)):
+        assert readers.suffix(name) == kind, name
+
+
+def test_names_that_are_refused(tmp_path):
+    for name, part in (("a.md", "must end in .jsonl, .json, .csv, .tsv, .parquet, .txt"),
+                       ("a.parquet.gz", "must end in"),
+                       ("a.arrow", "Arrow files are not read; load the data set where it was")):
+        path = write(tmp_path / name, "x")
+        for function in (readers.check, readers.check_kind, values):
+            with refused(path, part):
+                function(path)
+    with refused('ds.to_parquet("x.parquet") or ds.to_json("x.jsonl")'):
+        readers.check(tmp_path / "a.arrow")
+    with refused("a folder; give files that end in .jsonl"):
+        readers.check(tmp_path)
+    with refused("a.jsonl: no such file"):
+        readers.check(tmp_path / "a.jsonl")
+    for kind in readers.READERS:
+        if kind != ".parquet":
+            with refused(f"b{kind}: cannot be read (No such file or directory)"):
+                values(tmp_path / f"b{kind}")
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", "PAR1")
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for function in (readers.check, readers.check_kind, values):
+        with pytest.raises(UserError) as caught:
+            function(path)
+        assert str(caught.value) == (f"{path}: Parquet needs pyarrow, which is not installed: "
+                                     "pip install pyarrow")
+    assert values(write(tmp_path / "a.csv", "a\n1\n")) == [{"a": "1"}]
+
+
+@pytest.mark.parametrize("kind", [*CONTENTS, ".txt"])
+def test_damaged_gzip(tmp_path, kind):
+    path = tmp_path / f"a{kind}.gz"
+    rng = np.random.default_rng(0)  # text that does not compress to nothing
+    cells = ["".join(chr(97 + n) for n in rng.integers(0, 26, 300)) for _ in range(50)]
+    content = {".json": json.dumps([{"a": cell} for cell in cells]),
+               ".jsonl": "\n".join(json.dumps({"a": cell}) for cell in cells)}
+    packed = gzip.compress(content.get(kind, "\n".join(["a", *cells])).encode())
+    flipped = bytearray(packed)
+    flipped[-6] ^= 1  # in the checksum
+    broken = packed[:300] + b"\xff" * 30 + packed[330:]
+    for raw in (packed[:-100], packed[:20], packed[:5], bytes(flipped), b"not gzip at all",
+                bz2.compress(packed), packed + b"junk"):
+        path.write_bytes(raw)
+        with refused(f"{path}", "not a whole gzip file", "download it again"):
+            values(path)
+    path.write_bytes(broken)
+    with refused(path):  # what it is unpacked to may be noticed before the damage itself
+        values(path)
+    path.write_bytes(b"")
+    assert values(path) == []
+    path.write_bytes(packed)
+    count = len(values(path))
+    assert count == (1 if kind == ".txt" else 50)
+    if kind == ".jsonl":  # two compressed files in one, as `cat` makes them
+        path.write_bytes(gzip.compress(b"[1]\n") + packed)
+        assert len(values(path)) == count + 1
+
+
+def test_a_small_gzip_file_that_holds_too_much(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST_UNPACKED", 2**20)
+    monkeypatch.setattr(readers, "LONGEST_LINE", 2**20)
+    for name, part in (("a.json.gz", "more than 1 MiB when unpacked"), ("a.txt.gz", "gunzip"),
+                       ("a.jsonl.gz", ":1: a line of more than 1 MiB"),
+                       ("a.csv.gz", ":1: a line of more than 1 MiB")):
+        with refused(name, part):
+            values(write(tmp_path / name, b" " * (2**20 + 1)))
+    assert values(write(tmp_path / "a.txt", "a" * (2**20 + 1)))  # no bound on what lies unpacked
+
+
+def test_damaged_parquet(tmp_path, arrow):
+    rows = [{"text": f"row {n} " * 5, "parts": [{"a": n}]} for n in range(400)]
+    good = write_parquet(arrow, tmp_path / "good.parquet", rows).read_bytes()
+    path = tmp_path / "a.parquet"
+    for raw in (b"", b"PAR1", b"not parquet", good[:-9], good[200:], b"PAR1" + b"\0" * 50 + b"PAR1",
+                good[:9] + b"\xff" * 200 + good[209:], json.dumps(rows).encode()):
+        path.write_bytes(raw)
+        with refused("a.parquet: ", "not readable as Parquet ("):
+            values(path)
+    path.unlink()
+    with refused("a.parquet: ", "No such file"):
+        values(path)
+
+
+def test_damaged_parquet_says_how_far_it_was_read(tmp_path, arrow):
+    rows = [{"text": f"{n} " * 50} for n in range(600)]
+    path = write_parquet(arrow, tmp_path / "a.parquet", rows, row_group_size=256,
+                         use_dictionary=False, compression="none", write_page_checksum=True)
+    raw = path.read_bytes()
+    at = raw.rindex(b"560 560")
+    path.write_bytes(raw[:at] + b"000" + raw[at + 3:])
+    seen = []
+    with refused("a.parquet: row 513 or after: not readable"):
+        for item in readers.read(path):
+            seen.append(item)
+    assert len(seen) == 512
+
+
+def test_parquet_without_rows_and_with_two_columns_of_one_name(tmp_path, arrow):
+    table = arrow.table({"a": arrow.array([], arrow.string())})
+    arrow.parquet.write_table(table, tmp_path / "a.parquet")
+    asked = []
+    assert values(tmp_path / "a.parquet", lambda names: asked.append(names)) == []
+    assert asked == [["a"]]
+    arrow.parquet.write_table(arrow.table([["x"], ["y"]], names=["a", "a"]), tmp_path / "b.parquet")
+    with refused("b.parquet: two columns are called 'a'"):
+        values(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".csv.gz", ".jsonl.gz", ".parquet"])
+def test_arbitrary_bytes_give_values_or_one_line(tmp_path, kind, request):
+    path, rng = tmp_path / f"a{kind}", np.random.default_rng(0)
+    if kind == ".parquet":
+        seeds = [write_parquet(request.getfixturevalue("arrow"), path, rows).read_bytes()
+                 for rows in (ROWS * 20, NESTED * 20)]
+    else:
+        seeds = [write(path, CONTENTS[kind.removesuffix(".gz")]).read_bytes()]
+    pool = b'",\t\n\r\x00\xff\xc3\xef\xbb\xbfa1'
+    refusals = 0
+    for turn in range(300):
+        raw = bytearray(seeds[turn % len(seeds)])
+        for place in rng.integers(0, len(raw), rng.integers(1, 5)):
+            raw[place] = pool[rng.integers(len(pool))] if turn % 2 else rng.integers(256)
+        del raw[rng.integers(1, len(raw)) if turn % 3 == 0 else len(raw):]
+        path.write_bytes(raw)
+        try:
+            for where, value, done in readers.read(path):
+                assert where.startswith(str(path)) and 0 <= done <= len(raw)
+                json.dumps(value)
+        except UserError as error:
+            refusals += 1
+            assert "\n" not in str(error) and path.name in str(error)
+    assert 30 < refusals < 300
+
+
+# --- memory ---
+
+READ = """
+import resource, sys
+from common import readers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = sum(1 for _ in readers.read(sys.argv[1]))
+import pyarrow.parquet
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, before // 1024)
+"""
+MANY = 250_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_the_memory_of_parquet_is_bounded(tmp_path, arrow):
+    """One row group of all rows, as pyarrow writes up to 1,048,576 of them."""
+    path = tmp_path / "a.parquet"
+    text = "word " * 50
+    columns = {name: [f"{name} {n} {text}" for n in range(MANY)] for name in ("prompt", "answer")}
+    arrow.parquet.write_table(arrow.table(columns), path, compression="none")
+    assert arrow.parquet.ParquetFile(path).num_row_groups == 1
+    result = subprocess.run([sys.executable, "-c", READ, path], cwd=ROOT, text=True,
+                            capture_output=True, check=True)
+    rows, peak, before = map(int, result.stdout.split())
+    whole = path.stat().st_size >> 20
+    assert rows == MANY and whole > 120
+    assert peak - before < 100 + whole // 10, (peak, before, whole)
+    assert peak < 2048
