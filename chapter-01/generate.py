@@ -26,9 +26,9 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
     """Continue each prompt until a stop token or `max_new_tokens`.
 
     `prompts` is a list of lists of token ids. Returns the new tokens of each, without the stop
-    token. Temperature 0 takes the likeliest token; above it, tokens are drawn from
-    softmax(logits / temperature), fixed by `seed`. All prompts share one pack per step; a
-    document that is finished leaves it.
+    token. Temperature 0, or one too small for float32, takes the likeliest token; above it,
+    tokens are drawn from softmax(logits / temperature), fixed by `seed`. All prompts share one
+    pack per step; a document that is finished leaves it.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,8 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
         last = pack["cu_seqlens"][1:].long() - 1  # position of each document's last token
         pack = {k: v.to(device) if torch.is_tensor(v) else v for k, v in pack.items()}
         logits = model(**pack)[last.to(device)].float().cpu()  # (growing documents, V)
-        if temperature > 0:
+        if temperature >= torch.finfo(torch.float32).tiny:
+            logits = logits - logits.amax(-1, keepdim=True)  # 0 at most: no overflow below
             chances = torch.softmax(logits / temperature, dim=-1)
             chosen = torch.multinomial(chances, 1, generator=generator)[:, 0]
         else:
@@ -61,6 +62,8 @@ def main(argv=None):
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     parser.add_argument("--raw", action="store_true",
                         help="continue the text itself, without the chat template around it")
+    parser.add_argument("--no-thinking", action="store_true",
+                        help="have the chat template switch thinking off, where it can")
     parser.add_argument("--max-new-tokens", type=int, default=128,
                         help="longest answer (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -85,10 +88,11 @@ def main(argv=None):
     weights.load_weights(model, folder)
     model.compute_dtype = cli.choose_dtype(options.dtype, device)
 
+    variables = chat.no_thinking() if options.no_thinking else {}
     if options.raw or chat.template is None:
         prompts = [chat.encode_prompt(text) for text in options.prompt]
     else:
-        prompts = [chat.encode_prompt([{"role": "user", "content": text}])
+        prompts = [chat.encode_prompt([{"role": "user", "content": text}], **variables)
                    for text in options.prompt]
     answers = generate(model, prompts, options.max_new_tokens, chat.stop_ids, options.temperature,
                        options.seed)

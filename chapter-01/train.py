@@ -223,7 +223,7 @@ def main(argv=None):
                 return runs.stopped(run, state, signals, ranks)
 
         # --- result ---
-        runs.save_model(run / "final", model, config_json, source, dtype, ranks)
+        runs.save_model(run / "final", model, config_json, data, dtype, ranks)
         if distributed.any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals, ranks)
 

@@ -31,13 +31,13 @@ from peft_files import load_adapter
 def choose_tokens(logits, temperature, top_k, top_p, draws):
     """The next token of each document, (N,) int64, from logits (N, V).
 
-    Temperature 0 takes the likeliest. Otherwise a token is drawn from softmax(logits /
-    temperature), of which `top_k` (0: no limit) and then `top_p` (1: no limit) leave only the
-    likeliest: k tokens, and the fewest that together have probability p ("The Curious Case of
-    Neural Text Degeneration", 1904.09751, section 3.1). `draws` (N,), uniform in [0, 1), decide:
-    the token is where the running sum of the probabilities passes the draw.
+    Temperature 0, or one too small for float32, takes the likeliest. Otherwise a token is drawn
+    from softmax(logits / temperature), of which `top_k` (0: no limit) and then `top_p` (1: no
+    limit) leave only the likeliest: k tokens, and the fewest that together have probability p
+    ("The Curious Case of Neural Text Degeneration", 1904.09751, section 3.1). `draws` (N,),
+    uniform in [0, 1), decide: the token is where the running sum of the probabilities passes it.
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # 0 at most: no overflow
@@ -45,6 +45,7 @@ def choose_tokens(logits, temperature, top_k, top_p, draws):
     chances = logits[:, : top_k or None].softmax(-1)
     sums = chances.cumsum(-1)
     left = (sums - chances < top_p).sum(-1, keepdim=True)  # the tokens before it have less than p
+    left = left.clamp(min=1)  # a p that float32 rounds to 0 leaves the likeliest too
     drawn = draws[:, None] * sums.gather(-1, left - 1)
     # A running sum that a GPU forms in parallel may fall by a rounding: stay within what is left.
     index = (sums <= drawn).sum(-1, keepdim=True).minimum(left - 1)
@@ -126,8 +127,9 @@ def stream(model, chat, prompt, settings):
     return answer
 
 
-def converse(model, chat, settings):
-    """A conversation in the terminal, until the end of the input (Ctrl-D) or Ctrl-C."""
+def converse(model, chat, settings, variables):
+    """A conversation in the terminal, until the end of the input (Ctrl-D) or Ctrl-C. `variables`
+    are for the chat template."""
     if chat.template is None:
         raise UserError("--chat needs a chat template, and this model has none: use --prompt")
     messages = []
@@ -140,7 +142,7 @@ def converse(model, chat, settings):
             return
         try:
             messages.append({"role": "user", "content": said})
-            answer = stream(model, chat, chat.encode_prompt(messages), settings)
+            answer = stream(model, chat, chat.encode_prompt(messages, **variables), settings)
             messages.append({"role": "assistant", "content": answer})
         except UserError as error:  # say, the conversation has become too long
             print(f"error: {error}", file=sys.stderr)
@@ -164,6 +166,8 @@ def read_options(argv):
     add("--prompt", nargs="+", help="one or more prompts; all are answered together")
     add("--raw", action="store_true",
         help="continue the text itself, without the chat template around it")
+    add("--no-thinking", action="store_true",
+        help="have the chat template switch thinking off, where it can")
     add("--chat", action="store_true", help="a conversation in the terminal")
     add("--compare", action="store_true", help="the base and the adapter, side by side")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
@@ -203,14 +207,16 @@ def main(argv=None):
     settings = {name: getattr(options, name) for name in
                 ("max_new_tokens", "temperature", "seed", "top_k", "top_p")}
     settings["stop_ids"] = chat.stop_ids
+    variables = chat.no_thinking() if options.no_thinking else {}
     as_text = options.raw or chat.template is None
-    prompts = [chat.encode_prompt(text if as_text else [{"role": "user", "content": text}])
+    prompts = [chat.encode_prompt(text) if as_text else
+               chat.encode_prompt([{"role": "user", "content": text}], **variables)
                for text in options.prompt or ()]
     before = generate(model, prompts, **settings) if options.compare else None
     if adapter:
         load_adapter(model, adapter)
     if options.chat:
-        return converse(model, chat, settings)
+        return converse(model, chat, settings, variables)
     if len(prompts) == 1 and not options.compare:
         print(f"> {options.prompt[0]}")
         stream(model, chat, prompts[0], settings)

@@ -109,8 +109,9 @@ def save(network, dtype, out, adapter, base):
     """Commit folder `out`: the model in `dtype`, and the tokenizer's files."""
     def write(folder):
         weights.save_weights(network, weights.read_config(base), folder, dtype, checkpoint.MARK)
-        for source in tokenizer_folders(adapter, base):
+        for source in tokenizer_folders(adapter, base):  # the second over the first
             weights.copy_tokenizer(source, folder)
+        Chat.load(source).save(folder)
 
     size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
     checkpoint.commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)

@@ -191,8 +191,9 @@ def save(network, dtype, out, adapter, base):
         quantised = any(isinstance(layer, NF4Linear) for layer in network.modules())
         write_model = save_bnb if quantised else weights.save_weights
         write_model(network, weights.read_config(base), folder, dtype, checkpoint.MARK)
-        for source in tokenizer_folders(adapter, base):
+        for source in tokenizer_folders(adapter, base):  # the second over the first
             weights.copy_tokenizer(source, folder)
+        Chat.load(source).save(folder)
 
     size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
     size += sum(buffer.nbytes for buffer in network.buffers())

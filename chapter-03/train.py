@@ -274,10 +274,10 @@ def main(argv=None):
         if options.method == "delta-lora":
             merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
         if options.method in ("full", "delta-lora"):
-            runs.save_model(run / "final", model, config_json, source, dtype, ranks)
+            runs.save_model(run / "final", model, config_json, data, dtype, ranks)
         else:
             runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, metadata=mark(options)), source, ranks)
+                model, adapter, folder, options.model, metadata=mark(options)), data, ranks)
         if distributed.any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals, ranks)
 

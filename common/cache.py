@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
 
-VERSION = 1  # of the encoding: part of the hash, so that a change of the code finds no old files
-ARRAYS = (("offsets", "I64"), ("tokens", "I32"), ("trained", "U8"))  # the widest first: aligned
+VERSION = 2  # of the encoding: part of the hash, so that a change of the code finds no old files
+# The widest first: so all are aligned.
+ARRAYS = (("offsets", "I64"), ("records", "I64"), ("tokens", "I32"), ("trained", "U8"))
 
 
 def folder():
@@ -54,7 +55,7 @@ def cached(make, key, files, wrap):
 
     make   function that gives an object with the arrays of ARRAYS and a list of strings `notes`
     key    anything that JSON can write; of the files, the content counts
-    wrap   function (tokens, trained, offsets, notes=) that makes such an object of arrays
+    wrap   function (tokens, trained, offsets, records, notes=) that makes such an object of arrays
 
     A damaged file is made again, loudly; a cache that cannot be written is only said. Of several
     processes, one makes the data and the others wait for it.
@@ -142,11 +143,13 @@ def _read(path, wrap):
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            offsets, tokens, trained = (file.get_tensor(name).numpy() for name, _ in ARRAYS)
+            arrays = [file.get_tensor(name).numpy() for name, _ in ARRAYS]
             metadata = file.metadata()
-        if metadata["sha256"] != _checksum(metadata["notes"], (offsets, tokens, trained)):
+        if metadata["sha256"] != _checksum(metadata["notes"], arrays):
             raise ValueError("its checksum is wrong")
-        return wrap(tokens, trained.view(bool), offsets, notes=json.loads(metadata["notes"]))
+        offsets, records, tokens, trained = arrays
+        return wrap(tokens, trained.view(bool), offsets, records,
+                    notes=json.loads(metadata["notes"]))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         print(f"{path}: damaged ({error}); the data are tokenised again", file=sys.stderr)
         return None

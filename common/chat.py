@@ -1,22 +1,30 @@
 """tokenizer.json and the checkpoint's own chat template: text to token ids, and which to train on.
 
-Trained are the assistant's words and the end-of-turn token, that is, what the model must write
-itself; `common/masks.py` finds them in the rendered text, and the tokenizer's offsets carry them
-over to tokens. Text that spells a control token is refused: it would become one.
+Trained is what the model must write itself: all of an assistant's turn behind its header, the
+end-of-turn token with it. `common/masks.py` finds it in the rendered text, and the tokenizer's
+offsets carry it over to tokens. Text that spells a control token is refused: it would become one.
 """
 
 import datetime
+import hashlib
+import json
+import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common import masks
+from common.errors import UserError, writing
+from common.model_config import read_json
 from common.sandbox import CLOSED, OPENED
 from common.template import Refused, Template, one_line
-from common.tokenizer_files import call, read_tokenizer
+from common.tokenizer_files import call, read_template, read_tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content",
+             "thinking", "reasoning"}
 
 
 class Layout(NamedTuple):
@@ -26,6 +34,8 @@ class Layout(NamedTuple):
     spans: list | None    # trained (start, end) in characters, in order; None: all of it
     whole: bool           # the tokenizer adds what it adds to a document of its own (BOS)
     eos: bool | None      # append eos: trained or not; None: append nothing
+    left_out: tuple = ()  # what of the record the chat template does not write
+    unused: tuple = ()    # keys of its turns that it does not know
 
 
 class Chat:
@@ -36,24 +46,57 @@ class Chat:
     """
 
     @classmethod
-    def load(cls, folder):
-        """Read the tokenizer files of `folder`. UserError for whatever is wrong with them."""
+    def load(cls, folder, template=None):
+        """Read the tokenizer files of `folder`; `template` is a file with another chat template.
+
+        UserError for whatever is wrong with them.
+        """
         self = cls()
         vars(self).update(read_tokenizer(folder)._asdict())
-        template = self.template or ""
-        self._compiled = None if self.template is None else Template(template, self.template_file)
-        self._marks_generation = bool(re.search(r"{%[-+]?\s*generation\b", template))
+        self.given_template = None if template is None else Path(template)
+        if template is not None:
+            self.template, self.template_file = read_template(template), self.given_template
+            self.fingerprint = hashlib.sha256(
+                f"{self.fingerprint} {self.template}".encode()).hexdigest()
+        source = self.template or ""
+        self._compiled = None if self.template is None else Template(source, self.template_file)
+        self._marks_generation = bool(re.search(r"{%[-+]?\s*generation\b", source))
         added = self.tokenizer.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         named = [token.content for token in added  # say <think>, to which the template gives sense
-                 if token.content.strip() and token.content in template]
+                 if token.content.strip() and token.content in source]
         self._special = _any_of(special)
         self._special_or_named = _any_of(special + named)
-        self._stops = _any_of(map(self.tokenizer.id_to_token, self.stop_ids))
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
-        self._header = self._assistant_header()
+        self._shapes = {}  # see `masks.find`
+        self._turns = self._learn_turns()
         return self
+
+    def save(self, folder):
+        """Add to the tokenizer's files in `folder`, copies of those that this was read from, what
+        they lack: the chat template that was given, and in generation_config.json the tokens at
+        which an answer ends. Without these, other programs would let the model run on."""
+        folder = Path(folder)
+        if self.given_template is not None:
+            file = folder / "chat_template.jinja"
+            with writing(file):
+                file.write_text(self.template, encoding="utf-8")
+        file, settings = folder / "generation_config.json", {}
+        if file.exists():
+            settings = read_json(file)
+        elif (folder / "config.json").exists():  # what transformers would take in its absence
+            config = read_json(folder / "config.json")
+            settings = {name: config[name] for name in (
+                "bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+        stops = settings.get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        missing = sorted(self.stop_ids.difference(stops))
+        if missing:
+            settings["eos_token_id"] = [*stops, *missing]
+            with writing(file):
+                file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n",
+                                encoding="utf-8")
 
     def render(self, messages, add_generation_prompt=False, **variables):
         """The conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.
@@ -88,6 +131,14 @@ class Chat:
         ids = self.tokenise([prompt], whole=True)[0].ids
         return ids[:-1] if ids and ids[-1] == self.eos_id else ids
 
+    def no_thinking(self):
+        """The variables that have the template switch thinking off; UserError if it cannot."""
+        asked = [{"role": "user", "content": "?"}]
+        if self.template is None or self.render(asked, True, enable_thinking=False) == (
+                self.render(asked, True, enable_thinking=True)):
+            raise UserError("--no-thinking: this model's chat template cannot switch it off")
+        return {"enable_thinking": False}
+
     def decode(self, ids, skip_special=True):
         """The text of token ids; control tokens are left out unless `skip_special` is False."""
         return call("the tokenizer cannot decode", self.tokenizer.decode, list(map(int, ids)),
@@ -108,43 +159,59 @@ class Chat:
         if "text" in record:
             if not record["text"].strip():
                 raise Refused("empty")
-            self._refuse_control_tokens(record["text"])
+            if record.get("rendered"):
+                return self._rendered(record["text"])
+            self._refuse_control_tokens(record["text"], advice="; if the text is a conversation "
+                                        "already rendered, give it as messages, or say --rendered")
             return Layout(record["text"], None, True, True)
         messages = _plain(record["messages"])
+        untrained = {n for n, message in enumerate(record["messages"])
+                     if message.get("train") is False}
         variables = {key: value for key, value in record.items()
                      if key not in ("messages", "where")}
         self._check(messages, variables)
+        unused = tuple(sorted(key for key in set().union(*messages) - TURN_KEYS
+                              if key not in (self.template or "")))
         if self._compiled is None:
-            text, spans = "", []
-            for message in messages:
-                begin, text = len(text), text + message.get("content", "")
-                if message["role"] == "assistant":
-                    spans.append((begin, len(text)))
-            self._refuse_control_tokens(text)  # one may span two contents
-            return Layout(text, spans, True, messages[-1]["role"] == "assistant")
-        variables["strftime_now"] = _fixed_date
+            return self._joined(messages, untrained, variables.get("tools"), unused)
+        variables["strftime_now"] = fixed_date
         text = self._render(messages, **variables)
-        if self._marks_generation:
-            return Layout(*masks.take_marks(text), False, None)
-        for message in messages:
-            if message["role"] in ("system", "developer", "user") and (
-                    message.get("content", "").strip() not in text):
-                raise Refused(f"the chat template leaves out the {message['role']} message")
-        spans = masks.regions(messages, text, lambda marked: self._render(marked, **variables),
-                              self._special, self._stops, self._header)
-        if spans and messages[-1]["role"] == "assistant" and not text[spans[-1][1]:].strip():
-            ends = [token.end() for token in self._special.finditer(text, *spans[-1])]
-            if ends[-1:] != [spans[-1][1]]:  # no end-of-turn token: with eos it learns to stop
-                spans[-1] = spans[-1][0], len(text)
-                return Layout(text, spans, False, True)
-        return Layout(text, spans, False, None)
+        tools = variables.get("tools")
 
-    def finish(self, layout, ids, offsets):
-        """(ids int32, trained bool), arrays, of a Layout and the ids and offsets of its text."""
-        ids = np.array(ids, dtype=np.int32)
+        def render(messages, tools):
+            return self._render(messages, **variables | {"tools": tools})
+
+        found, where, all_marked = masks.find(messages, tools, text, render, self._shapes)
+        left_out = masks.left_out(messages, found, where, text, all_marked)
+        last = len(messages) - 1
+        if self._marks_generation:
+            plain, spans = masks.take_marks(text)
+            if untrained:
+                dropped = [span[:2] for span in self._regions(where, found, text)
+                           if span[2] in untrained]
+                spans = masks.without(spans, dropped, text)
+            return Layout(plain, spans, False, None, left_out, unused)
+        if where is None:
+            raise Refused("the chat template rewrites the assistant's words, so it cannot be told "
+                          "what to train on; mark them in the template with {% generation %}")
+        spans, eos = self._regions(where, found, text), None
+        if spans and spans[-1][2] == last and not text[spans[-1][1]:].strip():
+            start, end, _ = spans[-1]
+            ends = [token.end() for token in self._special.finditer(text, start, end)]
+            ending = self._turns.ending
+            if ends[-1:] != [end] and not (ending and text.endswith(ending, start, end)):
+                # No end-of-turn token: with eos it learns to stop.
+                spans[-1], eos = (start, len(text), last), last not in untrained
+        spans = [(start, end) for start, end, n in spans if n not in untrained]
+        return Layout(text, spans, False, eos, left_out, unused)
+
+    def finish(self, layout, encoding):
+        """(ids int32, trained bool), arrays, of a Layout and what `tokenise` made of its text (of
+        a text that is trained whole, its ids are enough)."""
+        ids = np.array(getattr(encoding, "ids", encoding), dtype=np.int32)
         trained = np.ones(len(ids), dtype=bool)
         if layout.spans is not None:
-            trained = masks.inside(offsets, layout.spans)
+            trained = masks.inside(encoding, layout.spans)
         if layout.eos is not None and self.eos_id is not None:
             if not (len(ids) and ids[-1] == self.eos_id):
                 ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, False)
@@ -154,31 +221,108 @@ class Chat:
     def _encode(self, record):
         layout = self.layout(record)
         encoding = self.tokenise([layout.text], layout.whole)[0]
-        ids, trained = self.finish(layout, encoding.ids, encoding.offsets)
+        ids, trained = self.finish(layout, encoding)
         return ids.tolist(), trained.tolist()
 
     def _render(self, messages, add_generation_prompt=False, **variables):
         if self._compiled is None:
             return "".join(message.get("content", "") for message in messages)
-        size = sum(map(len, _strings([messages, variables])))
+        size = sum(map(_size, messages)) + _size(variables)
         return self._compiled.render({
             "messages": messages, "tools": None, "documents": None,
             "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables,
         }, size)
 
-    def _assistant_header(self):
-        """What a generation prompt adds to a conversation, or "" where that cannot be told."""
-        probe = [{"role": "user", "content": "?"}]
-        try:
-            before, after = self.render(probe), self.render(probe, True)
-        except Refused:  # say, a template that insists on a system message
-            return ""
-        return after[len(before):] if after.startswith(before) else ""
+    def _rendered(self, text):
+        """The Layout of a text in which a conversation stands as a template has written it: the
+        assistant's turns are trained, or all of it where none is found."""
+        spans = []
+        for header in self._turns.headers:
+            at = text.find(header)
+            while at >= 0:
+                start = at + len(header)
+                stop = self._turns.stops.search(text, start)
+                spans.append((start, stop.end() if stop else len(text)))
+                at = text.find(header, spans[-1][1])
+            if spans:
+                break
+        bos = self.special_tokens.get("bos_token")
+        return Layout(text, spans or None, not (bos and text.startswith(bos)), None)
+
+    def _joined(self, messages, untrained, tools, unused):
+        """The Layout for a tokenizer without a chat template: one turn, its contents joined."""
+        text, spans, left_out = "", [], ["the tools"] if tools else []
+        for n, message in enumerate(messages):
+            begin, text = len(text), text + message.get("content", "")
+            if message["role"] == "assistant" and n not in untrained:
+                spans.append((begin, len(text)))
+            if message.get("tool_calls"):
+                raise Refused("a tool call, and this model has no chat template: give one with "
+                              "--chat-template FILE")
+            if message.get("reasoning_content"):
+                left_out.append("the reasoning of the last turn")
+        self._refuse_control_tokens(text)  # one may span two contents
+        return Layout(text, spans, True, messages[-1]["role"] == "assistant" and bool(spans),
+                      tuple(left_out), unused)
+
+    def _regions(self, where, found, text):
+        if where is None:
+            raise Refused("the chat template rewrites the assistant's words, so it cannot be told "
+                          "which of them have the weight 0")
+        return masks.regions(where, found, text, self._turns)
+
+    def _learn_turns(self):
+        """The template's `masks.Turns`, seen in two small conversations; adds the end-of-turn
+        tokens to `stop_ids`. What cannot be told (the template refuses them) is left empty."""
+        header = ending = ""
+        user, word = {"role": "user", "content": "?"}, "Yes."
+        function = {"name": "f", "arguments": {"x": word}}
+        tool = {"name": "f", "description": "?", "parameters": {
+            "type": "object", "properties": {"x": {"type": "string"}}}}
+        call = {"role": "assistant", "content": "",
+                "tool_calls": [{"id": "call00000", "type": "function", "function": function}]}
+        for first in ([], [{"role": "system", "content": "?"}]):  # some insist on the second
+            if self._compiled is None or header:
+                break
+            try:
+                before, after = self.render([*first, user]), self.render([*first, user], True)
+                same = len(os.path.commonprefix([before, after]))
+                cut = [token.start() for token in self._special.finditer(after)
+                       if token.start() < same < token.end()]
+                header = after[(cut or [same])[0]:]
+                text = self.render([*first, user, {"role": "assistant", "content": word}])
+                ending = self._end_of_turn(text.rpartition(word)[2] if word in text else "")
+                text = self.render([*first, user, call], tools=[{
+                    "type": "function", "function": tool}])
+                self._end_of_turn(text.rpartition(word)[2] if word in text else "", ending)
+            except Refused:
+                pass
+        headers = [header, header.partition("<think>")[0]] if "<think>" in header else [header]
+        stops = _any_of(map(self.tokenizer.id_to_token, self.stop_ids))
+        return masks.Turns([one for one in headers if one], ending, stops, self._special)
+
+    def _end_of_turn(self, tail, usual=""):
+        """`tail`, what the template writes behind an answer, up to the end-of-turn token, which
+        becomes a stop token; `usual` is what ends other turns. "" if there is no such token."""
+        last = [*self._special_or_named.finditer(usual)][-1:]
+        token = last and re.search(re.escape(last[0].group()), tail)
+        if not token:
+            tokens = [*self._special.finditer(tail)]
+            tokens = tokens or [*self._special_or_named.finditer(tail)][-1:]
+            if not tokens or usual and tail[tokens[-1].end():].strip():
+                return ""
+            token = tokens[-1 if usual else 0]
+        self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token.group())}
+        return tail[:token.end()]
 
     def _check(self, messages, variables=()):
         """Refuse what is no conversation, or holds control tokens or private-use characters."""
         if not any(value for one in messages for name, value in one.items() if name != "role"):
             raise Refused("empty")
+        turns = [message.get("role") for message in messages]
+        if self._compiled is None and max(turns.count("user"), turns.count("assistant")) > 1:
+            raise Refused("several turns, and this model has no chat template to tell them apart: "
+                          "give one with --chat-template FILE")
         for message in messages:
             if message.get("role") not in ROLES:
                 raise Refused(f"role {one_line(repr(message.get('role')))} is not one of "
@@ -190,7 +334,7 @@ class Chat:
         for text in _strings(variables):
             self._refuse_control_tokens(text, chat=True)
 
-    def _refuse_control_tokens(self, text, named=False, chat=False):
+    def _refuse_control_tokens(self, text, named=False, chat=False, advice=""):
         """Special tokens are control tokens. So are, in a user's text, those added tokens that the
         template names: an assistant may write <think>, a user must not."""
         pattern = self._special_or_named if named else self._special
@@ -198,7 +342,7 @@ class Chat:
         if not found and self._normalizer is not None:
             found = pattern.search(self._normalizer.normalize_str(text))
         if found:
-            raise Refused(f"its text spells the control token {one_line(found.group())}")
+            raise Refused(f"its text spells the control token {one_line(found.group())}{advice}")
         if not text.isascii():
             try:
                 text.encode()
@@ -210,12 +354,13 @@ class Chat:
 
 
 def _plain(messages):
-    """The messages without None values, thoughts under both names that templates read."""
+    """The messages without None values and our "train", thoughts under all names of templates."""
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
         raise Refused("a conversation must be a list of {\"role\", \"content\"}")
     plain = []
     for message in messages:
-        message = {key: value for key, value in message.items() if value is not None}
+        message = {key: value for key, value in message.items()
+                   if value is not None and key != "train"}
         thoughts = [message[name] for name in ("reasoning_content", "thinking", "reasoning")
                     if name in message]
         if thoughts:
@@ -226,19 +371,32 @@ def _plain(messages):
 
 def _strings(value):
     """Every string in nested lists and dicts, keys included."""
+    if isinstance(value, str):
+        return [value]
+    found = []
+    if isinstance(value, dict):
+        found, value = list(value), value.values()
+    elif not isinstance(value, (list, tuple)):
+        return found
     rest = [value]
     while rest:
-        value = rest.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            rest.extend(value)
-            rest.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            rest.extend(value)
+        for one in rest.pop():
+            if isinstance(one, str):
+                found.append(one)
+            elif isinstance(one, dict):
+                found.extend(one)
+                rest.append(one.values())
+            elif isinstance(one, (list, tuple)):
+                rest.append(one)
+    return found
 
 
-def _fixed_date(format):
+def _size(value):
+    return sum(map(len, _strings(value)))
+
+
+def fixed_date(format):
+    """`strftime_now` of templates in training data."""
     return datetime.date(2024, 7, 26).strftime(format)
 
 

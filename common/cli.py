@@ -39,10 +39,16 @@ class Options:
     init: str = option(None, "weights to start from",
                        choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
-                        "or a Hub dataset as owner/name[:file]", many=True)
+                        "folders, or a Hub dataset as owner/name[:split or file]", many=True)
     columns: str = option(None, "rename a dataset's keys, e.g. prompt=question,completion=answer")
-    eval_data: str = option(None, "held-out file (default: 2 %% of the data, 1 to 200 examples)",
-                            result=False)
+    eval_data: str = option(None, "held-out data, written as --data is (default: 2 %% of the data, "
+                            "1 to 200 examples)", result=False)
+    chat_template: str = option(None, "a file with a chat template, in the place of the model's; "
+                                "it is copied into what the run leaves")
+    strict_template: bool = option(False, "stop where the chat template leaves out something that "
+                                   "an example says, rather than count it", bool)
+    rendered: bool = option(False, "each \"text\" of the data is a conversation as a chat template "
+                            "has rendered it, control tokens and all", bool)
     # --- where ---
     out: str = option(None, "the run's folder (default: runs/chapter-0N/ and the next number)",
                       result=False)

@@ -1,10 +1,12 @@
 """Records to documents of token ids and labels: once, streaming, and kept for the next run.
 
 All documents lie in flat arrays, one behind the other: tokens (int32), which of them are trained
-(bool), and where each document begins (int64). They are written to a file as they are made, and
-mapped from there, so a million short documents need some hundred megabytes of memory.
+(bool), where each document begins (int64), and which record it came from (int64). They are written
+to a file as they are made, and mapped from there, so a million short documents need some hundred
+megabytes of memory.
 """
 
+import hashlib
 import os
 import re
 import sys
@@ -29,12 +31,14 @@ class Encoded:
     """Documents of token ids. `encoded[i]` is (input_ids, labels), int64, labels not yet shifted.
 
     `tokens` (int32), `trained` (bool) and `offsets` (int64, one more than documents) are the flat
-    arrays; `lengths` (int64) the documents' lengths. `chosen`: a subset, by document number.
-    `notes`: what was left out when they were made, line by line.
+    arrays; `lengths` (int64) the documents' lengths. `records`: the number of the record that each
+    document came from, counted from 0, skipped ones included. `chosen`: a subset, by document
+    number. `notes`: what was left out when they were made, line by line.
     """
 
-    def __init__(self, tokens, trained, offsets, chosen=None, notes=()):
+    def __init__(self, tokens, trained, offsets, records, chosen=None, notes=()):
         self.tokens, self.trained, self.offsets = tokens, trained, offsets
+        self.records = records
         self.chosen = np.arange(len(offsets) - 1) if chosen is None else np.asarray(chosen)
         self.lengths = np.diff(offsets)[self.chosen].astype(np.int64)
         self.notes = list(notes)
@@ -49,43 +53,63 @@ class Encoded:
         return input_ids, torch.where(trained, input_ids, IGNORE)
 
 
-def encode(records, chat, max_length, too_long="truncate", vocab_size=None, title="data"):
+def encode(records, chat, max_length, too_long="truncate", vocab_size=None, title="data",
+           strict=False):
     """Tokenise `records` (see common/datasets.py) into an `Encoded`, saying what was left out.
 
     A conversation longer than `max_length` tokens is cut, dropped or an error, as `too_long` says.
     A text is cut into consecutive documents, each of which begins with the last token of the one
     before: so nothing of it is lost, and every token but the first is predicted once. Records that
     cannot be used (empty, nothing to train on, control tokens in the text, refused by the
-    template) are skipped, counted and named. Raises UserError where a token id is not below
+    template) are skipped, counted and named; so is what the template leaves out of the others,
+    unless `strict`: then it is an error. Raises UserError where a token id is not below
     `vocab_size`, or nothing is left.
     """
     if max_length < 2:
         raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
-    counts, first, lengths, seen = Counter(), {}, array("q"), 0
+    counts, first, lengths, origins = Counter(), {}, array("q"), array("q")
 
-    def skip(reason, record):
+    def place(number, record):
+        return record.get("where", f"example {number + 1}")
+
+    def note(reason, number, record):
         reason = reason if reason in counts or len(counts) < KINDS else "skipped, other reasons"
         counts[reason] += 1
-        first.setdefault(reason, record.get("where", f"example {seen}"))
+        first.setdefault(reason, place(number, record))
 
     with cache.no_space(), cache.scratch() as token_file, cache.scratch() as trained_file:
         for chunk in _chunks(records):
-            for record, ids, trained in _tokenise(chunk, chat, skip):
-                seen += 1
+            for number, record, layout, ids, trained in _tokenise(chunk, chat, note):
+                where = place(number, record)
                 if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:
-                    where = record.get("where", f"example {seen}")
                     raise UserError(f"{where}: token {int(ids.max())} is not below the model's "
                                     f"vocab_size {vocab_size}: is this its tokenizer?")
-                for start, end in _documents(record, len(ids), max_length, too_long, skip):
+                if strict and layout.left_out:
+                    raise UserError(f"{where}: the chat template leaves out "
+                                    f"{', '.join(layout.left_out)} (--strict-template)")
+                for what in layout.left_out:
+                    note(f"without {what}: the chat template leaves that out", number, record)
+                for key in layout.unused:
+                    note(f"with a key {key!r} in their turns, which the chat template does not use",
+                         number, record)
+                for start, end in _documents(where, record, len(ids), max_length, too_long,
+                                             lambda reason: note(reason, number, record)):
                     if trained[start + 1:end].any():  # nothing predicts a document's first token
                         token_file.write(ids[start:end])
                         trained_file.write(trained[start:end])
                         lengths.append(end - start)
+                        origins.append(number)
                     else:
-                        skip("skipped, nothing in it to train on"
-                             + (f" within {max_length} tokens" if end < len(ids) else ""), record)
+                        note("skipped, nothing in it to train on"
+                             + (f" within {max_length} tokens" if end < len(ids) else ""),
+                             number, record)
         notes = [f"{count:,} {reason} (first: {first[reason]})"
                  for reason, count in counts.most_common()]
+        ignored = list(getattr(records, "ignored", {}).items())  # files know
+        if ignored:
+            more = f" and {len(ignored) - 8} more" if len(ignored) > 8 else ""
+            notes.append(f"not used: the keys {', '.join(key for key, _ in ignored[:8])}{more} "
+                         f"(first: {ignored[0][1]})")
         if not lengths:
             raise UserError("no example can be trained on: " + ("; ".join(notes[:5]) or "no data"))
         offsets = np.zeros(len(lengths) + 1, np.int64)
@@ -93,18 +117,19 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
         token_file.flush(), trained_file.flush()
         tokens = np.memmap(token_file, np.int32, "r", shape=(offsets[-1],))
         trained = np.memmap(trained_file, bool, "r", shape=(offsets[-1],))
-    return _say(Encoded(tokens, trained, offsets, notes=notes), title)
+    encoded = Encoded(tokens, trained, offsets, np.array(origins, np.int64), notes=notes)
+    return _say(encoded, title)
 
 
 def _chunks(records):
-    """Lists of records, not too long, with a progress bar for the work on them."""
+    """Lists of (number, record), not too long, with a progress bar for the work on them."""
     size = getattr(records, "size", None)  # files know how many bytes they have
     chunk, characters = [], 0
     with tqdm(total=size, unit="B" if size else " documents", unit_scale=True, desc="tokenising",
               delay=2, leave=False, disable=None if _first_rank() else True) as bar:
-        for record in records:
-            chunk.append(record)
-            texts = [record] if "text" in record else record["messages"]
+        for number, record in enumerate(records):
+            chunk.append((number, record))
+            texts = record.get("messages", [record])
             characters += sum(len(str(text.get("text") or text.get("content"))) for text in texts)
             if len(chunk) == CHUNK or characters > CHARACTERS:
                 yield chunk
@@ -113,26 +138,28 @@ def _chunks(records):
         yield chunk
 
 
-def _tokenise(chunk, chat, skip):
-    """(record, ids, trained) of each record that can be used; the others are skipped."""
+def _tokenise(chunk, chat, note):
+    """(number, record, layout, ids, trained) of each record that can be used; `note` of others."""
     kept = []
     with bounded_memory():
-        for record in chunk:
+        for number, record in chunk:
             try:
-                kept.append((record, chat.layout(record)))
+                if "refused" in record:
+                    raise Refused(record["refused"])
+                kept.append((number, record, chat.layout(record)))
             except Refused as error:
-                skip(f"skipped, {error}", record)
+                note(f"skipped, {error}", number, record)
     found, groups = {}, {True: [], False: []}  # by what the tokenizer shall add
-    for n, (_, layout) in enumerate(kept):
+    for n, (_, _, layout) in enumerate(kept):
         if layout.spans is None and len(layout.text) > PIECE:
-            found[n] = _long(layout.text, chat), None
+            found[n] = _long(layout.text, chat)
         else:
             groups[layout.whole].append(n)
     for whole, group in groups.items():  # tokenizers are fast on many texts at once, in parallel
-        for n, encoding in zip(group, chat.tokenise([kept[n][1].text for n in group], whole)):
-            found[n] = encoding.ids, None if kept[n][1].spans is None else encoding.offsets
-    for n, (record, layout) in enumerate(kept):
-        yield (record, *chat.finish(layout, *found.pop(n)))
+        for n, encoding in zip(group, chat.tokenise([kept[n][2].text for n in group], whole)):
+            found[n] = encoding
+    for n, (number, record, layout) in enumerate(kept):
+        yield (number, record, layout, *chat.finish(layout, found.pop(n)))
 
 
 def _long(text, chat):
@@ -153,19 +180,18 @@ def _long(text, chat):
     return np.concatenate(ids)
 
 
-def _documents(record, length, max_length, too_long, skip):
+def _documents(where, record, length, max_length, too_long, skip):
     """[(start, end)] of the documents that a record of `length` tokens makes."""
     if length <= max_length:
         return [(0, length)]
     if too_long == "error":
-        raise UserError(f"{record.get('where', 'an example')}: {length:,} tokens, the limit is "
-                        f"{max_length:,} (--max-seq-len, --batch-tokens, the model's positions); "
+        raise UserError(f"{where}: {length:,} tokens, the limit is {max_length:,} "
+                        f" (--max-seq-len, --batch-tokens, the model's positions); "
                         "raise it, or choose --too-long truncate or drop")
-    if too_long == "truncate" and "text" in record:
+    if too_long == "truncate" and "text" in record and "rendered" not in record:
         return [(start, min(start + max_length, length))
                 for start in range(0, length - 1, max_length - 1)]
-    skip(f"{'cut' if too_long == 'truncate' else 'dropped'}, longer than {max_length} tokens",
-         record)
+    skip(f"{'cut' if too_long == 'truncate' else 'dropped'}, longer than {max_length} tokens")
     return [(0, max_length)] if too_long == "truncate" else []
 
 
@@ -182,15 +208,20 @@ def _first_rank():
     return os.environ.get("RANK", "0") == "0"
 
 
+def say(text):
+    """Print it, on the first rank only."""
+    if _first_rank():
+        print(text, flush=True)
+
+
 def _say(encoded, title):
     """Print how much there is to train on, and what was left out; returns its argument."""
-    if _first_rank():
-        print(f"{title}: {len(encoded):,} documents, {len(encoded.tokens):,} tokens, "
-              f"{np.mean(encoded.trained):.0%} of them trained on")
-        for note in encoded.notes[:8]:
-            print(f"{title}: {note}")
-        if len(encoded.notes) > 8:
-            print(f"{title}: and {len(encoded.notes) - 8} more kinds of that")
+    say(f"{title}: {len(encoded):,} documents, {len(encoded.tokens):,} tokens, "
+        f"{np.mean(encoded.trained):.0%} of them trained on")
+    for note in encoded.notes[:8]:
+        say(f"{title}: {note}")
+    if len(encoded.notes) > 8:
+        say(f"{title}: and {len(encoded.notes) - 8} more kinds of that")
     return encoded
 
 
@@ -205,20 +236,60 @@ def virtual(count, vocab_size, max_length, seed):
     lengths = np.clip(lengths, 2, max_length).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = random.integers(0, vocab_size, offsets[-1], dtype=np.int32)
-    return Encoded(tokens, np.ones(len(tokens), bool), offsets)
+    return Encoded(tokens, np.ones(len(tokens), bool), offsets, np.arange(count))
 
 
 def split(encoded, seed, share=0.02, most=200):
-    """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many."""
+    """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many.
+
+    No document is on both sides: one that occurs several times is trained on, every time, or, if
+    there are no others, held out with all its copies.
+    """
     if len(encoded) < 2:
         raise UserError("one example cannot also be held out: add some, or give --eval-data")
+    groups, copies = _copies(encoded)
+    if copies.max() == len(encoded):
+        raise UserError(f"all {len(encoded):,} documents are the same: give others with "
+                        "--eval-data, to be held out")
     order = np.random.default_rng((seed, 1)).permutation(len(encoded))
     count = min(most, max(1, int(share * len(encoded))))
-    if _first_rank():
-        print(f"held out: {count:,} of these documents (--eval-data takes others)")
-    parts = np.sort(order[count:]), np.sort(order[:count])
-    return tuple(Encoded(encoded.tokens, encoded.trained, encoded.offsets, encoded.chosen[part])
-                 for part in parts)
+    single = copies[groups[order]] == 1
+    held = order[single][:count]
+    if not len(held):
+        held = np.flatnonzero(groups == groups[order[0]])
+    training = order[~np.isin(order, held)]
+    say(f"held out: {len(held):,} of these documents (--eval-data takes others)")
+    if not single.all():
+        say(f"held out: {int((~single).sum()):,} documents occur more than once; none of them is "
+            "both trained on and held out")
+    return tuple(Encoded(encoded.tokens, encoded.trained, encoded.offsets, encoded.records,
+                         encoded.chosen[np.sort(part)]) for part in (training, held))
+
+
+def say_shared(train, held_out):
+    """Print how many of the documents of `held_out`, another file's, are trained on too."""
+    seen = set(map(_digest, _spans(train)))
+    shared = sum(_digest(tokens) in seen for tokens in _spans(held_out))
+    if shared:
+        say(f"held out: {shared:,} of these documents are in the training data too, so their loss "
+            "says little")
+
+
+def _copies(encoded):
+    """(group of each document, how many documents each group has): equal ones are in one."""
+    groups = {}
+    numbers = np.array([groups.setdefault(_digest(tokens), len(groups))
+                        for tokens in _spans(encoded)])
+    return numbers, np.bincount(numbers)
+
+
+def _spans(encoded):
+    for start, end in zip(encoded.offsets[encoded.chosen], encoded.offsets[encoded.chosen + 1]):
+        yield encoded.tokens[start:end]
+
+
+def _digest(tokens):
+    return hashlib.sha256(tokens.tobytes()).digest()[:16]
 
 
 def show_example(encoded, chat, limit=400):

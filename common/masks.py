@@ -1,12 +1,20 @@
-"""Which characters of a rendered conversation the model must learn to write.
+"""Where the parts of a conversation stand in its rendered text, and which of it is trained.
 
-For a template that marks them (`{% generation %}`) see `take_marks`. For any other, `regions` puts
-marks, private-use characters, around the assistant's words, renders, and accepts the result only
-if removing the marks gives the plain rendering. Comparing renderings of growing prefixes, the
-obvious way, fails: Qwen3's template drops the thinking of earlier turns.
+A part is a piece of text that a record says: a message's words, the assistant's thoughts, the name
+and the arguments of a tool call, the name of a tool. Marks, private-use characters, are put around
+each, the template renders them, and the result counts only if removing the marks gives the plain
+rendering. So every part is found in its place, or known to be left out by the template. Comparing
+renderings of growing prefixes, the obvious way, fails: Qwen3's template drops the thoughts of
+earlier turns.
+
+Trained is what the assistant has to write: all from behind the header of its turn (what a prompt
+ends with), to the end-of-turn token. For a template that says so itself ({% generation %}) see
+`take_marks`.
 """
 
+import bisect
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,10 +22,26 @@ from common.sandbox import CLOSED, OPENED
 from common.template import Refused
 
 PRIVATE_USE = re.compile("[\U00100000-\U0010ffff]")  # plane 16; text must not hold any
-_MARK = re.compile("[\U00100000-\U0010ffef]")  # piece k lies between marks 2k and 2k + 1
-_MOST_PIECES = 30_000
+OWN = ("words", "thoughts", "call", "arguments")  # kinds of parts that the assistant writes
+_FIRST = 0x100000
+_MARK = re.compile("([\U00100000-\U0010ffef])")  # part k lies between marks 2k and 2k + 1
+_MOST_PARTS = 30_000
 _THINK = re.compile("(</?think>)")
-_EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+
+
+class Part(NamedTuple):
+    message: int | None  # its place in the conversation; None: it is a tool's name
+    kind: str            # one of OWN, "tools", or the message's role
+    text: str
+
+
+class Turns(NamedTuple):
+    """How a template begins and ends what the assistant writes."""
+
+    headers: list        # what a generation prompt adds, say "<|im_start|>assistant\n"
+    ending: str          # from behind the words to the end-of-turn token, say "<|im_end|>"; or ""
+    stops: re.Pattern    # the tokens that end a turn
+    special: re.Pattern  # all special tokens
 
 
 def take_marks(text):
@@ -36,10 +60,23 @@ def take_marks(text):
     return "".join(plain), spans
 
 
-def inside(offsets, spans):
-    """Which tokens lie in the spans, at least in part: bool array (T,).
+def inside(encoding, spans):
+    """Which tokens of a `tokenizers.Encoding` lie in the spans, at least in part: bool array (T,).
 
-    `offsets` are the tokens' (start, end) in characters; `spans` are in order and do not overlap.
+    The spans, (start, end) in characters, are in order and do not overlap.
+    """
+    trained = np.zeros(len(encoding), dtype=bool)
+    for start, end in spans:
+        first, after = encoding.char_to_token(start), encoding.char_to_token(end)
+        if first is None or after is None:  # no token has this character: look at all of them
+            return _inside(encoding.offsets, spans)
+        trained[first:after + (encoding.token_to_chars(after)[0] < end)] = True
+    return trained
+
+
+def _inside(offsets, spans):
+    """`inside` for the tokens' (start, end) in characters.
+
     A tokenizer may trim white space off its offsets: a token left with none of its characters
     counts as the character before its end.
     """
@@ -52,116 +89,255 @@ def inside(offsets, spans):
     return (nearest >= 0) & np.where(start == end, end <= closing, start < closing)
 
 
-def regions(messages, plain, render, special, stops, header):
-    """[(start, end)] of the assistant's words in `plain`, each with its end-of-turn token.
+# --- parts ---
 
-    messages  the conversation; render(messages) gives its text, `plain`
-    special   regular expression of the tokenizer's special tokens; stops: of those that end a turn
-    header    what the generation prompt adds, say "<|im_start|>assistant\\n"
+def parts(messages, tools):
+    """The `Part`s of a conversation, in the order of `_walk`."""
+    found = []
 
-    A region begins with the first of the message's words that the template kept, or behind the
-    header if these are thoughts or a tool call, whose wrapping the model writes too. So an empty
-    think block that the template inserts before an answer is not trained on, and a full one is.
-    Raises Refused if the template changes the words, so that no mask can be trusted.
+    def note(text, message, kind):
+        found.append(Part(message, kind, text))
+        return text
+
+    _walk(messages, tools, note)
+    return found
+
+
+def marked(messages, tools, kinds, strip):
+    """(messages, tools) with marks around their parts of these kinds, those that are not blank.
+
+    `strip` leaves the white space at the edges outside the marks, for templates that trim it.
     """
-    for strip in (False, True):  # some templates trim contents: then the marks go within the trim
-        marked, owners = _mark(messages, strip)
-        if not owners:
-            return []
-        pieces = _pieces(render(marked), plain, owners)
-        if pieces is not None:
-            break
-    else:
-        raise Refused("the chat template rewrites the assistant's words, so it cannot be told "
-                      "what to train on; mark them in the template with {% generation %}")
-    if sum(piece[3] == "call" for piece in pieces) < sum(kind == "call" for _, kind in owners):
-        raise Refused("the chat template leaves out a tool call")
-    spans = []
-    for start, end, index, kind in pieces:
-        if spans and spans[-1][2] == index:
-            spans[-1][1] = end
-        else:
-            floor = spans[-1][1] if spans else 0
-            begin = plain.rfind(header, floor, start) + len(header) if header else -1
-            if kind != "words" and begin >= max(floor, len(header), 1):
-                empty = _EMPTY_THINK.match(plain, begin, start) if kind == "call" else None
-                start = empty.end() if empty else begin
-            elif kind == "call":
-                raise Refused("the chat template does not show where the turn of a tool call "
-                              "begins; mark it in the template with {% generation %}")
-            spans.append([start, end, index])
-    for span in spans:
-        calls = messages[span[2]].get("tool_calls")  # may end with special tokens of their own
-        stop = calls and stops.search(plain, span[1]) or special.search(plain, span[1])
-        if stop and (calls or not plain[span[1]:stop.start()].strip()):
-            span[1] = stop.end()
-    if any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
-        raise Refused("the chat template changes the order of the messages")
-    return [(start, end) for start, end, _ in spans]
+    count = 0
 
-
-def _mark(messages, strip):
-    """Copies of the messages with marks around the assistant's words, and whose each piece is.
-
-    The words are those of the content before, between and after <think> and </think> (which a
-    template may look for), of the reasoning, and the name of the first tool called.
-    """
-    owners, marked = [], []
-
-    def around(text, kind):
+    def around(text, message, kind):
+        nonlocal count
+        k, count = count, count + 1
         words = text.strip()
-        if not words:
+        if not words or kinds is not None and kind not in kinds:
             return text
+        if count > _MOST_PARTS:
+            raise Refused(f"a conversation of more than {_MOST_PARTS:,} parts")
         words = words if strip else text
         begin = text.index(words)
-        first = 0x100000 + 2 * len(owners)
-        owners.append((index, kind))
-        if len(owners) > _MOST_PIECES:
-            raise Refused(f"a conversation of more than {_MOST_PIECES:,} assistant turns")
         end = begin + len(words)
-        return text[:begin] + chr(first) + words + chr(first + 1) + text[end:]
+        opening, closing = chr(_FIRST + 2 * k), chr(_FIRST + 2 * k + 1)
+        return text[:begin] + opening + words + closing + text[end:]
 
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            message = dict(message)
-            if isinstance(message.get("reasoning_content"), str):
-                message["reasoning_content"] = around(message["reasoning_content"], "thoughts")
-                message["thinking"] = message["reasoning_content"]
-            parts = _THINK.split(message.get("content", ""))
-            answer = len(parts) - parts[::-1].index("</think>") if "</think>" in parts else 0
-            for i in range(0, len(parts), 2):  # the odd ones are the tags
-                parts[i] = around(parts[i], "words" if i >= answer else "thoughts")
-            if "content" in message:
-                message["content"] = "".join(parts)
-            calls = message.get("tool_calls")
-            if isinstance(calls, list) and calls and isinstance(calls[0], dict):
-                call = calls[0]
-                inner = call["function"] if isinstance(call.get("function"), dict) else call
-                if isinstance(inner.get("name"), str):
-                    inner = {**inner, "name": around(inner["name"], "call")}
-                    call = {**call, "function": inner} if "function" in call else inner
-                    message["tool_calls"] = [call, *calls[1:]]
-        marked.append(message)
-    return marked, owners
+    return _walk(messages, tools, around)
 
 
-def _pieces(marked, plain, owners):
-    """[(start, end, message index, kind)] in order of place, or None if the marks disturb."""
-    found, length, cursor, text = {}, 0, 0, []
-    for mark in _MARK.finditer(marked):
-        text.append(marked[cursor:mark.start()])
-        length += mark.start() - cursor
-        cursor = mark.end()
-        if found.setdefault(ord(mark.group()) - 0x100000, length) != length:
-            return None  # the template writes the words twice
-    text.append(marked[cursor:])
-    if "".join(text) != plain:
-        return None
-    pieces = []
-    for k, owner in enumerate(owners):
-        start, end = found.get(2 * k), found.get(2 * k + 1)
-        if (start is None) != (end is None) or start is not None and start >= end:
+def _walk(messages, tools, visit):
+    """Copies of messages and tools with `visit(text, message number, kind)` for each part's text.
+
+    An assistant's content is cut at <think> and </think>, which a template may look for.
+    """
+    copies = []
+    for n, message in enumerate(messages):
+        message, content = dict(message), message.get("content")
+        if message["role"] != "assistant":
+            if content:
+                message["content"] = visit(content, n, message["role"])
+            copies.append(message)
+            continue
+        if isinstance(message.get("reasoning_content"), str):
+            message["reasoning_content"] = visit(message["reasoning_content"], n, "thoughts")
+            message["thinking"] = message["reasoning"] = message["reasoning_content"]
+        if content and "think>" in content:
+            pieces = _THINK.split(content)
+            answer = len(pieces) - pieces[::-1].index("</think>") if "</think>" in pieces else 0
+            for i in range(0, len(pieces), 2):  # the odd ones are the tags
+                pieces[i] = visit(pieces[i], n, "words" if i >= answer else "thoughts")
+            message["content"] = "".join(pieces)
+        elif content:
+            message["content"] = visit(content, n, "words")
+        if isinstance(message.get("tool_calls"), list):
+            message["tool_calls"] = [_walk_call(call, n, visit) for call in message["tool_calls"]]
+        copies.append(message)
+    if isinstance(tools, list):
+        tools = [_named(tool, lambda inner: {
+            **inner, "name": visit(inner["name"], None, "tools")}) for tool in tools]
+    return copies, tools
+
+
+def _walk_call(call, n, visit):
+    def of(inner):
+        inner = {**inner, "name": visit(inner["name"], n, "call")}
+        if "arguments" in inner:
+            inner["arguments"] = _leaves(inner["arguments"],
+                                         lambda text: visit(text, n, "arguments"))
+        return inner
+
+    return _named(call, of)
+
+
+def _named(value, change):
+    """A call or a tool, `change(inner)` in the place of the dict with its name, if it has one."""
+    inner = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        return value
+    return {**value, "function": change(inner)} if "function" in value else change(inner)
+
+
+def _leaves(value, visit):
+    """A copy of nested lists and dicts, `visit(text)` in the place of each string."""
+    if isinstance(value, str):
+        return visit(value)
+    if isinstance(value, dict):
+        return {key: _leaves(one, visit) for key, one in value.items()}
+    return [_leaves(one, visit) for one in value] if isinstance(value, list) else value
+
+
+# --- their places ---
+
+def split_at_marks(text):
+    """[template's text, k, part k's, template's, k', ..., template's]; None for broken marks."""
+    pieces = _MARK.split(text)
+    found = pieces[:1]
+    for i in range(1, len(pieces), 4):
+        k, closing = divmod(ord(pieces[i]) - _FIRST, 2)
+        if closing or i + 2 >= len(pieces) or ord(pieces[i + 2]) != ord(pieces[i]) + 1:
             return None
-        if start is not None:
-            pieces.append((start, end, *owner))
-    return sorted(pieces)
+        found += [k, pieces[i + 1], pieces[i + 3]]
+    return found
+
+
+def places(pieces):
+    """[(start, end, k)] of the parts in the text that `split_at_marks` took apart."""
+    found, length = [], 0
+    for text, k, words in zip(pieces[::3], pieces[1::3], pieces[2::3]):
+        start = length + len(text)
+        length = start + len(words)
+        found.append((start, length, k))
+    return found
+
+
+def find(messages, tools, text, render, shapes):
+    """(parts, their places in `text` or None, whether all kinds of parts were looked for).
+
+    text    the rendering of the conversation; render(messages, tools) makes others
+    shapes  a dict of this template's, in which is kept what it writes between the parts. What is
+            learned from one conversation is tried on the next of its shape: where that and its
+            parts make the same text, nothing needs to be rendered a second time.
+    """
+    found = parts(messages, tools)
+    plain = not tools and not any(kind == "call" for _, kind, _ in found)
+    key = tuple((kind, words == words.strip(), not words) for _, kind, words in found)
+    if plain and key in shapes:
+        strip, pieces = shapes[key]
+        pieces = list(pieces)
+        words = [part.text.strip() if strip else part.text for part in found]
+        pieces[2::3] = [words[k] for k in pieces[1::3]]
+        if text == _joined(pieces):
+            return found, places(pieces), True
+    for kinds in (None, OWN):
+        for strip in (False, True):  # some templates trim contents: the marks go within then
+            try:
+                pieces = split_at_marks(render(*marked(messages, tools, kinds, strip)))
+            except Refused:  # by the template: the marks disturb it
+                continue
+            if pieces is None or text != _joined(pieces):
+                continue
+            own = [k for k in pieces[1::3] if found[k].kind in OWN]
+            if len(own) > len(set(own)):
+                continue  # it writes the words twice: which of them is the answer?
+            if kinds is None and plain:
+                if len(shapes) > 1000:
+                    shapes.clear()
+                shapes[key] = strip, pieces
+            return found, places(pieces), kinds is None
+    return found, None, False
+
+
+def _joined(pieces):
+    return "".join(piece for i, piece in enumerate(pieces) if i % 3 != 1)
+
+
+def left_out(messages, found, where, text, all_marked):
+    """What the record says and its rendering does not, in words for people; `find` gave the last
+    four. Thoughts of earlier turns, which templates drop by design, do not count. Raises Refused
+    for a tool call: no harmless rest of it would be left."""
+    placed = {k for _, _, k in where or ()}
+    asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    names = []
+    for k, (message, kind, words) in enumerate(found):
+        looked_for = all_marked or where is not None and kind in OWN
+        if not words.strip() or (k in placed if looked_for else words.strip() in text):
+            continue
+        if kind in ("call", "arguments"):
+            what = "a tool call" if kind == "call" else "the arguments of a tool call"
+            raise Refused(f"the chat template leaves out {what}")
+        if kind == "words" and messages[message].get("tool_calls"):
+            names.append("the words beside a tool call")
+        elif kind != "thoughts" or message > asked:
+            names.append({"thoughts": "the reasoning of the last turn", "tool": "a tool's answer",
+                          "words": "words of the assistant", "tools": "the tools"}
+                         .get(kind, f"the {kind} message"))
+    for message in messages:  # numbers and the like cannot be marked: their keys must be there
+        for call in message.get("tool_calls") or ():
+            given = (call.get("function") or call).get("arguments")
+            if isinstance(given, dict) and any(key not in text for key in given):
+                raise Refused("the chat template leaves out the arguments of a tool call")
+    return tuple(dict.fromkeys(names))
+
+
+def regions(where, found, text, turns):
+    """[(start, end, message)] of what the assistant writes in `text`, the plain rendering.
+
+    `where` are the places of the parts `found`, `turns` the template's `Turns`. A region begins
+    behind the header, so what the template inserts before the words (Qwen3's empty think block)
+    is part of it; without a header it begins with the first of the words. Raises Refused where it
+    cannot be told what to train on.
+    """
+    spans = []
+    for start, end, k in where:
+        message, kind, words = found[k]
+        if kind not in OWN:
+            continue
+        if spans and spans[-1][2] == message:
+            spans[-1][1] = end
+            continue
+        floor = spans[-1][1] if spans else 0
+        header, at = "", -1
+        for header in turns.headers:
+            edge = len(words) - len(words.lstrip())  # a header may end in the words' white space
+            if (at := text.rfind(header, floor, min(start + edge, end))) >= 0:
+                break
+        if at >= 0:
+            start = at + len(header)
+        elif kind == "call":
+            raise Refused("the chat template does not show where the turn of a tool call begins; "
+                          "mark it in the template with {% generation %}")
+        elif spans and not text[floor:start].strip():
+            start = floor  # two messages in one turn
+        spans.append([start, end, message])
+    calls = {part.message for part in found if part.kind == "call"}
+    begins = [start for start, _, _ in where] + [len(text)]
+    for span in spans:
+        after = begins[min(bisect.bisect_left(begins, span[1]), len(where))]
+        if span[2] in calls:  # a call may end with special tokens of its own
+            stop = turns.stops.search(text, span[1], after)
+            stop = stop or turns.special.search(text, span[1], after)
+            if not stop and after < len(text):
+                raise Refused("the chat template does not show where the turn of a tool call ends; "
+                              "mark it in the template with {% generation %}")
+            span[1] = stop.end() if stop else after
+        elif turns.ending and text.startswith(turns.ending, span[1]):
+            span[1] += len(turns.ending)
+        else:
+            stop = turns.special.search(text, span[1], after)
+            if stop and not text[span[1]:stop.start()].strip():
+                span[1] = stop.end()
+    if any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
+        raise Refused("the chat template changes the order of the messages")
+    return [tuple(span) for span in spans]
+
+
+def without(spans, dropped, marked):
+    """The spans but for those that overlap one of `dropped`, whose places count the marks of
+    {% generation %} in `marked`."""
+    marks = [mark.start() for mark in re.finditer(f"[{OPENED}{CLOSED}]", marked)]
+    dropped = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end))
+               for start, end in dropped]
+    return [(start, end) for start, end in spans
+            if not any(start < last and first < end for first, last in dropped)]

@@ -1,27 +1,41 @@
 """From --model and --data to documents of token ids, and to the questions that are asked.
 
 What lies between the options and the loop: which data, which tokenizer, how long a document may
-be, what is held out, and a few prompts that show before and after what the model has learned.
+be, what is held out, and a few questions that show before and after what the model has learned.
 """
 
+import os
 from dataclasses import dataclass
-
+from functools import partial
+from pathlib import Path
 
 from common import datasets, encode, hub
-from common.chat import Chat
-from common.encode import Encoded
-from common.errors import UserError
+from common.chat import Chat, fixed_date
+from common.encode import Encoded, say
+from common.errors import UserError, printable
+from common.template import Refused
 from common.tiny import skills as tiny
 
-SHOWN = 4  # prompts whose answers are printed
+SHOWN = 4  # questions whose answers are printed
 TINY_DOCUMENTS = 20_000  # of --data tiny
 ASKED = 100  # documents of each set on which exact match is measured (tiny data only)
+WIDTH = 76  # characters of a line that shows a question or an answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the model, as `generate.py` would ask it."""
+
+    text: str       # for people: the last thing that was said
+    prompt: list    # token ids
+    expected: list  # token ids that the document goes on with, up to its end-of-turn token
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run works on. `quizzes` are held-out documents by name: answers are scored on them."""
+    """What a run works on. `quizzes` are questions on held-out documents, lists by name."""
 
+    source: Path  # the model's folder
     train: Encoded
     held_out: Encoded
     chat: Chat | None  # None: random tokens, nothing to ask
@@ -57,70 +71,135 @@ def load(options, source, config, skills):
                                 f"{options.data[0]} has all it needs")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
-        return Data(train, encode.virtual(8, config.vocab_size, limit, options.seed + 1), None, {},
-                    False)
-    chat = Chat.load(source)
+        held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
+        return Data(source, train, held_out, None, {}, False)
+    chat = Chat.load(source, options.chat_template)
 
     def encoded(records, key, files=(), title="data"):
-        key = [key, limit, options.too_long, config.vocab_size, chat.fingerprint]
-        return encode.cached(lambda: encode.encode(records, chat, limit, options.too_long,
-                                                   config.vocab_size, title), key, files, title)
+        key = [key, limit, options.too_long, config.vocab_size, chat.fingerprint,
+               options.strict_template, options.rendered]
+        return encode.cached(
+            lambda: encode.encode(records, chat, limit, options.too_long, config.vocab_size, title,
+                                  options.strict_template), key, files, title)
 
     if options.data == ["tiny"]:
         def of(name, part, count, title):
+            records = tiny.records(name, part, count, seed=options.seed)
             key = ["tiny", name, part, count, options.seed]
-            return encoded(tiny.records(name, part, count, seed=options.seed), key,
-                           [tiny.__file__], title)
+            return encoded(records, key, [tiny.__file__], title), records
 
-        train = of(skills, "train", TINY_DOCUMENTS, "data")
-        held_out = of(skills, "eval", 200, "held out")
-        quizzes = {skills: held_out}
+        train, _ = of(skills, "train", TINY_DOCUMENTS, "data")
+        held_out, records = of(skills, "eval", 200, "held out")
+        quizzes = {skills: questions(chat, held_out, records, ASKED, limit)}
         if skills != "base":
-            quizzes["base"] = of("base", "eval", 200, "base skills")
-        return Data(train, held_out, chat, quizzes, True)
+            quizzes["base"] = questions(chat, *of("base", "eval", 200, "base skills"), ASKED, limit)
+        return Data(source, train, held_out, chat, quizzes, True)
 
     columns = datasets.parse_columns(options.columns) if options.columns else None
-    files = [path for name in options.data for path in hub.resolve_data(name)]
-    train = encoded(datasets.read_records(files, columns), columns, files)
+    read = partial(datasets.read_records, columns=columns, rendered=options.rendered)
+    files = hub.resolve_data(options.data, say)
+    train = encoded(read(files), columns, files)
     if options.eval_data:
-        files = hub.resolve_data(options.eval_data)
-        held_out = encoded(datasets.read_records(files, columns), columns, files, "held out")
+        files = hub.resolve_data(options.eval_data, say, "--eval-data")
+        held_out = encoded(read(files), columns, files, "held out")
+        encode.say_shared(train, held_out)
     else:
         train, held_out = encode.split(train, options.seed)
-    return Data(train, held_out, chat, {"held-out": held_out}, False)
+    quiz = questions(chat, held_out, read(files), SHOWN, limit)
+    return Data(source, train, held_out, chat, {"held-out": quiz}, False)
 
 
-def question(document):
-    """(prompt ids, expected ids) of one document: what comes before its first trained token, and
-    the trained tokens that follow it. Of a plain text, its first 16 tokens are the prompt."""
-    ids, labels = document
-    trained = (labels >= 0).tolist()
-    start = trained.index(True) or min(16, len(ids) - 1)
-    end = start + (trained[start:] + [False]).index(False)
-    return ids[:start].tolist(), ids[start:end].tolist()
+def questions(chat, documents, records, count, limit):
+    """A `Question` on each of the first `count` documents of an `Encoded`, in the order of the
+    records that they came from. Warns where what is asked is not what has been trained.
+
+    `records` are all of them, from the first on. A conversation is asked its last trained turn,
+    with the generation prompt of the template, never with a piece of the document; a text is asked
+    to go on from its first words. Where the template refuses, or the prompt has `limit` tokens or
+    more, there is no question.
+    """
+    wanted, found, warning = {}, [], None
+    for i, n in enumerate(documents.chosen[:count]):
+        wanted.setdefault(int(documents.records[n]), []).append(documents[i])
+    for number, record in enumerate(records):
+        for ids, labels in wanted.pop(number, ()):
+            try:
+                question, doubt = _question(chat, record, ids.tolist(), (labels >= 0).tolist())
+            except Refused:  # say, a conversation after which the template has no prompt
+                continue
+            warning = warning or doubt
+            if 0 < len(question.prompt) < limit:
+                found.append(question)
+        if not wanted:
+            break
+    if warning:
+        say(f"warning: {warning}")
+    return found
+
+
+def _question(chat, record, ids, trained):
+    """(Question, what is wrong with asking so, or None) on a record and its document."""
+    if record.get("rendered"):  # the prompt is in the text
+        start = trained.index(True) or 1
+        return _made(chat, chat.decode(ids[:start]), ids[:start], ids[start:]), None
+    if "text" in record:
+        text = chat.decode(ids[:min(16, len(ids) - 1)]).rstrip("\ufffd \n")
+        prompt = chat.encode_prompt(text)
+        return _made(chat, text, prompt, ids[len(prompt):]), None
+    messages = record["messages"]
+    more = {name: value for name, value in record.items() if name not in ("messages", "where")}
+    turn = max(n for n, one in enumerate(messages)
+               if one["role"] == "assistant" and one.get("train") is not False)
+    text = next((one["content"] for one in messages[:turn][::-1] if one.get("content")), "")
+    prompt = chat.encode_prompt(messages[:turn], strftime_now=fixed_date, **more)
+    ids, trained = chat.encode_messages(messages[:turn + 1], **more)
+    end = len(trained) - trained[::-1].index(True)  # the last trained tokens are [start:end]
+    start = end - (trained[:end][::-1] + [False]).index(False)
+    question = _made(chat, text, prompt, ids[start:end])
+    if chat.template is None:
+        return question, ("this model has no chat template, so a question and its answer are "
+                          "joined as they are; --chat-template FILE gives it one")
+    if ids[:start] != prompt:
+        both = [chat.decode(one, skip_special=False) for one in (prompt, ids)]
+        at = len(os.path.commonprefix(both))
+        asked, written = (repr(text[max(0, at - 16):at + 24]) for text in both)
+        if ids[:len(prompt)] == prompt:
+            return question, (f"behind a prompt the documents go on with {written}, of which the "
+                              "beginning is not trained: the chat template's {% generation %} "
+                              "should include it, or the model will not be asked what it knows")
+        return question, (f"what is asked is not what is trained: where a prompt has {asked}, "
+                          f"the documents have {written}. Documents with <think> where it has "
+                          "that, or another template (--chat-template FILE), would help")
+    if ids[end - 1] not in chat.stop_ids:
+        return question, ("no end-of-turn token is trained, so the model will not learn to stop: "
+                          f"the answers end in {chat.decode(ids[end - 3:end], False)!r}; the chat "
+                          "template's {% generation %} should include it")
+    return question, None
+
+
+def _made(chat, text, prompt, rest):
+    ends = [i for i, token in enumerate(rest) if token in chat.stop_ids]
+    return Question(text, prompt, rest[:ends[0]] if ends else rest)
 
 
 def ask(data, model, generate):
-    """The model's greedy answers: {quiz: [(prompt ids, expected ids, answer ids), ...]}."""
+    """The model's greedy answers: {quiz: [(Question, answer ids), ...]}."""
     was_training = model.training
     model.eval()
     results = {}
-    for name, documents in data.quizzes.items():
-        count = min(len(documents), ASKED if data.scored else SHOWN)
-        pairs = [question(documents[i]) for i in range(count)]
-        longest = max(len(expected) for _, expected in pairs) if data.scored else 64
-        stops = data.chat.stop_ids
-        answers = generate(model, [prompt for prompt, _ in pairs], longest, stops)
-        pairs = [(p, [t for t in e if t not in stops]) for p, e in pairs]
-        results[name] = [(p, e, a) for (p, e), a in zip(pairs, answers)]
+    for name, quiz in data.quizzes.items():
+        longest = 1 + max(len(one.expected) for one in quiz) if data.scored else 64
+        answers = generate(model, [one.prompt for one in quiz], longest, data.chat.stop_ids)
+        results[name] = list(zip(quiz, answers))
     model.train(was_training)
     return results
 
 
 def exact_match(results):
-    """{"exact_match_<quiz>": share of answers that are the expected ones, token for token}."""
-    return {f"exact_match_{name}": sum(e == a for _, e, a in answers) / len(answers)
-            for name, answers in results.items()}
+    """{"exact_match_<quiz>": share of answers that are the expected ones, token for token, and
+    stop there}."""
+    return {f"exact_match_{name}": sum(question.expected == answer for question, answer in answers)
+            / len(answers) for name, answers in results.items()}
 
 
 def show_answers(data, results, when, say):
@@ -131,10 +210,12 @@ def show_answers(data, results, when, say):
             (score,) = exact_match({name: answers}).values()
             title = f"\n{name} skills, {when} training: exact match {score:.0%} of {len(answers)}"
         say(title)
-        for prompt, expected, answer in answers[:SHOWN]:
-            shown = data.chat.decode(answer).strip().replace("\n", " ")[:72]
-            wanted = data.chat.decode(expected).strip().replace("\n", " ")[:72]
-            mark = " " if not data.scored else "+" if expected == answer else "-"
-            asked = data.chat.decode(prompt).strip().replace("\n", " ")[-64:]
-            say(f"  {mark} {asked}\n      {shown!r}" + (f"  (expected {wanted!r})" if mark == "-"
-                                                        else ""))
+        for question, answer in answers[:SHOWN]:
+            mark = " " if not data.scored else "+" if question.expected == answer else "-"
+            say(f"  {mark} {_line(question.text)}\n      {_line(data.chat.decode(answer))}")
+            if question.expected != answer:
+                say(f"      (expected: {_line(data.chat.decode(question.expected))})")
+
+
+def _line(text):
+    return printable(" ".join(text.split()) or "(nothing)", WIDTH)

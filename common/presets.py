@@ -60,7 +60,7 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
 def _with_whole_names(values):
     """The options with absolute paths: a run may be resumed from another folder."""
     found = dict(values)
-    for name in ("model", "eval_data"):
+    for name in ("model", "eval_data", "chat_template"):
         if found.get(name) is not None:
             found[name] = hub.whole_name(found[name])
     if "data" in found:

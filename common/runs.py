@@ -41,19 +41,22 @@ def save_step(run, model, optimizer, state, options, names=None):
     return folder
 
 
-def save_model(folder, model, config, source, dtype, ranks):
-    """Commit `folder` as a Hugging Face model folder, with the tokenizer files of `source`."""
+def save_model(folder, model, config, data, dtype, ranks):
+    """Commit `folder` as a Hugging Face model folder, with the tokenizer of `save_files`."""
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     save_files(folder, lambda temporary: weights.save_weights(
-        model, config, temporary, dtype, metadata=MARK), source, ranks, size)
+        model, config, temporary, dtype, metadata=MARK), data, ranks, size)
 
 
-def save_files(folder, write_files, source, ranks, size=0):
-    """Commit `folder`: what `write_files(temporary folder)` writes, and `source`'s tokenizer."""
+def save_files(folder, write_files, data, ranks, size=0):
+    """Commit `folder`: what `write_files(temporary folder)` writes, the tokenizer's files of
+    `data.source`, and what `data.chat` knows beyond them."""
     def write(temporary):
         write_files(temporary)
         if ranks.main:
-            weights.copy_tokenizer(source, temporary)
+            weights.copy_tokenizer(data.source, temporary)
+            if data.chat is not None:
+                data.chat.save(temporary)
 
     checkpoint.commit(folder, write, bytes_needed=size)
 

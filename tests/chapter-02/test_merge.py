@@ -124,9 +124,10 @@ def test_the_folder_stands_alone(tmp_path):
     adapter = folders.write_adapter(tmp_path / "adapter", base, tokenizer=False)
     script.merge(str(adapter), tmp_path / "new" / "merged")
     merged = tmp_path / "new" / "merged"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (merged / name).read_bytes() == (base / name).read_bytes()
+    stops = json.loads((merged / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [folders.END_OF_TEXT, folders.IM_END]  # the second is the template's
     manifest = checkpoint.verify(merged)
     assert "model.safetensors" in manifest["files"] and "merged_from" in manifest["extra"]
     names = [set(load_file(folder / "model.safetensors")) for folder in (merged, base)]

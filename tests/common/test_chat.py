@@ -4,6 +4,7 @@ Goldens: what transformers renders, tokenises and, where the template marks {% g
 masks (tests/goldens/make_chat.py). Everything else is worked out by hand below.
 """
 
+import codecs
 import json
 import os
 import shutil
@@ -95,9 +96,12 @@ def test_masks_with_and_without_generation_marks_equal_transformers(chats, name,
 
 # --- masks by hand ---
 
-def test_the_answer_and_its_end_are_trained_not_headers_nor_inserted_thoughts(chats):
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+def test_all_of_the_answer_is_trained_with_inserted_thoughts_and_not_the_header(chats):
     assert said(chats["qwen3"], talk("Hi", "Hello.", "And?", "Bye.")) == [
-        "Hello.<|im_end|>", "Bye.<|im_end|>"]
+        "Hello.<|im_end|>", EMPTY + "Bye.<|im_end|>"]
     assert said(chats["llama3"], talk("Hi", " Hello.\n")) == ["Hello.<|eot_id|>"]
 
 
@@ -151,8 +155,10 @@ def test_nothing_that_a_template_drops_is_dropped_silently(tmp_path):
     source = ("{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.content }}</s>"
               "{% endif %}{% endfor %}")
     chat = Chat.load(folder_with(tmp_path / "t", source))
-    with pytest.raises(Refused, match="leaves out the system message"):
-        chat.encode_messages([{"role": "system", "content": "Rules."}, *talk("a", "b")])
+    system = {"role": "system", "content": "Rules."}
+    assert chat.layout({"messages": [system, *talk("a", "b")]}).left_out == ("the system message",)
+    odd = [{**one, "mood": "b"} for one in talk("a", "b")]
+    assert chat.layout({"messages": odd}).unused == ("mood",)
     call = {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]}
     with pytest.raises(Refused, match="leaves out a tool call"):
         chat.encode_messages([*talk("a"), call])
@@ -165,10 +171,10 @@ def test_nothing_that_a_template_drops_is_dropped_silently(tmp_path):
 def test_tokens_at_the_edge_of_a_span_and_trimmed_offsets():
     spans = [(2, 5), (7, 9)]
     offsets = [(0, 2), (1, 3), (3, 5), (5, 5), (5, 7), (6, 8), (8, 9), (9, 9), (9, 10), (0, 0)]
-    assert masks.inside(offsets, spans).tolist() == [
+    assert masks._inside(offsets, spans).tolist() == [
         False, True, True, True, False, True, True, True, False, False]
-    assert masks.inside(offsets, []).tolist() == [False] * 10
-    assert masks.inside([], spans).shape == (0,)
+    assert masks._inside(offsets, []).tolist() == [False] * 10
+    assert masks._inside([], spans).shape == (0,)
 
 
 # --- text, BOS and EOS ---
@@ -181,8 +187,8 @@ def test_text_is_trained_whole_with_one_bos_and_one_eos(tmp_path):
     ids, trained = chat.encode_messages(talk("ab", "c"))  # no template: joined
     assert chat.decode(ids) == "abc" and (ids.count(bos), ids.count(eos)) == (1, 1)
     assert trained == [False, False, False, True, True]
-    ids, trained = chat.encode_messages(talk("ab", "c", "d"))
-    assert trained == [False, False, False, True, False, False]
+    with pytest.raises(Refused, match="several turns, .* --chat-template FILE"):
+        chat.encode_messages(talk("ab", "c", "d"))
     assert chat.encode_prompt("ab") == [bos, *chat.encode_text("ab")[0][1:-1]]
     assert chat.encode_prompt(talk("ab")) == chat.encode_prompt("ab")
 
@@ -282,7 +288,8 @@ def test_text_that_cannot_be_encoded_or_marked_is_refused(chats):
         for mark in ("\U00100000", "\U0010fff0", "\U0010fff1"):
             with pytest.raises(Refused, match="private-use"):
                 chats[name].encode_messages(talk("a", "b" + mark))
-    assert said(chats["qwen3"], talk("a", "\ue000\U000f0001")) == ["\ue000\U000f0001<|im_end|>"]
+    assert said(chats["qwen3"], talk("a", "\ue000\U000f0001")) == [
+        EMPTY + "\ue000\U000f0001<|im_end|>"]
 
 
 # --- hostile files ---
@@ -423,3 +430,131 @@ def test_flipped_bytes_in_any_file_give_a_tokenizer_or_one_line(tmp_path):
             except UserError as error:
                 assert "\n" not in str(error)
         (folder / name).write_bytes(whole)
+
+
+# --- tokens that tokenizer.json lacks ---
+
+# What the other files say, and all added tokens as transformers 5.23 then has them: their ids and
+# flags (special, lstrip, rstrip, normalized). It was also compared with 5000 random folders.
+ADDED = {"<s>": (256, "s"), "</s>": (257, "s"), "<think>": (258, "")}
+LATER = {
+    "added_tokens_decoder stands alone, and its flags win": ({
+        "tokenizer_config.json": {
+            "bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]",
+            "added_tokens_decoder": {
+                "260": {"content": "<b b>", "rstrip": True, "normalized": True},
+                "259": {"content": "<a>", "lstrip": True, "normalized": False, "special": True},
+                "258": {"content": "<think>", "lstrip": True, "normalized": False}}},
+        "special_tokens_map.json": {"unk_token": "<not read>"},
+        "added_tokens.json": {"<not read>": 7}},
+        {"<think>": (258, "l"), "<a>": (259, "sl"), "<b b>": (260, "rn"), "[PAD]": (261, "s")},
+        [256, 259, 260, 260, 261, 258],
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}),
+    "added_tokens.json, then special_tokens_map.json, which wins": ({
+        "tokenizer_config.json": {"eos_token": "</s>", "pad_token": "<s>"},
+        "special_tokens_map.json": {
+            "bos_token": {"content": "<s>", "lstrip": False}, "pad_token": "<pad>",
+            "unk_token": {"content": "<unk>", "rstrip": True, "normalized": False},
+            "additional_special_tokens": ["<x>"]},
+        "added_tokens.json": {"<tool>": 260, "<pad>": 259}},
+        {"<pad>": (259, "s"), "<tool>": (260, "n"), "<unk>": (261, "sr"), "<x>": (262, "s")},
+        [256, 258, 259, 260, 261, 262],
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}),
+    "names alone, in the order of the names": ({
+        "tokenizer_config.json": {
+            "bos_token": "<s>", "eos_token": "</s>", "image_token": "<img>", "pad_token": "[PAD]",
+            "unk_token": {"__type": "AddedToken", "content": "<unk>", "rstrip": True,
+                          "lstrip": False, "normalized": False},
+            "additional_special_tokens": ["<x>", "<think>", "}"]}},
+        {"}": (92, "s"), "<unk>": (259, "sr"), "[PAD]": (260, "s"), "<img>": (261, "s"),
+         "<x>": (262, "s")},
+        [256, 260, 258, 259, 262, 261],
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "[PAD]",
+         "image_token": "<img>"}),
+    "names of the model's own": ({
+        "tokenizer_config.json": {
+            "eos_token": "</s>", "extra_special_tokens": {"audio_token": "<sound>"}},
+        "special_tokens_map.json": {
+            "additional_special_tokens": ["<x>"], "eos_token": "<think>"}},
+        {"<think>": (258, "s"), "<sound>": (259, "s"), "<x>": (260, "s")},
+        [256, 258, 260, 259],
+        {"eos_token": "<think>", "audio_token": "<sound>"}),
+}
+
+
+def folder_of_files(path, files):
+    """A folder with the tokens of ADDED, a tokenizer that writes all small, and these files."""
+    folder_with(path, added=("<think>",))
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(path / "tokenizer.json"))
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_tokens_beside_tokenizer_json_are_those_of_transformers(tmp_path, case):
+    files, added, ids, named = LATER[case]
+    chat = Chat.load(folder_of_files(tmp_path / "t", files))
+    found = {token.content: (id, "".join(flag for flag, is_set in (
+        ("s", token.special), ("l", token.lstrip), ("r", token.rstrip), ("n", token.normalized))
+        if is_set)) for id, token in chat.tokenizer.get_added_tokens_decoder().items()}
+    assert found == ADDED | added
+    text = ("<s>a <a> b <b b> c<B B>[PAD] <think>x <pad><tool>  <unk> <x><img> <sound>t<not read>")
+    assert [id for id in chat.tokenise([text])[0].ids if id >= 256] == ids
+    assert chat.special_tokens == named
+    assert chat.eos_id == found[named["eos_token"]][0] and chat.vocab_size == max(
+        id for id, _ in found.values()) + 1
+    for content, (_, flags) in found.items():
+        if "s" in flags:
+            with pytest.raises(Refused, match="control token"):
+                chat.encode_text(f"say {content}")
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"300": {"content": "<a>"}}}},
+     "tokenizer_config.json: '<a>' is said to be token 300, but tokenizer.json leads to 259"),
+    ({"added_tokens.json": {"<a>": 260}}, "added_tokens.json: '<a>' .* 260, but .* leads to 259"),
+    ({"added_tokens.json": {"<a>": 258}}, "'<a>' is said .* 258, but .* has another token there"),
+    *(({name: content}, "added tokens cannot be read") for name, content in (
+        ("added_tokens.json", {"<a>": "x"}), ("added_tokens.json", {"<a>": None}),
+        ("added_tokens.json", {"\ud800": 259}),
+        ("special_tokens_map.json", {"extra_special_tokens": 3}),
+        *(("tokenizer_config.json", config) for config in (
+            {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"x": {"content": "<a>"}}},
+            {"added_tokens_decoder": {"259": "<a>"}}, {"added_tokens_decoder": {"259": {}}},
+            {"added_tokens_decoder": {"259": {"content": "<a>", "lstrip": "x"}}},
+            {"pad_token": "\ud800"}, {"extra_special_tokens": [3]},
+            {"extra_special_tokens": {"audio_token": []}}, {"pad_token": {"content": "\udfff"}})))),
+])
+def test_added_tokens_that_do_not_fit_are_one_line(tmp_path, files, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Chat.load(folder_of_files(tmp_path / "t", files))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_tokenizer_json_has_keeps_its_id(tmp_path):
+    """Of the files that disagree transformers follows tokenizer.json."""
+    for number, files in enumerate((
+            {"added_tokens.json": {"<think>": 300}},
+            {"tokenizer_config.json": {"added_tokens_decoder": {"300": {"content": "<think>"}}}})):
+        chat = Chat.load(folder_of_files(tmp_path / str(number), files))
+        assert chat.tokenizer.token_to_id("<think>") == 258 and chat.vocab_size == 259
+
+
+def test_byte_order_marks_in_the_tokenizers_files(tmp_path):
+    files = {**LATER["added_tokens.json, then special_tokens_map.json, which wins"][0],
+             "generation_config.json": {"eos_token_id": [257, 9]}}
+    folder = folder_of_files(tmp_path / "t", files)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+
+    def read():
+        chat = Chat.load(folder)
+        return (chat.tokenizer.to_str(), chat.template, chat.special_tokens, chat.stop_ids,
+                chat.encode_messages(talk("a <tool>")))
+
+    expected = read()
+    for file in folder.iterdir():
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert read() == expected

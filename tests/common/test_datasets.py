@@ -50,8 +50,9 @@ FORMATS = [
                    {"role": "assistant", "content": "a"}]}, QA),
     ({"messages": [{"role": "assistant", "content": None, "reasoning_content": "r",
                     "tool_calls": [{"name": "f"}]}], "tools": '[{"name": "f"}]'},
-     {"messages": [{"role": "assistant", "content": None, "reasoning_content": "r",
-                    "tool_calls": [{"name": "f"}]}], "tools": [{"name": "f"}]}),
+     {"messages": [{"role": "assistant", "content": "", "reasoning_content": "r", "tool_calls": [
+         {"type": "function", "function": {"name": "f", "arguments": {}}}]}],
+      "tools": [{"type": "function", "function": {"name": "f"}}]}),
 ]
 
 
@@ -134,12 +135,11 @@ BAD = [
     ("a.jsonl", [{f"k{i}": i for i in range(99)}], "'k7', … fit no"),
     ("a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}], "completion=chosen"),
     ("a.jsonl", [{"text": 5}], "a.jsonl:1: 'text' must be text, not a number"),
-    ("a.jsonl", [{"prompt": ["q"], "completion": "a"}], "'prompt' must be text, not a list"),
-    ("a.jsonl", [{"messages": "hi"}], "messages must be a list, not text"),
+    ("a.jsonl", [{"prompt": ["q"], "completion": "a"}], "a turn must be an object, not text"),
+    ("a.jsonl", [{"messages": "hi"}], "messages is text, and that is not valid"),
     ("a.jsonl", [{"messages": [1]}], "a turn must be an object, not a number"),
     ("a.jsonl", [{"messages": [{"content": "a"}]}], "role None is none of human"),
     ("a.jsonl", [{"conversations": [{"from": "narrator", "value": "a"}]}], "role 'narrator' is"),
-    ("a.jsonl", [{"conversations": [{"from": "function_call", "value": "a"}]}], "'function_call'"),
     ("a.jsonl", [{"messages": [{"role": "user", "content": {"a": 1}}]}], "must be text, not an ob"),
     ("a.jsonl", [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "type .*image"),
     ("a.jsonl", [{"messages": QA["messages"], "tools": "["}], "a.jsonl:1.*not valid JSON"),
@@ -158,8 +158,8 @@ def test_bad_paths_are_said_before_anything_is_read(tmp_path):
     for path, message in (
             (tmp_path / "trian.jsonl", "no such file; did you mean train.jsonl"),
             (tmp_path / "none" / "a.jsonl", "no such file"), (good / "a.jsonl", "no such file"),
-            (tmp_path, "a folder; give files that end in .jsonl, .json, .txt"),
-            (write(tmp_path / "a.parquet", "x"), "must end in .jsonl, .json, .txt"),
+            (tmp_path, "a folder; give files that end in .jsonl, .json"),
+            (write(tmp_path / "a.xlsx", "x"), "must end in .jsonl, .json, .csv"),
             ("a\0b.jsonl", "cannot be read"), ("/dev/zero", "not a regular file")):
         with pytest.raises(UserError, match=message):
             read_records([good, path])
@@ -191,3 +191,51 @@ def test_arbitrary_bytes_give_records_or_one_line(tmp_path):
                 assert set(record) - {"tools"} in ({"text", "where"}, {"messages", "where"})
         except UserError as error:
             assert "\n" not in str(error) and path.name in str(error)
+
+
+def test_parquet_gives_the_records_of_the_json_that_it_was_made_of(tmp_path):
+    """Arrow gives all rows the keys of each: what it fills in must not become a part of them."""
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    import pyarrow.parquet
+
+    def call(name, **arguments):
+        tool = {"type": "function", "function": {"name": name, "parameters": {
+            "type": "object", "properties": {key: {"type": "string"} for key in arguments}}}}
+        turn = {"role": "assistant", "tool_calls": [
+            {"function": {"name": name, "arguments": arguments}}]}
+        return {"messages": [QA["messages"][0], turn, {"role": "tool", "content": "21"}],
+                "tools": [tool], "id": name}
+
+    rows = [call("weather", town="Rome", days="2"), call("convert", amount="3", currency="EUR"),
+            QA, {"messages": [*QA["messages"], {"role": "user", "content": "more", "name": "Ann"},
+                              {"role": "assistant", "content": "b", "weight": 0}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    raw = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert raw[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["amount"] is None
+    write(tmp_path / "a.jsonl", rows)
+    records = [read_records(tmp_path / name) for name in ("a.jsonl", "a.parquet")]
+    made = [[{key: value for key, value in one.items() if key != "where"} for one in part]
+            for part in records]
+    assert made[0] == made[1] and len(made[0]) == 4
+    assert [list(part.ignored) for part in records] == [["'id'"], ["'id'"]]
+    assert records[1].done == records[1].size == (tmp_path / "a.parquet").stat().st_size
+
+
+def test_a_table_of_texts_gives_the_records_of_json(tmp_path):
+    rows = [{"instruction": "a, b", "input": "", "output": 'say "c"\nd', "history": '[["e", "f"]]'},
+            {"instruction": "g", "input": "h", "output": "i", "history": ""}]
+    text = ('id,instruction,input,output,history\n1,"a, b",,"say ""c""\nd","[[""e"", ""f""]]"\n'
+            "2,g,h,i,\n")
+    (tmp_path / "a.csv").write_text(text)
+    records = read_records(tmp_path / "a.csv")
+    made = [{key: value for key, value in one.items() if key != "where"} for one in records]
+    assert made == read(tmp_path / "a.jsonl", rows) and list(records.ignored) == ["'id'"]
+    columns = parse_columns("prompt=instruction,completion=output")
+    assert [one["messages"][-1]["content"] for one in read_records(tmp_path / "a.csv", columns)] == [
+        'say "c"\nd', "i"]
+
+
+def test_an_example_that_is_refused_is_told_from_a_file_that_is_wrong(tmp_path):
+    rows = [{"text": "t", "weight": 0}, {"text": "t"}]
+    assert read(tmp_path / "a.jsonl", rows) == [{"refused": "its weight is 0"}, {"text": "t"}]
+    assert read(tmp_path / "a.csv", "text,weight\nt,1\n") == [{"text": "t"}]

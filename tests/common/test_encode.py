@@ -212,7 +212,8 @@ def _arrays(file):
     from safetensors.numpy import load_file
 
     arrays = load_file(file)
-    return arrays["tokens"], arrays["trained"].view(bool), arrays["offsets"]
+    return (arrays["tokens"], arrays["trained"].view(bool), arrays["offsets"],
+            arrays["records"])
 
 
 def test_a_cache_that_cannot_be_written_is_only_said(tmp_path, chat, monkeypatch, capsys):
@@ -300,11 +301,11 @@ def test_the_example_shows_what_is_trained(chat, monkeypatch):
     encoded = encode.encode([talk("What\x1b[2J?", "It is so.")], chat, 100)
     shown = show_example(encoded, chat)
     assert "in [brackets]:" in shown.splitlines()[0]
-    assert shown.endswith("\n<think>\n\n</think>\n\n[It is so.<|im_end|>]")
+    assert shown.endswith("<|im_start|>assistant\n[<think>\n\n</think>\n\nIt is so.<|im_end|>]")
     assert r"What\x1b[2J?" in shown and "\x1b" not in shown
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert show_example(encoded, chat).endswith("\x1b[32mIt is so.<|im_end|>\x1b[0m")
+    assert show_example(encoded, chat).endswith("\n\nIt is so.<|im_end|>\x1b[0m")
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in show_example(encoded, chat)
 

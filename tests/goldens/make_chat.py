@@ -3,7 +3,7 @@
     pip install transformers==5.23.0 && python tests/goldens/make_chat.py
 
 The templates below are written for this test and behave as Qwen3's and Llama 3's do: Qwen3 drops
-the thoughts of earlier turns, puts an empty think block before a last answer that has none, and
+the thoughts of earlier turns, puts an empty think block before a last answer that has none (trained: the model writes it), and
 knows tools; Llama 3 begins with BOS and trims every content. `[[` and `]]` stand where the model's
 own words begin and end. They become nothing in chat_template.jinja, and {% generation %} in
 marked.jinja, of which transformers computes masks: those that we must find without the marks.
@@ -40,17 +40,15 @@ QWEN3 = r"""
             {%- set thoughts = words.split('</think>')[0].split('<think>')[-1].strip('\n') %}
             {%- set words = words.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
-        {%- set before = '<|im_start|>assistant\n' %}
         {%- if loop.index0 > seen.user and thoughts %}
             {%- set words = words.lstrip('\n') %}
             {%- set said = '<think>\n' ~ thoughts.strip('\n') ~ '\n</think>\n\n' ~ words %}
         {%- elif loop.index0 > seen.user and loop.last %}
-            {%- set before = before ~ '<think>\n\n</think>\n\n' %}
-            {%- set said = words.lstrip('\n') %}
+            {%- set said = '<think>\n\n</think>\n\n' ~ words.lstrip('\n') %}
         {%- else %}
             {%- set said = words %}
         {%- endif %}
-        {{- before }}
+        {{- '<|im_start|>assistant\n' }}
         [[
         {{- said }}
         {%- for call in turn.tool_calls or [] %}
