@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import sys
 import tempfile
@@ -20,7 +21,9 @@ from common.errors import UserError
 
 VERSION = 2  # of the encoding: part of the hash, so that a change of the code finds no old files
 # The widest first: so all are aligned.
-ARRAYS = (("offsets", "I64"), ("records", "I64"), ("tokens", "I32"), ("trained", "U8"))
+ARRAYS = (("offsets", "I64"), ("records", "I64"), ("digests", "I64"), ("tokens", "I32"),
+          ("trained", "U8"))
+BLOCK = 2**22  # bytes that are hashed or copied at once
 
 
 def folder():
@@ -55,7 +58,7 @@ def cached(make, key, files, wrap):
 
     make   function that gives an object with the arrays of ARRAYS and a list of strings `notes`
     key    anything that JSON can write; of the files, the content counts
-    wrap   function (tokens, trained, offsets, records, notes=) that makes such an object of arrays
+    wrap   function (tokens, trained, offsets, records, digests, notes=) that makes such an object of arrays
 
     A damaged file is made again, loudly; a cache that cannot be written is only said. Of several
     processes, one makes the data and the others wait for it.
@@ -72,8 +75,9 @@ def cached(make, key, files, wrap):
             print(f"note: the tokenised data cannot be kept in {path.parent}: {error.strerror}",
                   file=sys.stderr)
             return made, False
-    mapped = _read(path, wrap)
-    return (made if mapped is None else mapped), False
+    del made  # the mapped file takes its place
+    found = _read(path, wrap)
+    return (make() if found is None else found), False
 
 
 def _digest(key, files):
@@ -82,7 +86,7 @@ def _digest(key, files):
         try:
             with open(file, "rb") as content:
                 one = hashlib.sha256(Path(file).suffix.encode("utf-8", "surrogateescape"))
-                while block := content.read(2**20):
+                while block := content.read(BLOCK):
                     one.update(block)
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
@@ -105,18 +109,24 @@ def _alone(path):
         yield
 
 
-def _checksum(notes, arrays):
-    digest = hashlib.sha256(notes.encode())
-    for array in arrays:
-        digest.update(memoryview(array).cast("B"))
-    return digest.hexdigest()
+def _blocks(array):
+    """The bytes of an array, piece by piece; those of a mapped file leave the memory again."""
+    view = memoryview(array).cast("B")
+    for start in range(0, len(view), BLOCK):
+        yield view[start:start + BLOCK]
+        if isinstance(array.base, mmap.mmap):
+            array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _write(path, made):
     """Write beside the place, flush, rename: a file under its final name is whole."""
     arrays = [getattr(made, name) for name, _ in ARRAYS]
     notes = json.dumps(made.notes)
-    header, at = {"__metadata__": {"notes": notes, "sha256": _checksum(notes, arrays)}}, 0
+    digest = hashlib.sha256(notes.encode())
+    for array in arrays:
+        for block in _blocks(array):
+            digest.update(block)
+    header, at = {"__metadata__": {"notes": notes, "sha256": digest.hexdigest()}}, 0
     for (name, kind), array in zip(ARRAYS, arrays):
         header[name] = {"dtype": kind, "shape": [len(array)],
                         "data_offsets": [at, at + array.nbytes]}
@@ -128,7 +138,8 @@ def _write(path, made):
         with open(handle, "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for array in arrays:
-                file.write(memoryview(array).cast("B"))
+                for block in _blocks(array):
+                    file.write(block)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -145,10 +156,15 @@ def _read(path, wrap):
         with safe_open(path, framework="pt") as file:
             arrays = [file.get_tensor(name).numpy() for name, _ in ARRAYS]
             metadata = file.metadata()
-        if metadata["sha256"] != _checksum(metadata["notes"], arrays):
+        digest = hashlib.sha256(metadata["notes"].encode())
+        with open(path, "rb") as file:  # read, not mapped, so that it does not stay in memory
+            file.seek(-sum(array.nbytes for array in arrays), os.SEEK_END)
+            while block := file.read(BLOCK):
+                digest.update(block)
+        if metadata["sha256"] != digest.hexdigest():
             raise ValueError("its checksum is wrong")
-        offsets, records, tokens, trained = arrays
-        return wrap(tokens, trained.view(bool), offsets, records,
+        offsets, records, digests, tokens, trained = arrays
+        return wrap(tokens, trained.view(bool), offsets, records, digests,
                     notes=json.loads(metadata["notes"]))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         print(f"{path}: damaged ({error}); the data are tokenised again", file=sys.stderr)

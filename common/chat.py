@@ -7,7 +7,6 @@ offsets carry it over to tokens. Text that spells a control token is refused: it
 
 import datetime
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from common import masks
-from common.errors import UserError, writing
-from common.model_config import read_json
+from common.errors import UserError
 from common.sandbox import CLOSED, OPENED
 from common.template import Refused, Template, one_line
-from common.tokenizer_files import call, read_template, read_tokenizer
+from common.tokenizer_files import call, complete, read_template, read_tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content",
@@ -75,28 +73,9 @@ class Chat:
 
     def save(self, folder):
         """Add to the tokenizer's files in `folder`, copies of those that this was read from, what
-        they lack: the chat template that was given, and in generation_config.json the tokens at
-        which an answer ends. Without these, other programs would let the model run on."""
-        folder = Path(folder)
-        if self.given_template is not None:
-            file = folder / "chat_template.jinja"
-            with writing(file):
-                file.write_text(self.template, encoding="utf-8")
-        file, settings = folder / "generation_config.json", {}
-        if file.exists():
-            settings = read_json(file)
-        elif (folder / "config.json").exists():  # what transformers would take in its absence
-            config = read_json(folder / "config.json")
-            settings = {name: config[name] for name in (
-                "bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
-        stops = settings.get("eos_token_id")
-        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-        missing = sorted(self.stop_ids.difference(stops))
-        if missing:
-            settings["eos_token_id"] = [*stops, *missing]
-            with writing(file):
-                file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n",
-                                encoding="utf-8")
+        they lack: the chat template that was given, and the tokens at which an answer ends."""
+        template = None if self.given_template is None else self.template
+        complete(folder, template, self.stop_ids)
 
     def render(self, messages, add_generation_prompt=False, **variables):
         """The conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.

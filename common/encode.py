@@ -1,9 +1,9 @@
 """Records to documents of token ids and labels: once, streaming, and kept for the next run.
 
 All documents lie in flat arrays, one behind the other: tokens (int32), which of them are trained
-(bool), where each document begins (int64), and which record it came from (int64). They are written
-to a file as they are made, and mapped from there, so a million short documents need some hundred
-megabytes of memory.
+(bool), where each document begins, which record it came from, and a hash of its tokens (int64). They
+are written to a file as they are made, and mapped from there, so a million short documents need
+some hundred megabytes of memory.
 """
 
 import hashlib
@@ -32,13 +32,14 @@ class Encoded:
 
     `tokens` (int32), `trained` (bool) and `offsets` (int64, one more than documents) are the flat
     arrays; `lengths` (int64) the documents' lengths. `records`: the number of the record that each
-    document came from, counted from 0, skipped ones included. `chosen`: a subset, by document
-    number. `notes`: what was left out when they were made, line by line.
+    document came from, counted from 0, skipped ones included; `digests`: a hash of each document's
+    tokens. `chosen`: a subset, by document number. `notes`: what was left out when they were made,
+    line by line.
     """
 
-    def __init__(self, tokens, trained, offsets, records, chosen=None, notes=()):
+    def __init__(self, tokens, trained, offsets, records, digests, chosen=None, notes=()):
         self.tokens, self.trained, self.offsets = tokens, trained, offsets
-        self.records = records
+        self.records, self.digests = records, digests
         self.chosen = np.arange(len(offsets) - 1) if chosen is None else np.asarray(chosen)
         self.lengths = np.diff(offsets)[self.chosen].astype(np.int64)
         self.notes = list(notes)
@@ -67,7 +68,8 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     """
     if max_length < 2:
         raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
-    counts, first, lengths, origins = Counter(), {}, array("q"), array("q")
+    counts, first = Counter(), {}
+    lengths, origins, digests = array("q"), array("q"), array("q")
 
     def place(number, record):
         return record.get("where", f"example {number + 1}")
@@ -99,6 +101,8 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
                         trained_file.write(trained[start:end])
                         lengths.append(end - start)
                         origins.append(number)
+                        digest = hashlib.sha256(ids[start:end]).digest()[:8]
+                        digests.append(int.from_bytes(digest, "little", signed=True))
                     else:
                         note("skipped, nothing in it to train on"
                              + (f" within {max_length} tokens" if end < len(ids) else ""),
@@ -117,8 +121,8 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
         token_file.flush(), trained_file.flush()
         tokens = np.memmap(token_file, np.int32, "r", shape=(offsets[-1],))
         trained = np.memmap(trained_file, bool, "r", shape=(offsets[-1],))
-    encoded = Encoded(tokens, trained, offsets, np.array(origins, np.int64), notes=notes)
-    return _say(encoded, title)
+    origins, digests = np.array(origins, np.int64), np.array(digests, np.int64)
+    return _say(Encoded(tokens, trained, offsets, origins, digests, notes=notes), title)
 
 
 def _chunks(records):
@@ -236,7 +240,7 @@ def virtual(count, vocab_size, max_length, seed):
     lengths = np.clip(lengths, 2, max_length).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = random.integers(0, vocab_size, offsets[-1], dtype=np.int32)
-    return Encoded(tokens, np.ones(len(tokens), bool), offsets, np.arange(count))
+    return Encoded(tokens, np.ones(len(tokens), bool), offsets, np.arange(count), np.arange(count))
 
 
 def split(encoded, seed, share=0.02, most=200):
@@ -247,7 +251,8 @@ def split(encoded, seed, share=0.02, most=200):
     """
     if len(encoded) < 2:
         raise UserError("one example cannot also be held out: add some, or give --eval-data")
-    groups, copies = _copies(encoded)
+    _, groups, copies = np.unique(encoded.digests[encoded.chosen], return_inverse=True,
+                                  return_counts=True)
     if copies.max() == len(encoded):
         raise UserError(f"all {len(encoded):,} documents are the same: give others with "
                         "--eval-data, to be held out")
@@ -262,34 +267,16 @@ def split(encoded, seed, share=0.02, most=200):
     if not single.all():
         say(f"held out: {int((~single).sum()):,} documents occur more than once; none of them is "
             "both trained on and held out")
-    return tuple(Encoded(encoded.tokens, encoded.trained, encoded.offsets, encoded.records,
-                         encoded.chosen[np.sort(part)]) for part in (training, held))
+    arrays = (encoded.tokens, encoded.trained, encoded.offsets, encoded.records, encoded.digests)
+    return tuple(Encoded(*arrays, encoded.chosen[np.sort(part)]) for part in (training, held))
 
 
 def say_shared(train, held_out):
     """Print how many of the documents of `held_out`, another file's, are trained on too."""
-    seen = set(map(_digest, _spans(train)))
-    shared = sum(_digest(tokens) in seen for tokens in _spans(held_out))
+    shared = np.isin(held_out.digests[held_out.chosen], train.digests[train.chosen]).sum()
     if shared:
         say(f"held out: {shared:,} of these documents are in the training data too, so their loss "
             "says little")
-
-
-def _copies(encoded):
-    """(group of each document, how many documents each group has): equal ones are in one."""
-    groups = {}
-    numbers = np.array([groups.setdefault(_digest(tokens), len(groups))
-                        for tokens in _spans(encoded)])
-    return numbers, np.bincount(numbers)
-
-
-def _spans(encoded):
-    for start, end in zip(encoded.offsets[encoded.chosen], encoded.offsets[encoded.chosen + 1]):
-        yield encoded.tokens[start:end]
-
-
-def _digest(tokens):
-    return hashlib.sha256(tokens.tobytes()).digest()[:16]
 
 
 def show_example(encoded, chat, limit=400):

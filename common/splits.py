@@ -5,6 +5,7 @@ The names are paths below the data set, with "/". Files of one split share a lab
     data/train_sft-00000-of-00003-a1b2.parquet    train_sft
     main/train-00000-of-00001.parquet             main/train
     train/0000.parquet                            train
+    train-1.jsonl                                 train
     alpaca_data_cleaned.json                      alpaca_data_cleaned
     data/part-0.jsonl                             default (nothing in its name says more)
 """
@@ -20,6 +21,7 @@ HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "heldout", "hel
 NAMED = 8  # labels in a message
 
 _SHARD = re.compile(r"(?:^|[-._])(\d+)-of-(\d+).*")
+_NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
 _SAYS_NOTHING = re.compile(r"(part|shard|data|file|chunk)?[-_.]?\d*", re.IGNORECASE)
 
 
@@ -67,7 +69,7 @@ def label(name):
     """What a data file is called for: its path without what numbers it and what says nothing."""
     *folders, file = name.split("/")
     stem = file[:-3] if file.lower().endswith(".gz") else file
-    stem = _SHARD.sub("", stem[:stem.rindex(".")])
+    stem = _NUMBER.sub("", _SHARD.sub("", stem[:stem.rindex(".")]))
     folders = _without_data(folders)
     return "/".join(folders if _SAYS_NOTHING.fullmatch(stem) else [*folders, stem]) or "default"
 
@@ -122,14 +124,26 @@ def _inside(groups, part, place, flag):
 
 
 def _default(labels, local, place, flag):
-    """Those of several labels to train on."""
-    train = [one for one in labels if any(word.startswith("train")
-                                          for word in _words(one.rpartition("/")[2]))]
-    if len(labels) == 1 or len(train) == 1:
-        return train or labels
-    if train or not local:
-        raise _several(train or labels, place, flag)
-    return [one for one in labels if not HELD_OUT & set(_words(one))] or labels
+    """Those of several labels to train on, or for --eval-data, those to hold out."""
+    train, held_out = ([one for one in labels if _purpose(one) == purpose]
+                       for purpose in ("train", "held out"))
+    wanted = held_out if flag == "--eval-data" and held_out else train
+    if len(labels) == 1 or len(wanted) == 1:
+        return wanted or labels
+    if wanted or not local:
+        raise _several(wanted or labels, place, flag)
+    return [one for one in labels if one not in held_out] or labels
+
+
+def _purpose(label):
+    """"train" or "held out", by the last component of a label that says either; else None."""
+    for component in label.split("/")[::-1]:
+        words = re.split(r"[\W\d_]+", component.lower())
+        if any(word.startswith("train") for word in words):
+            return "train"
+        if HELD_OUT & set(words):
+            return "held out"
+    return None
 
 
 def _several(labels, place, flag):
@@ -145,10 +159,6 @@ def _listed(labels):
     labels = list(labels)
     more = [f"{len(labels) - NAMED} more"] if len(labels) > NAMED else []
     return ", ".join(labels[:NAMED] + more)
-
-
-def _words(text):
-    return re.split(r"[\W\d_]+", text.lower())
 
 
 def _without_data(folders):

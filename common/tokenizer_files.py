@@ -1,4 +1,4 @@
-"""The tokenizer's part of a model folder, read: any bytes in it give an answer or a UserError."""
+"""The tokenizer's part of a model folder: any bytes in it give an answer or a UserError."""
 
 import codecs
 import hashlib
@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
-from common.errors import UserError
+from common.errors import UserError, writing
+from common.model_config import read_json
 from common.template import one_line
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -190,6 +191,31 @@ def _stop_ids(raw, folder, eos_id):
         raise UserError(f"{where}: eos_token_id must be an id or a list of ids, "
                         f"not {one_line(stops)}")
     return {*stops} if eos_id is None else {*stops, eos_id}
+
+
+def complete(folder, template, stop_ids):
+    """Write into `folder` a chat template (None: it has its own), and what `stop_ids` its
+    generation_config.json lacks: without them other programs would let the model run on."""
+    folder = Path(folder)
+    if template is not None:
+        file = folder / "chat_template.jinja"
+        with writing(file):
+            file.write_text(template, encoding="utf-8")
+    file, settings = folder / "generation_config.json", {}
+    if file.exists():
+        settings = read_json(file)
+    elif (folder / "config.json").exists():  # what transformers would take in its absence
+        config = read_json(folder / "config.json")
+        settings = {name: config[name] for name in (
+            "bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+    stops = settings.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    missing = sorted(stop_ids.difference(stops))
+    if missing:
+        settings["eos_token_id"] = [*stops, *missing]
+        with writing(file):
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n",
+                            encoding="utf-8")
 
 
 def call(what, function, *arguments, **keywords):

@@ -213,7 +213,7 @@ def _arrays(file):
 
     arrays = load_file(file)
     return (arrays["tokens"], arrays["trained"].view(bool), arrays["offsets"],
-            arrays["records"])
+            arrays["records"], arrays["digests"])
 
 
 def test_a_cache_that_cannot_be_written_is_only_said(tmp_path, chat, monkeypatch, capsys):

@@ -226,10 +226,11 @@ def test_a_folder_with_train_and_test_files_trains_on_train_and_says_so(
 
 @pytest.mark.parametrize("names, expected", [
     (["a", "b", "test"], ["a", "b"]), (["en/valid", "en/x", "eval/x"], ["en/x"]),
-    (["constraint", "dev_1", "held-out", "heldout"], ["constraint"]),
+    (["constraint", "dev_a", "held-out", "heldout"], ["constraint"]),
     (["test", "validation"], ["test", "validation"]),
     (["contest", "latest"], ["contest", "latest"]),
-    (["Training-v2", "other"], ["Training-v2"]), (["a", "test1"], ["a"]), (["x.train", "constraint"], ["x.train"]),
+    (["a", "test1"], ["a"]), (["Training-v2", "other"], ["Training-v2"]),
+    (["x.train", "constraint"], ["x.train"]),
     (["train/en", "test/en", "test/de"], ["train/en"]), (["my_train2", "sub"], ["my_train2"]),
 ])
 def test_the_default_of_a_local_folder(tmp_path, monkeypatch, answer, names, expected):
@@ -369,6 +370,9 @@ def test_without_pyarrow_nothing_is_downloaded(monkeypatch, answer, name):
      "all/train, 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
     (SMOLTALK, "data/all/", SMOLTALK[1:2],
      "all/train, 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+    (["train/en.json", "test/en.json"], "", ["train/en.json"],
+     "train/en.json (also there: test/en)"),
+    (["train-1.json", "train-2.json"], "", ["train-1.json", "train-2.json"], "train, 2 files"),
     (["train.jsonl", "train/0.parquet", "test.csv"], "", ["train.jsonl"],
      "train.jsonl (also there: test, train/0.parquet)"),
     (["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"], "",
@@ -383,7 +387,7 @@ def test_the_files_of_a_data_set_are_chosen(tmp_path, answer, parquet, files, pa
 
 @pytest.mark.parametrize("files, part, parts", [
     (["a.json", "b.json"], "", ["a/b holds a, b: name one, as in --data a/b:a"]),
-    (["train-1.json", "train-2.json"], "", ["name one, as in --data a/b:train-1"]),
+    (["train-a.json", "train-b.json"], "", ["name one, as in --data a/b:train-a"]),
     ([f"{chr(97 + i)}.json" for i in range(11)], "", ["g, h, 3 more: name one"]),
     (ULTRACHAT, "", ["a/b holds train_gen, train_sft: name one, as in --data a/b:train_gen"]),
     (GSM8K, "", ["a/b holds main/train, socratic/train: name one, as in --data a/b:main/train"]),
@@ -391,7 +395,6 @@ def test_the_files_of_a_data_set_are_chosen(tmp_path, answer, parquet, files, pa
     (GSM8K, "mian", ["a/b has no 'mian'", "it holds main/test, main/train, socratic/test"]),
     (ULTRACHAT, "train_stf", ["a/b has no 'train_stf'; did you mean train_sft?"]),
     (ULTRACHAT, "train", ["a/b has no 'train'", "it holds test_gen, test_sft, train_gen, "]),
-    (["train/en.json", "test/en.json"], "", ["a/b holds test/en, train/en: name one"]),
     (["m/en.json", "m/de.json"], "m", ["a/b holds m/de, m/en: name one, as in --data a/b:m/de"]),
     (["README.md", "data/x.arrow"], "", ["a/b/data/x.arrow: Arrow files are not read"]),
     (["README.md"], "README.md", ["README.md: its name must end in .jsonl"]),
@@ -406,6 +409,18 @@ def test_a_data_set_without_one_obvious_split(answer, files, part, parts):
     assert downloads(answer) == []
 
 
+@pytest.mark.parametrize("files, expected", [
+    (GSM8K[:2], [GSM8K[0]]), (["train.json", "dev.json"], ["dev.json"]),
+    (["train.json", "x.json"], ["train.json"]), (["x.json"], ["x.json"])])
+def test_what_is_held_out_is_the_part_that_is_named_so(answer, files, expected):
+    answer.files, answer.value = files, "x"
+    hub.resolve_data("a/b", lambda text: None, "--eval-data")
+    assert downloads(answer) == expected
+    answer.files = [*GSM8K, "validation.json"]
+    with refused("main/test, socratic/test, validation: name one, as in --eval-data a/b:"):
+        hub.resolve_data("a/b", flag="--eval-data")
+
+
 @pytest.mark.parametrize("name, label", [
     ("data/train_sft-00000-of-00003-a1b2.parquet", "train_sft"), ("a.b/c.d.jsonl.gz", "a.b/c.d"),
     ("main/train-00000-of-00001.parquet", "main/train"), ("train/0000.parquet", "train"),
@@ -413,7 +428,7 @@ def test_a_data_set_without_one_obvious_split(answer, files, part, parts):
     ("default/train/0000.parquet", "train"), ("data/default/x.json", "x"),
     ("x/data/y.json", "x/data/y"),
     ("x/Part_003.csv", "x"), ("x/shard7.csv", "x"), ("x/chunk.csv", "x"), ("x/file-1.csv", "x"),
-    ("x/parts.csv", "x/parts"), ("train-1.json", "train-1"), ("2.json", "default"),
+    ("x/parts.csv", "x/parts"), ("train-1.json", "train"), ("2.json", "default"), ("c4.json", "c4"),
     ("en/c4-train.00000-of-01024.json.gz", "en/c4-train"),
 ])
 def test_labels(name, label):
