@@ -322,8 +322,9 @@ def regions(where, found, text, turns):
                 raise Refused("the chat template does not show where the turn of a tool call ends; "
                               "mark it in the template with {% generation %}")
             span[1] = stop.end() if stop else after
-        elif turns.ending and text.startswith(turns.ending, span[1]):
-            span[1] += len(turns.ending)
+        elif turns.ending and (ending := re.compile(r"\s*" + re.escape(turns.ending)).match(
+                text, span[1])):  # white space that the marks have left outside
+            span[1] = ending.end()
         else:
             stop = turns.special.search(text, span[1], after)
             if stop and not text[span[1]:stop.start()].strip():

@@ -65,7 +65,7 @@ BUGS = [
         ("common/chat.py", "self.tokenise([layout.text], layout.whole)",
          "self.tokenise([layout.text], True)")]),
     (11, "the end of the turn is not trained", [
-        ("common/masks.py", "span[1] += len(turns.ending)", "pass")]),
+        ("common/masks.py", "span[1] = ending.end()", "pass")]),
     (12, "the schedule begins anew", [
         (CH1, "lr = learning_rate(step, total_steps, options)",
          "lr = learning_rate(spikes.seen + 1, total_steps, options)")]),
