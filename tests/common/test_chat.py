@@ -240,6 +240,95 @@ def test_the_date_in_training_data_does_not_change(tmp_path):
     assert chat.decode(chat.encode_messages(talk("a", "b"))[0]).startswith("26 Jul 2024")
 
 
+# --- where an answer ends ---
+
+def stops_of(chat):
+    return {chat.tokenizer.id_to_token(token) for token in chat.stop_ids}
+
+
+TURNS = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}"
+         "{% for c in m.tool_calls or [] %}[{{ c.function.name }}"
+         "{{ c.function.arguments | tojson }}]{% endfor %}"
+         "END\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("source, special, added, stops", [
+    (TURNS.replace("END", "<end>"), ["<s>", "</s>", "<end>"], [], {"</s>", "<end>"}),
+    (TURNS.replace("END", "<end>"), ["<s>", "</s>"], ["<end>"], {"</s>", "<end>"}),  # as a word
+    (TURNS.replace("END", "</answer><end>\n</s>"), ["<s>", "</s>", "<end>"], [], {"</s>", "<end>"}),
+    (TURNS.replace("END", "{{ '<call>' if m.tool_calls else '<end>' }}"),
+     ["<s>", "</s>", "<end>", "<call>"], [], {"</s>", "<end>", "<call>"}),
+    (TURNS.replace("END", ""), ["<s>", "</s>"], [], {"</s>"}),
+    ("{{ raise_exception('no') }}", ["<s>", "</s>", "<end>"], [], {"</s>"}),
+    ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+     + TURNS.replace("END", "<end>"), ["<s>", "</s>", "<end>"], [], {"</s>", "<end>"}),
+])
+def test_what_the_template_ends_a_turn_with_is_a_stop_token(tmp_path, source, special, added,
+                                                            stops):
+    chat = Chat.load(folder_with(tmp_path / "t", source, special, added))
+    assert stops_of(chat) == stops
+    if len(stops) > 1:
+        first = [{"role": "system", "content": "s"}]
+        call = {"role": "assistant", "content": "b", "tool_calls": [
+            {"type": "function", "function": {"name": "f", "arguments": {"f": "x"}}}]}
+        for answer in ([talk("a", "b \n")[1]], [call] if "call" in source else []):
+            if answer:
+                ids, trained = chat.encode_messages([*first, *talk("a"), *answer, *talk("c", "d")])
+                ends = [ids[i - 1] for i in range(1, len(ids)) if trained[i - 1] and not trained[i]]
+                assert len(ends) == 2 and set(ends) <= chat.stop_ids
+
+
+def test_folders_say_where_an_answer_ends(tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text(TURNS.replace("END", "<end>"))
+    source = folder_with(tmp_path / "source", None, ["<s>", "</s>", "<end>"])
+    chat = Chat.load(source, template)
+    eos, end = (chat.tokenizer.token_to_id(token) for token in ("</s>", "<end>"))
+    assert chat.stop_ids == {eos, end} and Chat.load(source).stop_ids == {eos}
+    assert chat.fingerprint != Chat.load(source).fingerprint
+    for name, before, after in (
+            ("number", {"eos_token_id": eos, "top_k": 3}, {"eos_token_id": [eos, end], "top_k": 3}),
+            ("list", {"eos_token_id": [7, end]}, {"eos_token_id": [7, end, eos]}),
+            ("whole", {"eos_token_id": [end, 7, eos]}, {"eos_token_id": [end, 7, eos]}),
+            ("nothing", {"top_k": 3}, {"eos_token_id": [eos, end], "top_k": 3}),
+            ("missing", None, {"eos_token_id": [5, eos, end], "pad_token_id": 1})):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        file = folder / "generation_config.json"
+        (folder / "config.json").write_text('{"eos_token_id": 5, "pad_token_id": 1, "d": 2}')
+        if before is not None:
+            file.write_text(json.dumps(before))
+        chat.save(folder)
+        assert json.loads(file.read_text()) == after
+        if before == after:
+            assert file.read_text() == json.dumps(before)  # not a byte of it is changed
+        assert (folder / "chat_template.jinja").read_bytes() == template.read_bytes()
+        assert Chat.load(folder).stop_ids >= chat.stop_ids
+
+
+def test_thinking_is_switched_off_where_the_template_can(chats):
+    prompt = chats["qwen3"].encode_prompt(talk("a"), **chats["qwen3"].no_thinking())
+    text = chats["qwen3"].decode(prompt, skip_special=False)
+    assert text.endswith("<|im_start|>assistant\n" + EMPTY)
+    whole, trained = chats["qwen3"].encode_messages(talk("a", "b"))
+    assert whole[:len(prompt)] == prompt and trained[len(prompt) - 1]  # what is asked is trained
+    with pytest.raises(UserError, match="--no-thinking: this model's chat template cannot"):
+        chats["llama3"].no_thinking()
+
+
+def test_tokens_inside_by_characters_and_by_offsets_are_the_same(chats):
+    rng = np.random.default_rng(0)
+    words = ["a", " the", "\n\n", " ", "é", "日本", "👩‍👩‍👧", "e\u0301", "<|im_end|>", "<think>", "\t"]
+    for chat in (chats["qwen3"], chats["llama3"]):  # the second trims its offsets
+        for _ in range(300):
+            text = "".join(words[i] for i in rng.integers(0, len(words), 20))
+            encoding = chat.tokenise([text], whole=True)[0]
+            edges = sorted(rng.choice(len(text), 4, replace=False).tolist())
+            spans = [(edges[0], edges[1]), (edges[2], edges[3])]
+            assert masks.inside(encoding, spans).tolist() == masks._inside(
+                encoding.offsets, spans).tolist(), (text, spans)
+
+
 # --- control tokens in text ---
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])

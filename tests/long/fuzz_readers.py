@@ -1,5 +1,6 @@
 """What `fuzz.py` reads: for each reader a folder of real files, and a function that reads it."""
 
+import gzip
 import json
 import shutil
 import zlib
@@ -71,6 +72,12 @@ RECORDS = {
     "sharegpt.jsonl": {"conversations": [{"from": "human", "value": "Hi"},
                                          {"from": "gpt", "value": "<think>\na\n</think>\nHo"}]},
     "alpaca.jsonl": {"instruction": "Add.", "input": "1 2", "output": "3", "system": "s"},
+    "history.jsonl": {"instruction": "Add.", "output": "3", "history": [["a", "b"], ["c", "d"]]},
+    "caller.jsonl": {"conversations": [
+        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "I look.", "weight": 0},
+        {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "x", "n": null}}'},
+        {"from": "observation", "value": "21"}, {"from": "gpt", "value": "Ho", "train": True}],
+        "tools": '[{"name": "look", "parameters": {"properties": {"at": {"type": "string"}}}}]'},
     "prompt.jsonl": {"prompt": "a", "completion": "b"}, "text.jsonl": {"text": "once upon a time"}}
 
 
@@ -80,6 +87,9 @@ def prepare_data(folder):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for _ in range(3)))
         (folder / name.replace("jsonl", "json")).write_text(json.dumps([record] * 2, indent=1))
     (folder / "data.json").write_text(json.dumps({"data": [RECORDS["prompt.jsonl"]] * 2}))
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress(
+        (folder / "messages.jsonl").read_bytes(), mtime=0))
+    (folder / "table.csv").write_text('instruction,output,id\n"Say ""a"",\nb",c,1\nd,e,2\n')
     (folder / "book.txt").write_text("Once upon a time\r\nthere was é.\n" * 9)
     global _chat
     _chat = Chat.load(folder / "made/model")
