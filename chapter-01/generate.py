@@ -75,6 +75,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1 or not 0 <= options.temperature < float("inf"):
         raise UserError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
+    if options.raw and options.no_thinking:
+        raise UserError("--raw does without the chat template, so --no-thinking has no meaning")
 
     folder = hub.resolve(options.model)
     checkpoint.verify(folder)

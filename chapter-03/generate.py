@@ -186,6 +186,8 @@ def read_options(argv):
         raise UserError("give --model or --adapter")
     if bool(options.prompt) == options.chat:
         raise UserError("give --prompt or --chat (one of them, not both)")
+    if options.raw and options.no_thinking:
+        raise UserError("--raw does without the chat template, so --no-thinking has no meaning")
     if options.compare and (options.chat or not options.adapter):
         raise UserError("--compare needs --adapter, whose base it shows beside it, and --prompt")
     for name, fits in (

@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     whole: bool           # the tokenizer adds what it adds to a document of its own (BOS)
     eos: bool | None      # append eos: trained or not; None: append nothing
     left_out: tuple = ()  # what of the record the chat template does not write
-    unused: tuple = ()    # keys of its turns that it does not know
+    notes: tuple = ()     # what else to say of such examples
 
 
 class Chat:
@@ -115,7 +115,8 @@ class Chat:
         asked = [{"role": "user", "content": "?"}]
         if self.template is None or self.render(asked, True, enable_thinking=False) == (
                 self.render(asked, True, enable_thinking=True)):
-            raise UserError("--no-thinking: this model's chat template cannot switch it off")
+            raise UserError("--no-thinking: this model's chat template cannot switch it off (it "
+                            "does not know enable_thinking)")
         return {"enable_thinking": False}
 
     def decode(self, ids, skip_special=True):
@@ -149,10 +150,9 @@ class Chat:
         variables = {key: value for key, value in record.items()
                      if key not in ("messages", "where")}
         self._check(messages, variables)
-        unused = tuple(sorted(key for key in set().union(*messages) - TURN_KEYS
-                              if key not in (self.template or "")))
+        notes = self._notes(messages)
         if self._compiled is None:
-            return self._joined(messages, untrained, variables.get("tools"), unused)
+            return self._joined(messages, untrained, variables.get("tools"), notes)
         variables["strftime_now"] = fixed_date
         text = self._render(messages, **variables)
         tools = variables.get("tools")
@@ -166,10 +166,12 @@ class Chat:
         if self._marks_generation:
             plain, spans = masks.take_marks(text)
             if untrained:
-                dropped = [span[:2] for span in self._regions(where, found, text)
+                dropped = [span for span in self._regions(where, found, text)
                            if span[2] in untrained]
-                spans = masks.without(spans, dropped, text)
-            return Layout(plain, spans, False, None, left_out, unused)
+                if len(dropped) < len(untrained):
+                    raise Refused("a turn with the weight 0 in which the template writes nothing")
+                spans = masks.without(spans, [span[:2] for span in dropped], text)
+            return Layout(plain, spans, False, None, left_out, notes)
         if where is None:
             raise Refused("the chat template rewrites the assistant's words, so it cannot be told "
                           "what to train on; mark them in the template with {% generation %}")
@@ -182,7 +184,7 @@ class Chat:
                 # No end-of-turn token: with eos it learns to stop.
                 spans[-1], eos = (start, len(text), last), last not in untrained
         spans = [(start, end) for start, end, n in spans if n not in untrained]
-        return Layout(text, spans, False, eos, left_out, unused)
+        return Layout(text, spans, False, eos, left_out, notes)
 
     def finish(self, layout, encoding):
         """(ids int32, trained bool), arrays, of a Layout and what `tokenise` made of its text (of
@@ -215,20 +217,28 @@ class Chat:
     def _rendered(self, text):
         """The Layout of a text in which a conversation stands as a template has written it: the
         assistant's turns are trained, or all of it where none is found."""
-        spans = []
-        for header in self._turns.headers:
-            at = text.find(header)
-            while at >= 0:
-                start = at + len(header)
-                stop = self._turns.stops.search(text, start)
-                spans.append((start, stop.end() if stop else len(text)))
-                at = text.find(header, spans[-1][1])
-            if spans:
-                break
+        spans, headers = [], _any_of(self._turns.headers)
+        while header := headers.search(text, spans[-1][1] if spans else 0):
+            stop = self._turns.stops.search(text, header.end())
+            spans.append((header.end(), stop.end() if stop else len(text)))
         bos = self.special_tokens.get("bos_token")
-        return Layout(text, spans or None, not (bos and text.startswith(bos)), None)
+        notes = () if spans else ("without the header of an assistant's turn: trained whole",)
+        return Layout(text, spans or None, not (bos and text.startswith(bos)), None, (), notes)
 
-    def _joined(self, messages, untrained, tools, unused):
+    def _notes(self, messages):
+        """What a person might not expect to have in the data."""
+        notes = [f"with a key {one_line(repr(key), 40)} in their turns, which the chat template "
+                 "does not use" for key in sorted(set().union(*messages) - TURN_KEYS)
+                 if not re.search(rf"\b{re.escape(key)}\b", self.template or "")]
+        if messages[0]["role"] == "assistant":
+            notes.append("in which the assistant speaks first: nothing is asked")
+        if not self._marks_generation and any(one["role"] == "assistant" and not (
+                one.get("content", "").strip() or one.get("tool_calls")
+                or one.get("reasoning_content")) for one in messages):
+            notes.append("with an empty answer, which is not trained")
+        return tuple(notes)
+
+    def _joined(self, messages, untrained, tools, notes):
         """The Layout for a tokenizer without a chat template: one turn, its contents joined."""
         text, spans, left_out = "", [], ["the tools"] if tools else []
         for n, message in enumerate(messages):
@@ -242,7 +252,7 @@ class Chat:
                 left_out.append("the reasoning of the last turn")
         self._refuse_control_tokens(text)  # one may span two contents
         return Layout(text, spans, True, messages[-1]["role"] == "assistant" and bool(spans),
-                      tuple(left_out), unused)
+                      tuple(left_out), notes)
 
     def _regions(self, where, found, text):
         if where is None:
@@ -291,8 +301,12 @@ class Chat:
             if not tokens or usual and tail[tokens[-1].end():].strip():
                 return ""
             token = tokens[-1 if usual else 0]
-        self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token.group())}
-        return tail[:token.end()]
+        end = token.start()
+        while token and token.start() == end:  # there may be two, without anything between
+            self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token.group())}
+            end = token.end()
+            token = self._special.search(tail, end)
+        return tail[:end]
 
     def _check(self, messages, variables=()):
         """Refuse what is no conversation, or holds control tokens or private-use characters."""

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
-from common.formats import FORMATS, KNOWN, NAMES, OPTIONAL, columns_to_read, convert
+from common.formats import (FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, columns_to_read,
+                            convert)
 from common.readers import check, nearest, read, suffix
 from common.template import Refused, one_line
 
@@ -79,7 +80,7 @@ class Records:
         """The columns to read of those that a file has; the others are noted."""
         wanted = columns_to_read(names)
         if self.columns:
-            wanted = [name for name in names if name in self.columns.values()]
+            wanted = [name for name in names if name in {*self.columns.values(), *MEANT}]
         for name in names:
             if name not in wanted:
                 self.ignored.setdefault(one_line(repr(name), 40), path)
@@ -95,6 +96,10 @@ class Records:
                 keys = ", ".join(one_line(repr(key), 40) for key in list(value)[:8])
                 raise UserError(f"{where}: {what} (--columns {name}={one_line(column)}); its keys "
                                 f"are {keys or '(none)'}{', …' * (len(value) > 8)}")
-        for key in value.keys() - set(self.columns.values()):
-            self.ignored.setdefault(one_line(repr(key), 40), where)
-        return {name: value[column] for name, column in self.columns.items() if column in value}
+        renamed = {name: value[column] for name, column in self.columns.items() if column in value}
+        for key in value.keys() - {*self.columns.values()}:
+            if key in MEANT and key not in renamed:
+                renamed[key] = value[key]
+            else:
+                self.ignored.setdefault(one_line(repr(key), 40), where)
+        return renamed

@@ -91,9 +91,8 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
                                     f"{', '.join(layout.left_out)} (--strict-template)")
                 for what in layout.left_out:
                     note(f"without {what}: the chat template leaves that out", number, record)
-                for key in layout.unused:
-                    note(f"with a key {key!r} in their turns, which the chat template does not use",
-                         number, record)
+                for reason in layout.notes if trained[1:].any() else ():
+                    note(reason, number, record)
                 for start, end in _documents(where, record, len(ids), max_length, too_long,
                                              lambda reason: note(reason, number, record)):
                     if trained[start + 1:end].any():  # nothing predicts a document's first token

@@ -24,6 +24,7 @@ FORMATS = {"messages": ("messages",), "conversations": ("conversations",),
 OPTIONAL = ("input", "system", "tools", "functions", "history")
 NAMES = tuple(key for keys in FORMATS.values() for key in keys) + OPTIONAL
 WEIGHTS = ("weight", "train", "loss")  # of a turn or of an example: whether it is trained on
+MEANT = (*OPTIONAL, *WEIGHTS, "label")  # read under their own names, whatever --columns says
 PREFERENCES = ("chosen", "rejected", "label")
 KNOWN = "; ".join(" + ".join(keys) for keys in FORMATS.values())
 CALLER = "caller"  # an assistant who calls a tool, in formats in which that is a role of its own
@@ -39,7 +40,7 @@ ROLES = {  # what data sets call the speakers -> what chat templates call them
 def columns_to_read(names):
     """Those columns of a file with the columns `names` that an example can be made of."""
     whole = any(set(keys) <= set(names) for keys in FORMATS.values())
-    wanted = {*NAMES, *WEIGHTS, "label"} | (set() if whole else set(PREFERENCES))
+    wanted = {*NAMES, *MEANT} | (set() if whole else set(PREFERENCES))
     return [name for name in names if name in wanted]
 
 
@@ -54,16 +55,17 @@ def convert(value, where, ignored, rendered=False):
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: an example must be a JSON object, not {_kind(value)}")
-    value = {key: one for key, one in value.items() if one is not None}
+    value = {key: one for key, one in value.items() if one is not None and one == one}  # no NaN
     kind = next((name for name, keys in FORMATS.items() if all(k in value for k in keys)), None)
     if kind is None:
         raise UserError(f"{where}: {_no_format(value)}")
-    used = {*FORMATS[kind], *(key for key in WEIGHTS if value.get(key) in (0, 1))}
-    if not _trains(value, where, "example", whole=True):
+    used = {*FORMATS[kind], *(key for key in WEIGHTS if _truth(value.get(key)) is not None)}
+    if not _trains(value, where, "an example"):
         raise Refused("its weight is 0")
-    if kind == "prompt" and isinstance(value.get("label"), bool):
+    if kind != "text" and _truth(value.get("label")) is not None:
         raise UserError(f"{where}: 'label' says which answers are good (KTO's format), and all "
-                        f"would be trained on; {_POST_TRAINING}")
+                        f"would be trained on; {_POST_TRAINING}. If it means something else, "
+                        "rename it")
     if kind == "text":
         record = {"text": _string(value, "text", where)}
         if rendered:
@@ -75,11 +77,14 @@ def convert(value, where, ignored, rendered=False):
             raise UserError(f"{where}: earlier turns in 'history' beside {kind!r}: put them into "
                             "the list itself")
         messages = _MESSAGES[kind](value, where, ignored)
-        system = {"role": "system", "content": _string(value, "system", where)}
-        if system["content"].strip() and messages[:1] != [system]:
-            if messages and messages[0]["role"] == "system":
+        system = _string(value, "system", where)
+        if system.strip() and messages and messages[0]["role"] == "system":
+            if messages[0]["content"].strip() != system.strip():
                 raise Refused('its "system" and its system message are different texts')
-            messages.insert(0, system)
+        elif system.strip():
+            messages.insert(0, {"role": "system", "content": system})
+        if value.get("tools") and value.get("functions"):
+            used.remove("functions")
         tools = _tools(value, where)
         record = {"messages": messages, "tools": tools} if tools else {"messages": messages}
         _prune_calls(messages, tools)
@@ -94,28 +99,36 @@ _POST_TRAINING = ("learning from preferences is post-training (DPO and its kin),
 
 def _no_format(value):
     if "chosen" in value and "rejected" in value:
-        columns = "prompt=prompt,completion=chosen" if isinstance(value["chosen"], str) else (
-            "messages=chosen")
+        columns = "prompt=prompt,completion=chosen" if "prompt" in value else "messages=chosen"
         return (f"'chosen' and 'rejected' are a pair of answers; {_POST_TRAINING}. --columns "
                 f"{columns} trains on the chosen answers alone")
     names = [one_line(repr(key), 40) for key in itertools.islice(value, 8)]
     keys = ", ".join(names + ["…"] * (len(value) > 8)) or "(none)"
-    return (f"the keys {keys} fit no known format ({KNOWN}); map them, as in --columns "
-            "prompt=question,completion=answer")
+    spelled = {key.strip().lower(): key for key in value}
+    columns = next((",".join(f"{key}={spelled[key]}" for key in keys) for keys in FORMATS.values()
+                    if spelled.keys() >= {*keys}), "prompt=question,completion=answer")
+    return f"the keys {keys} fit no known format ({KNOWN}); map them, as in --columns {columns}"
 
 
-def _trains(value, where, what, whole=False):
-    """False if a turn (or a `whole` example) says that it is not to be trained on."""
+def _trains(value, where, what):
+    """False if a turn or an example says that it is not to be trained on."""
+    trains = True
     for key in WEIGHTS:
         given = value.get(key)
-        if given is None or whole and not (given is False or key == "weight" and given == 0):
-            continue
-        if given not in (0, 1):
-            raise UserError(f"{where}: {key} {one_line(repr(given), 40)} of a {what}: it can be 0 "
-                            "or 1, false or true; nothing between is implemented")
-        if not given:
-            return False
-    return True
+        said = _truth(given)
+        if said is None and given not in (None, "") and (key != "loss" or what == "a turn"):
+            raise UserError(f"{where}: {key} {one_line(repr(given), 40)} of {what}: it can be 0 "
+                            "or 1, false or true; if it means something else, rename it")
+        trains = trains and said is not False
+    return trains
+
+
+def _truth(value):
+    """True or False for what says so, in a table as text; None for all else."""
+    if isinstance(value, str):
+        value = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(
+            value.strip().lower())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 # --- formats ---
@@ -131,10 +144,9 @@ def _conversation(turns, where, ignored, name):
         before = messages[-1] if messages else {"role": None}
         if message["role"] == CALLER:
             message["role"] = "assistant"
-            if before["role"] == "assistant":  # words, or another call, beside it
+            if before["role"] == "assistant" and before.get("train") == message.get("train"):
+                # Words, or another call, beside it.
                 before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
-                if "train" in message:
-                    before["train"] = False
                 continue
         messages.append(message)
     return messages
@@ -152,19 +164,28 @@ def _prompt(value, where, ignored):
     prompt, completion = value["prompt"], value["completion"]
     if isinstance(prompt, list):
         before = _conversation(prompt, where, ignored, "prompt")
-        before = [{**one, "train": False} if one["role"] == "assistant" else one
-                  for one in before]
     else:
         more = _string(value, "input", where)
         before = [{"role": "user", "content": _string(value, "prompt", where)
                    + ("\n\n" + more if more.strip() else "")}]
     if isinstance(completion, list):
         after = _conversation(completion, where, ignored, "completion")
-        if len(after) > 1 and after[:len(before)] == before:
-            before = []  # the whole conversation, as lists of chosen answers have it
     else:
         after = [{"role": "assistant", "content": _string(value, "completion", where)}]
-    return _history(value, where) + before + after
+    system, before = _led(before)
+    other, after = _led(after)
+    if system and other and system != other:
+        raise Refused("its prompt and its completion have different system messages")
+    if len(after) > len(before) and after[:len(before)] == before:
+        after = after[len(before):]  # it was the whole conversation, as chosen answers are
+    before = [{**one, "train": False} if one["role"] == "assistant" else one for one in before]
+    return (system or other) + _history(value, where) + before + after
+
+
+def _led(messages):
+    """([the system message that they begin with] or [], the others)."""
+    count = int(bool(messages) and messages[0]["role"] == "system")
+    return messages[:count], messages[count:]
 
 
 def _history(value, where):
@@ -192,7 +213,7 @@ def _message(turn, where, ignored):
     """A turn in either spelling, {"role", "content", ...} or {"from", "value"}, as the former."""
     if not isinstance(turn, dict):
         raise UserError(f"{where}: a turn must be an object, not {_kind(turn)}")
-    turn = {key: one for key, one in turn.items() if one is not None}
+    turn = {key: one for key, one in turn.items() if one is not None and one == one}
     name = turn.get("role", turn.get("from"))
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
@@ -200,17 +221,17 @@ def _message(turn, where, ignored):
     taken = ("from", "value", "tool_calls", "function_call", *WEIGHTS)
     message = {"role": role, "content": _content(turn, where),
                **{key: one for key, one in turn.items() if key not in (*taken, "role", "content")}}
-    calls = _parsed(turn.get("tool_calls") or [], where, "tool_calls")
+    calls = _parsed(turn.get("tool_calls") or [], where, "tool_calls") or []
     legacy = _parsed(turn.get("function_call") or None, where, "function_call")
+    if not isinstance(calls, list) or (calls or legacy) and role not in (CALLER, "assistant"):
+        raise UserError(f"{where}: tool_calls must be a list, in a turn of the assistant")
     if role == CALLER:
         calls, message["content"] = _parsed_call(message["content"]), ""
     elif legacy is not None:
         calls = [*calls, legacy]
     if calls:
-        if not isinstance(calls, list) or role not in (CALLER, "assistant"):
-            raise UserError(f"{where}: tool_calls must be a list, in a turn of the assistant")
         message["tool_calls"] = [_call(call) for call in calls]
-    if not _trains(turn, where, "turn"):
+    if not _trains(turn, where, "a turn"):
         message["train"] = False
     elif role not in (CALLER, "assistant"):
         for key in turn.keys() & set(WEIGHTS):  # others' words are never trained on
@@ -221,7 +242,7 @@ def _message(turn, where, ignored):
 def _content(turn, where):
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        kinds = {str(part.get("type")) for part in content} - {"text"}
+        kinds = {str(part.get("type") or "text") for part in content} - {"text"}
         if kinds:
             raise UserError(f"{where}: content of type {one_line(sorted(kinds))}; only text is "
                             "trained on")
@@ -316,7 +337,7 @@ def _parsed(value, where, name):
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {name} is text, and that is not valid JSON "
-                        f"({one_line(error)})") from None
+                        f"({one_line(error)}); json.dumps writes it as it must be") from None
 
 
 def _string(value, key, where):

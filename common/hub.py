@@ -76,8 +76,8 @@ def resolve_data(name, say=print, flag="--data"):
     place, _, part = (text, "", "") if os.path.isdir(path) else text.partition(":")
     folder = Path(os.path.expanduser(place))
     if os.path.isdir(folder):
-        names = _files_below(folder, deep=part)
-        chosen, note = splits.choose(names, part, place, flag)
+        names, unread = _files_below(folder, deep=part)
+        chosen, note = splits.choose(names, part, place, flag, unread=unread)
         if note:
             say(note)
         return [folder / file for file in chosen]
@@ -113,18 +113,22 @@ def whole_name(name):
 
 
 def _files_below(folder, deep):
-    """The files of a folder as paths below it; those of its subfolders only if it has no data
-    itself, or if `deep`. What is hidden is left out."""
+    """(the files of a folder as paths below it, its subfolders with data that are not read).
+
+    Files in subfolders count only if it has no data itself, or if `deep`. What is hidden does not.
+    """
     def fail(error):
         raise UserError(f"{folder}: cannot be read ({error.strerror})")
 
-    names = []
+    names, unread = [], []
     for place, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         names += [(Path(place) / file).relative_to(folder).as_posix() for file in files]
         if Path(place) == folder and not deep and any(map(splits.is_data, names)):
+            unread = [f"{name}/" for name in folders if any(
+                map(splits.is_data, next(os.walk(folder / name), ("", (), ()))[2]))]
             break
-    return sorted(names)
+    return sorted(names), sorted(unread)
 
 
 def _choose(repo, part, flag):

@@ -13,6 +13,7 @@ ends with), to the end-of-turn token. For a template that says so itself ({% gen
 """
 
 import bisect
+import json
 import re
 from typing import NamedTuple
 
@@ -222,7 +223,7 @@ def find(messages, tools, text, render, shapes):
     """
     found = parts(messages, tools)
     plain = not tools and not any(kind == "call" for _, kind, _ in found)
-    key = tuple((kind, words == words.strip(), not words) for _, kind, words in found)
+    key = tuple((kind, words == words.strip(), not words.strip()) for _, kind, words in found)
     if plain and key in shapes:
         strip, pieces = shapes[key]
         pieces = list(pieces)
@@ -276,7 +277,9 @@ def left_out(messages, found, where, text, all_marked):
     for message in messages:  # numbers and the like cannot be marked: their keys must be there
         for call in message.get("tool_calls") or ():
             given = (call.get("function") or call).get("arguments")
-            if isinstance(given, dict) and any(key not in text for key in given):
+            if isinstance(given, dict) and not all(
+                    key in text or json.dumps(key, ensure_ascii=False)[1:-1] in text
+                    for key in given):
                 raise Refused("the chat template leaves out the arguments of a tool call")
     return tuple(dict.fromkeys(names))
 
@@ -289,15 +292,15 @@ def regions(where, found, text, turns):
     is part of it; without a header it begins with the first of the words. Raises Refused where it
     cannot be told what to train on.
     """
-    spans = []
+    spans, floor, last = [], 0, 0  # where what stands before this part ends
     for start, end, k in where:
         message, kind, words = found[k]
+        floor, last = last, end
         if kind not in OWN:
             continue
         if spans and spans[-1][2] == message:
             spans[-1][1] = end
             continue
-        floor = spans[-1][1] if spans else 0
         header, at = "", -1
         for header in turns.headers:
             edge = len(words) - len(words.lstrip())  # a header may end in the words' white space
@@ -308,27 +311,25 @@ def regions(where, found, text, turns):
         elif kind == "call":
             raise Refused("the chat template does not show where the turn of a tool call begins; "
                           "mark it in the template with {% generation %}")
-        elif spans and not text[floor:start].strip():
+        elif spans and floor == spans[-1][1] and not text[floor:start].strip():
             start = floor  # two messages in one turn
         spans.append([start, end, message])
     calls = {part.message for part in found if part.kind == "call"}
     begins = [start for start, _, _ in where] + [len(text)]
     for span in spans:
         after = begins[min(bisect.bisect_left(begins, span[1]), len(where))]
-        if span[2] in calls:  # a call may end with special tokens of its own
-            stop = turns.stops.search(text, span[1], after)
-            stop = stop or turns.special.search(text, span[1], after)
-            if not stop and after < len(text):
-                raise Refused("the chat template does not show where the turn of a tool call ends; "
-                              "mark it in the template with {% generation %}")
-            span[1] = stop.end() if stop else after
-        elif turns.ending and (ending := re.compile(r"\s*" + re.escape(turns.ending)).match(
-                text, span[1])):  # white space that the marks have left outside
-            span[1] = ending.end()
-        else:
-            stop = turns.special.search(text, span[1], after)
-            if stop and not text[span[1]:stop.start()].strip():
-                span[1] = stop.end()
+        stop = turns.stops.search(text, span[1], after)
+        special = turns.special.search(text, span[1], after)
+        if stop:  # all before it is the model's to write: a </think>, the end of a call
+            rest = turns.ending.partition(stop.group())[2]  # a second token, right behind it
+            span[1] = stop.end() + len(rest) * text.startswith(rest, stop.end())
+        elif special and (span[2] in calls or not text[span[1]:special.start()].strip()):
+            span[1] = special.end()
+        elif span[2] in calls and after < len(text):
+            raise Refused("the chat template does not show where the turn of a tool call ends; "
+                          "mark it in the template with {% generation %}")
+        elif span[2] in calls:
+            span[1] = after
     if any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
         raise Refused("the chat template changes the order of the messages")
     return [tuple(span) for span in spans]

@@ -148,12 +148,12 @@ def _question(chat, record, ids, trained):
         return _made(chat, text, prompt, ids[len(prompt):]), None
     messages = record["messages"]
     more = {name: value for name, value in record.items() if name not in ("messages", "where")}
-    turn = max(n for n, one in enumerate(messages)
-               if one["role"] == "assistant" and one.get("train") is not False)
+    turn = max(n for n, one in enumerate(messages) if one["role"] == "assistant"
+               and one.get("train") is not False and _says(one))
     text = next((one["content"] for one in messages[:turn][::-1] if one.get("content")), "")
     prompt = chat.encode_prompt(messages[:turn], strftime_now=fixed_date, **more)
-    ids, trained = chat.encode_messages(messages[:turn + 1], **more)
-    end = len(trained) - trained[::-1].index(True)  # the last trained tokens are [start:end]
+    ids, trained = chat.encode_messages(messages, **more)  # the document, however long it is
+    end = len(trained) - trained[::-1].index(True)  # its last trained tokens are [start:end]
     start = end - (trained[:end][::-1] + [False]).index(False)
     question = _made(chat, text, prompt, ids[start:end])
     if chat.template is None:
@@ -175,6 +175,12 @@ def _question(chat, record, ids, trained):
                           f"the answers end in {chat.decode(ids[end - 3:end], False)!r}; the chat "
                           "template's {% generation %} should include it")
     return question, None
+
+
+def _says(message):
+    """Whether an assistant's message has anything in it to train on."""
+    said = "content", "tool_calls", "reasoning_content", "thinking", "reasoning"
+    return any(str(message.get(key) or "").strip() for key in said)
 
 
 def _made(chat, text, prompt, rest):

@@ -23,6 +23,7 @@ from common.template import one_line
 
 LONGEST_LINE = 2**28  # bytes
 LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can hold anything
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
@@ -72,7 +73,7 @@ def check_kind(path):
                         "ds.to_json(\"x.jsonl\")")
     if kind is None:
         raise UserError(f"{path}: its name must end in {KINDS}; convert other kinds to .jsonl, "
-                        "one JSON object a line")
+                        "one JSON object a line (a spreadsheet: save it as CSV UTF-8)")
     return kind
 
 
@@ -171,17 +172,22 @@ def json_file(path, choose=None):
 def table(path, choose=None):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
     done, columns = 0, None
-    separator = "\t" if suffix(path) == ".tsv" else ","
+    first, header = next(((n, line) for n, line, _ in _lines(path) if line.strip()), (0, ""))
+    said = re.match("sep=(.)\\s*$", header)  # as Excel writes it
+    separator = said[1] if said else "\t" if suffix(path) == ".tsv" else ","
+    if separator == "," and ";" in header and "," not in header:
+        separator = ";"  # Excel, where a comma stands in numbers
 
     def text():
         nonlocal done
-        for _, line, done in _lines(path):
-            yield from io.StringIO(line, newline="")  # an old Mac's lines end in \r only
+        for number, line, done in _lines(path):
+            if not (said and number == first):
+                yield from io.StringIO(line, newline="")  # an old Mac's lines end in \r only
 
     csv.field_size_limit(LONGEST_LINE)
     rows = csv.reader(text(), delimiter=separator, strict=True)
     while True:
-        line = rows.line_num + 1  # a row with line ends in its cells goes on to further lines
+        line = rows.line_num + 1 + bool(said)  # a row may go on to further lines
         try:
             row = next(rows, None)
         except csv.Error as error:
@@ -192,15 +198,19 @@ def table(path, choose=None):
         if not row:
             continue
         if columns is None:
-            columns = row
+            columns = [name.strip() for name in row]
+            while columns and not columns[-1]:  # a spreadsheet's empty columns
+                columns.pop()
             wanted = _chosen(columns, choose, f"{path}:{line}")
-        elif len(row) != len(columns):
+            continue
+        while len(row) > len(columns) and not row[-1]:
+            row.pop()
+        if len(row) != len(columns):
             raise UserError(f"{path}:{line}: {len(row)} cells, but the header has {len(columns)}; "
-                            f"a cell with a {'tab' if separator != ',' else 'comma'} in it must "
-                            "stand in double quotes")
-        else:
-            value = {name: cell for name, cell in zip(columns, row) if name in wanted}
-            yield f"{path}:{line}", value, done
+                            f"a cell with a {SEPARATORS.get(separator, separator)} in it must stand "
+                            "in double quotes")
+        value = {name: cell for name, cell in zip(columns, row) if name in wanted}
+        yield f"{path}:{line}", value, done
 
 
 def parquet(path, choose=None):

@@ -25,18 +25,19 @@ _NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
 _SAYS_NOTHING = re.compile(r"(part|shard|data|file|chunk)?[-_.]?\d*", re.IGNORECASE)
 
 
-def choose(names, part, place, flag, page=None):
+def choose(names, part, place, flag, page=None, unread=()):
     """The files that are meant among `names`, and a line that says so (None: it goes without).
 
     `place` is the data set as it was named, and `part` what stood behind the colon: a file, a
     label, the last component of one, a folder of several, or "". `page` is the data set's address
     on the Hub; in a local folder (None) all files are taken if none is named for training, but
-    those that are held out. Raises UserError where nothing, or more than one thing, can be meant.
+    those that are held out. `unread` is what else is there. Raises UserError where nothing, or more
+    than one thing, can be meant.
     """
     if part in names:
         readers.check_kind(part)
         return [part], _line(place, part, [], flag) if page else None
-    groups, others = _groups(names, text_too=page is None)
+    groups, others = _groups(names, local=page is None)
     if not groups:
         for name in names:
             if name.endswith(".arrow"):
@@ -45,7 +46,7 @@ def choose(names, part, place, flag, page=None):
         raise UserError(f"{place} holds no file that ends in {readers.KINDS}{where}")
     labels = _default(_inside(groups, part, place, flag), page is None, place, flag)
     files = sorted(file for one in labels for file in groups[one])
-    others = [one for one in groups if one not in labels] + others
+    others = [*(one for one in groups if one not in labels), *others, *unread]
     absent = missing(files)
     if not (page or others or absent):
         return files, None
@@ -86,19 +87,18 @@ def missing(files):
     return max(0, sum(wanted.values()) - len(there))
 
 
-def _groups(names, text_too):
+def _groups(names, local):
     """{label: files}, of one suffix each, and what is there in a second one, for a message.
 
-    On the Hub a text file is as a rule no data: it counts if there is nothing else.
+    A text file beside others is as a rule no data: it counts if there is nothing else.
     """
-    data = sorted(filter(is_data, names))
-    if not text_too:
-        data = [name for name in data if readers.suffix(name) != ".txt"] or data
+    found = sorted(filter(is_data, names))
+    data = [name for name in found if readers.suffix(name) != ".txt"] or found
     kinds = {}
     for name in data:
         kind = list(readers.READERS).index(readers.suffix(name)), name.lower().endswith(".gz")
         kinds.setdefault(label(name), {}).setdefault(kind, []).append(name)
-    groups, others = {}, []
+    groups, others = {}, [name for name in found if name not in data] if local else []
     for found, by_kind in kinds.items():
         first, *rest = sorted(by_kind)
         groups[found] = by_kind[first]

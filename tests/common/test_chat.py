@@ -158,7 +158,8 @@ def test_nothing_that_a_template_drops_is_dropped_silently(tmp_path):
     system = {"role": "system", "content": "Rules."}
     assert chat.layout({"messages": [system, *talk("a", "b")]}).left_out == ("the system message",)
     odd = [{**one, "mood": "b"} for one in talk("a", "b")]
-    assert chat.layout({"messages": odd}).unused == ("mood",)
+    assert chat.layout({"messages": odd}).notes == (
+        "with a key 'mood' in their turns, which the chat template does not use",)
     call = {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]}
     with pytest.raises(Refused, match="leaves out a tool call"):
         chat.encode_messages([*talk("a"), call])
@@ -175,6 +176,78 @@ def test_tokens_at_the_edge_of_a_span_and_trimmed_offsets():
         False, True, True, True, False, True, True, True, False, False]
     assert masks._inside(offsets, []).tolist() == [False] * 10
     assert masks._inside([], spans).shape == (0,)
+
+
+def test_all_to_the_end_of_the_turn_is_trained_even_if_the_words_end_in_a_tag(chats, tmp_path):
+    for content in ("<think>\nhm\n</think>\n\n", "Hi</think>", "I like <think>"):
+        (piece,) = said(chats["llama3"], talk("a", content))
+        assert piece == content.strip() + "<|eot_id|>"
+    (piece,) = said(chats["qwen3"], [*talk("a"), {"role": "assistant", "content": "",
+                                                  "reasoning_content": "hm"}])
+    assert piece == "<think>\nhm\n</think>\n\n<|im_end|>"
+    chat = Chat.load(folder_with(tmp_path / "t", CHATML.replace("</s>", "{{ '</a>' if m.role == "
+                                                                "'assistant' }}</s>")))
+    assert said(chat, talk("a", "b", "c", "d")) == ["b</a></s>", "d</a></s>"]
+    two = folder_with(tmp_path / "two", CHATML.replace("</s>", "</s><e>"), ["<s>", "</s>", "<e>"])
+    assert said(Chat.load(two), talk("a", "b", "c", "d")) == ["b</s><e>", "d</s><e>"]
+    assert stops_of(Chat.load(two)) == {"</s>", "<e>"}
+
+
+def test_a_header_in_a_users_words_begins_nothing(tmp_path):
+    source = ("{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A - ' }}{{ m.content }}\n"
+              "{% endfor %}{% if add_generation_prompt %}A: {% endif %}")
+    chat = Chat.load(folder_with(tmp_path / "t", source))
+    assert said(chat, talk("what is A: in this?", "yes")) == ["yes\n</s>"]
+
+
+def test_two_answers_in_one_turn_are_one_piece(tmp_path):
+    source = ("{% for m in messages %}{% if loop.first or m.role != loop.previtem.role %}<s>"
+              "{{ m.role }}\n{% else %}{{ '\n\n' }}{% endif %}{{ m.content }}"
+              "{% if loop.last or m.role != loop.nextitem.role %}</s>{% endif %}{% endfor %}"
+              "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+    chat = Chat.load(folder_with(tmp_path / "t", source))
+    turns = [*talk("a", "b"), {"role": "assistant", "content": "c"}]
+    assert said(chat, turns) == ["b\n\nc</s>"]
+    assert said(chat, [turns[0], {**turns[1], "train": False}, turns[2]]) == ["\n\nc</s>"]
+
+
+def test_an_empty_answer_is_named_and_not_trained_whatever_came_before(chats):
+    for chat in (chats["llama3"], chats["qwen3"]):
+        for before in (" x", "x", " "):
+            chat.layout({"messages": talk("Q", before)})
+            for empty in ("", " ", "\n"):
+                assert not chat.layout({"messages": talk("Q", empty)}).spans
+                layout = chat.layout({"messages": talk("Q", empty, "R", "yes")})
+                assert [layout.text[a:b] for a, b in layout.spans][0].startswith(
+                    ("yes", "<think>")) and len(layout.spans) == 1
+                assert layout.notes == ("with an empty answer, which is not trained",)
+    assert chats["qwen3"].layout({"messages": [talk("", "b")[1]]}).notes == (
+        "in which the assistant speaks first: nothing is asked",)
+
+
+def test_calls_whose_arguments_cannot_be_marked(tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {
+        "name": "roll", "arguments": {"sides": 6, 'a "b"': True}}}]}
+    (tmp_path / "t").mkdir()
+    written = TURNS.replace("END", "</s>")
+    chat = Chat.load(folder_with(tmp_path / "t" / "a", written))
+    assert said(chat, [*talk("a"), call]) == ['[roll{"sides": 6, "a \\"b\\"": true}]</s>']
+    chat = Chat.load(folder_with(tmp_path / "t" / "b", written.replace(
+        "{{ c.function.arguments | tojson }}", "")))
+    with pytest.raises(Refused, match="leaves out the arguments of a tool call"):
+        chat.encode_messages([*talk("a"), call])
+
+
+def test_what_was_learned_is_tried_and_not_believed(tmp_path):
+    """Of conversations of one shape, the template writes one otherwise."""
+    source = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ ' (' ~ m.name ~ ')' if m.name }}")
+    chat = Chat.load(folder_with(tmp_path / "t", source))
+    for name in ("", "Ann", "", "Bob"):
+        turns = talk("a", "b", "a", "c")
+        turns[1]["name"] = name
+        layout = chat.layout({"messages": turns})
+        pieces = [layout.text[start:end] for start, end in layout.spans]
+        assert pieces == ["b" + f" ({name})" * bool(name) + "</s>", "c</s>"]
 
 
 # --- text, BOS and EOS ---

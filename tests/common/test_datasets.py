@@ -74,6 +74,16 @@ def test_columns(tmp_path):
     assert columns == {"prompt": "question", "completion": "answer"}
     row = {"question": "q", "answer": "a", "text": "not this"}
     assert read(tmp_path / "a.jsonl", [row], columns) == [QA]
+    records = read_records(write(tmp_path / "b.jsonl", [{**row, "system": "s", "id": 1}]), columns)
+    assert [one["messages"][0] for one in records] == [{"role": "system", "content": "s"}]
+    assert sorted(records.ignored) == ["'id'", "'text'"]
+    for more in ({"weight": 0}, {"train": False}):
+        assert read(tmp_path / "a.jsonl", [{**row, **more}], columns) == [
+            {"refused": "its weight is 0"}]
+    with pytest.raises(UserError, match="KTO"):
+        read(tmp_path / "a.jsonl", [{**row, "label": False}], columns)
+    with pytest.raises(UserError, match=r"a.jsonl:1: 'answer' is null \(--columns completion=answ"):
+        read(tmp_path / "a.jsonl", [{"question": "q", "answer": None}], columns)
     with pytest.raises(UserError, match=r"a.jsonl:2: no key 'answer' .* its keys are 'question'"):
         read(tmp_path / "a.jsonl", [row, {"question": "q"}], columns)
     columns = parse_columns("instruction=q,input=more,output=a")

@@ -66,6 +66,10 @@ def test_callers_and_observers_of_sharegpt():
     turns[2:2] = [turns[2]]  # two calls at once
     assert messages({"conversations": turns})[1]["tool_calls"] == [CALL, CALL]
     assert len(messages({"conversations": [turns[0], *turns[2:]]})) == 4  # and no words beside
+    turns[1]["weight"] = 0  # then they are a turn of their own
+    found = messages({"conversations": turns})
+    assert found[1] == {"role": "assistant", "content": "I look.", "train": False}
+    assert found[2] == {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
 
 
 @pytest.mark.parametrize("call, why", [
@@ -124,8 +128,16 @@ def test_turns_that_are_not_to_be_trained_on(key, off, on):
     with pytest.raises(UserError, match=f"f:1: {key} 0.5 of a turn: it can be 0 or 1"):
         messages({"messages": [USER, {**HELLO, key: 0.5}]})
     ignored = {}
-    assert convert({"text": "t", key: 70}, "f:1", ignored) == {"text": "t"}
-    assert ignored == {f"'{key}'": "f:1"}
+    if key == "loss":  # of an example, it may be a measurement
+        assert convert({"text": "t", key: 0.7}, "f:1", ignored) == {"text": "t"}
+        assert ignored == {"'loss'": "f:1"}
+    else:
+        with pytest.raises(UserError, match=f"{key} 0.7 of an example: .* rename it"):
+            convert({"text": "t", key: 0.7}, "f:1", ignored)
+    for text in ("0", " False", str(off)):  # as a table has it
+        with pytest.raises(Refused, match="weight is 0"):
+            convert({"text": "t", key: text}, "f:1", {})
+    assert convert({"text": "t", key: str(on)}, "f:1", {}) == {"text": "t"}
 
 
 def test_history():
@@ -153,14 +165,28 @@ def test_prompt_and_completion_as_messages():
     assert messages({"prompt": "c", "completion": [whole[-1]]}) == said("c", "d")
     assert messages({"prompt": "c", "completion": said("c", "d")}) == said("c", "d")
     assert messages({"prompt": "c", "input": "x", "completion": "d"}) == said("c\n\nx", "d")
+    assert messages({"prompt": prompt, "completion": said("a", "b", "c", "d")}) == whole
+    system = {"role": "system", "content": "s"}
+    for value in ({"prompt": "c", "completion": [system, *said("c", "d")]},
+                  {"prompt": [system, *said("c")], "completion": said("c", "d")},
+                  {"prompt": [system, *said("c")], "completion": [system, *said("c", "d")]},
+                  {"prompt": said("c"), "completion": "d", "system": "s\n"}):
+        found = messages(value)
+        assert [one["content"].strip() for one in found] == ["s", "c", "d"]
+    with pytest.raises(Refused, match="different system messages"):
+        messages({"prompt": [system, USER], "completion": [{**system, "content": "t"}, HELLO]})
 
 
 @pytest.mark.parametrize("value, message", [
     ({"prompt": "p", "chosen": "c", "rejected": "r"},
      "post-training .* --columns prompt=prompt,completion=chosen"),
     ({"prompt": "p", "chosen": said("p", "c"), "rejected": said("p", "r")},
+     "post-training .* --columns prompt=prompt,completion=chosen"),
+    ({"chosen": said("p", "c"), "rejected": said("p", "r")},
      "post-training .* --columns messages=chosen"),
     ({"prompt": "p", "completion": "c", "label": True}, "KTO.*post-training"),
+    ({"prompt": "p", "completion": "c", "label": "False"}, "KTO.*post-training"),
+    ({"messages": said("p", "c"), "label": 0}, "KTO.*post-training"),
 ])
 def test_preferences_are_recognised_and_refused(value, message):
     with pytest.raises(UserError, match=f"f:1: .*{message}"):
@@ -175,6 +201,10 @@ def test_null_is_absent():
     assert messages({"messages": [{**USER, "value": None, "from": None}, HELLO]}) == [USER, HELLO]
     with pytest.raises(UserError, match="fit no known format"):
         convert({"text": None, "prompt": "p"}, "f:1", {})
+    nan = float("nan")  # pandas' word for it
+    assert messages({"instruction": "a", "input": nan, "output": "b", "id": nan}) == said("a", "b")
+    call = {**HELLO, "tool_calls": "null", "function_call": TEXT_CALL["function"], "name": nan}
+    assert messages({"messages": [call]}) == [{**HELLO, "tool_calls": [CALL]}]
 
 
 def test_a_key_that_is_ignored_is_noted_with_its_first_place():
@@ -208,6 +238,10 @@ def test_columns_that_are_read_of_a_table():
     ({"messages": [{**USER, "tool_calls": [CALL]}]}, "in a turn of the assistant"),
     ({"messages": [{**HELLO, "tool_calls": {"a": 1}}]}, "tool_calls must be a list"),
     ({"messages": [{"role": "user", "content": b"a"}]}, "must be text, not bytes"),
+    ({"messages": [{**HELLO, "tool_calls": 5, "function_call": {"name": "f"}}]}, "must be a list"),
+    ({"messages": [{**USER, "function_call": {"name": "f"}}]}, "in a turn of the assistant"),
+    ({"Prompt": "a", " Completion": "b"}, "--columns prompt=Prompt,completion= Completion"),
+    ({"messages": "[{'role': 'user'}]"}, "json.dumps writes it as it must be"),
 ])
 def test_what_is_wrong_with_a_file_has_its_place(value, message):
     with pytest.raises(UserError, match=message) as caught:

@@ -187,7 +187,8 @@ def test_data_files_and_folders(tmp_path, monkeypatch, answer):
          "d/.hidden.json", "d/.cache/x.json", "d/dataset_info.json", "d/state.json",
          "d/README.txt")
     assert chosen("d/c.TXT") == (["d/c.TXT"], [])
-    assert chosen("d") == (["d/a.json", "d/b.jsonl", "d/c.TXT", "d/e.csv.gz"], [])
+    assert chosen("d") == (["d/a.json", "d/b.jsonl", "d/e.csv.gz"],
+                           ["data: d: 3 files (also there: c.TXT, sub/)"])
     assert chosen(["d/c.TXT", "d/a.json"]) == (["d/c.TXT", "d/a.json"], [])
     assert chosen(tmp_path / "d" / "a.json") == ([str(tmp_path / "d/a.json")], [])
     assert chosen("d:a.json") == (["d/a.json"], [])
@@ -201,7 +202,7 @@ def test_a_folder_whose_files_lie_in_subfolders(tmp_path, monkeypatch, answer):
          "d/dataset_dict.json")
     assert chosen("d") == (["d/a/b.json", "d/a/deep/c.json", "d/z/b.json"], [])
     fill(tmp_path, "d/top.json")
-    assert chosen("d") == (["d/top.json"], [])
+    assert chosen("d") == (["d/top.json"], ["data: d: top.json (also there: a/, z/)"])
     assert chosen("d:a") == (["d/a/b.json", "d/a/deep/c.json"],
                              ["data: d: 2 files (also there: top, z/b)"])
     (tmp_path / "d/top.json").rename(tmp_path / "d:top.json")

@@ -92,6 +92,35 @@ def test_rendered_conversations_teach_what_messages_teach(tmp_path):
     assert first.prompt == data.chat.encode_prompt(rows[0]["messages"][:1])
 
 
+def test_of_rendered_texts_without_a_header_all_is_trained_and_that_is_said(tmp_path, capsys):
+    data = load(tmp_path, [{"text": "user: a\nassistant: b<|im_end|>\n"}], rendered=True)
+    assert data.train.trained.all()
+    assert "1 without the header of an assistant's turn: trained whole" in capsys.readouterr().out
+
+
+def test_an_untrained_or_empty_last_turn_is_not_asked(tmp_path, capsys):
+    template = CHATML.replace("{{ m.content }}", "{{ '(new) ' if loop.last and m.role == 'assistant'"
+                                                 " }}{{ m.content }}")
+    rows = [row("a", "b", "c", "d"), row("a", "b", "c", " ")]
+    rows[0]["messages"][3]["train"] = False
+    for question in load(tmp_path, rows, template).quizzes["held-out"]:
+        assert question.text == "a" and question.prompt
+    out = capsys.readouterr().out
+    assert "warning" not in out and "1 with an empty answer, which is not trained" in out
+
+
+def test_an_answer_that_goes_on_is_not_the_right_one(tmp_path):
+    data = load(tmp_path, [row("a", "b")])
+    (question,) = data.quizzes["held-out"]
+    scored = prepare.Data(data.source, data.train, data.held_out, data.chat, data.quizzes, True)
+
+    def generate(model, prompts, longest, stops):  # one that never stops
+        return [(question.expected * longest)[:longest]]
+
+    results = prepare.ask(scored, torch.nn.Linear(1, 1), generate)
+    assert prepare.exact_match(results) == {"exact_match_held-out": 0}
+
+
 def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_path):
     rows = [row("first " + "word " * 40 + "\nlast", "yes\nand no"), row("b", "c")]
     data, lines = load(tmp_path, rows), []
