@@ -21,11 +21,11 @@ from common.template import Refused, one_line
 FORMATS = {"messages": ("messages",), "conversations": ("conversations",),
            "Alpaca": ("instruction", "output"), "prompt": ("prompt", "completion"),
            "text": ("text",)}
-OPTIONAL = ("input", "system", "tools", "functions", "history")
+OPTIONAL = ("system", "tools", "functions", "history", "input")
 NAMES = tuple(key for keys in FORMATS.values() for key in keys) + OPTIONAL
 WEIGHTS = ("weight", "train", "loss")  # of a turn or of an example: whether it is trained on
-MEANT = (*OPTIONAL, *WEIGHTS, "label")  # read under their own names, whatever --columns says
-PREFERENCES = ("chosen", "rejected", "label")
+MEANT = (*OPTIONAL[:-1], *WEIGHTS, "label")  # read under their own names, whatever --columns says
+PREFERENCES = ("chosen", "rejected")
 KNOWN = "; ".join(" + ".join(keys) for keys in FORMATS.values())
 CALLER = "caller"  # an assistant who calls a tool, in formats in which that is a role of its own
 ROLES = {  # what data sets call the speakers -> what chat templates call them

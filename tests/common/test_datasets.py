@@ -74,9 +74,10 @@ def test_columns(tmp_path):
     assert columns == {"prompt": "question", "completion": "answer"}
     row = {"question": "q", "answer": "a", "text": "not this"}
     assert read(tmp_path / "a.jsonl", [row], columns) == [QA]
-    records = read_records(write(tmp_path / "b.jsonl", [{**row, "system": "s", "id": 1}]), columns)
+    records = read_records(write(tmp_path / "b.jsonl", [
+        {**row, "system": "s", "id": 1, "input": "x"}]), columns)
     assert [one["messages"][0] for one in records] == [{"role": "system", "content": "s"}]
-    assert sorted(records.ignored) == ["'id'", "'text'"]
+    assert sorted(records.ignored) == ["'id'", "'input'", "'text'"]
     for more in ({"weight": 0}, {"train": False}):
         assert read(tmp_path / "a.jsonl", [{**row, **more}], columns) == [
             {"refused": "its weight is 0"}]
