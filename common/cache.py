@@ -58,7 +58,7 @@ def cached(make, key, files, wrap):
 
     make   function that gives an object with the arrays of ARRAYS and a list of strings `notes`
     key    anything that JSON can write; of the files, the content counts
-    wrap   function (tokens, trained, offsets, records, digests, notes=) that makes such an object of arrays
+    wrap   function (tokens, trained, offsets, records, digests, notes=) that makes such an object
 
     A damaged file is made again, loudly; a cache that cannot be written is only said. Of several
     processes, one makes the data and the others wait for it.

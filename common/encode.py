@@ -1,9 +1,9 @@
 """Records to documents of token ids and labels: once, streaming, and kept for the next run.
 
 All documents lie in flat arrays, one behind the other: tokens (int32), which of them are trained
-(bool), where each document begins, which record it came from, and a hash of its tokens (int64). They
-are written to a file as they are made, and mapped from there, so a million short documents need
-some hundred megabytes of memory.
+(bool), where each document begins, which record it came from, and a hash of its tokens (int64).
+They are written to a file as they are made, and mapped from there, so a million short documents
+need some hundred megabytes of memory.
 """
 
 import hashlib

@@ -206,9 +206,9 @@ def table(path, choose=None):
         while len(row) > len(columns) and not row[-1]:
             row.pop()
         if len(row) != len(columns):
+            mark = SEPARATORS.get(separator, separator)
             raise UserError(f"{path}:{line}: {len(row)} cells, but the header has {len(columns)}; "
-                            f"a cell with a {SEPARATORS.get(separator, separator)} in it must stand "
-                            "in double quotes")
+                            f"a cell with a {mark} in it must stand in double quotes")
         value = {name: cell for name, cell in zip(columns, row) if name in wanted}
         yield f"{path}:{line}", value, done
 

@@ -210,7 +210,8 @@ def test_tied_embeddings_are_one_parameter():
     {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"use_sliding_window": True},
     {"attention_dropout": 0.1}, {"head_dim": 15}, {"num_attention_heads": 3},
     {"hidden_size": "32"}, {"vocab_size": 0}, {"num_hidden_layers": None},
-    {"tie_word_embeddings": 1}, {"layer_types": ["full_attention", "sliding_attention"]}, {"quantization_config": {"load_in_4bit": True}},
+    {"tie_word_embeddings": 1}, {"layer_types": ["full_attention", "sliding_attention"]},
+    {"quantization_config": {"load_in_4bit": True}},
 ])
 def test_config_refuses_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -242,8 +242,8 @@ def test_a_table_of_texts_gives_the_records_of_json(tmp_path):
     made = [{key: value for key, value in one.items() if key != "where"} for one in records]
     assert made == read(tmp_path / "a.jsonl", rows) and list(records.ignored) == ["'id'"]
     columns = parse_columns("prompt=instruction,completion=output")
-    assert [one["messages"][-1]["content"] for one in read_records(tmp_path / "a.csv", columns)] == [
-        'say "c"\nd', "i"]
+    answers = [one["messages"][-1]["content"] for one in read_records(tmp_path / "a.csv", columns)]
+    assert answers == ['say "c"\nd', "i"]
 
 
 def test_an_example_that_is_refused_is_told_from_a_file_that_is_wrong(tmp_path):

@@ -34,7 +34,8 @@ def said(*contents):
 def test_calls_come_out_as_openai_has_them_with_objects_as_arguments(call, result):
     for content in ({}, {"content": None}, {"content": ""}):
         turn = {"role": "assistant", "tool_calls": [call], **content}
-        assert messages({"messages": [USER, turn]})[1] == {"role": "assistant", "content": "", "tool_calls": [result]}
+        found = messages({"messages": [USER, turn]})[1]
+        assert found == {"role": "assistant", "content": "", "tool_calls": [result]}
 
 
 def test_calls_of_before_there_were_tools():
@@ -50,7 +51,8 @@ def test_calls_of_before_there_were_tools():
 
 def test_callers_and_observers_of_sharegpt():
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "I look."},
-             {"from": "function_call", "value": '{"name": "weather", "arguments": {"town": "Rome"}}'},
+             {"from": "function_call",
+              "value": '{"name": "weather", "arguments": {"town": "Rome"}}'},
              {"from": "observation", "value": "21"}, {"from": "gpt", "value": "Hello."}]
     record = convert({"conversations": turns, "system": "",
                       "tools": '[{"name": "weather", "parameters": {}}]'}, "f:1", {})
@@ -73,7 +75,8 @@ def test_callers_and_observers_of_sharegpt():
 
 
 @pytest.mark.parametrize("call, why", [
-    ({"name": "f", "arguments": "{'a': 1}"}, "are not JSON"), ({"arguments": {}}, "without the name"),
+    ({"name": "f", "arguments": "{'a': 1}"}, "are not JSON"),
+    ({"arguments": {}}, "without the name"),
     ({"name": "f", "arguments": "[1]"}, "no JSON object"), ("f(1)", "without the name"),
     ({"function": {"name": None}}, "without the name"),
 ])

@@ -1,4 +1,4 @@
-"""common/prepare.py: what is asked of the model, and what is said where that is not what it learns."""
+"""common/prepare.py: what is asked of the model, and what is said where it learns another thing."""
 
 import json
 import re
@@ -99,8 +99,8 @@ def test_of_rendered_texts_without_a_header_all_is_trained_and_that_is_said(tmp_
 
 
 def test_an_untrained_or_empty_last_turn_is_not_asked(tmp_path, capsys):
-    template = CHATML.replace("{{ m.content }}", "{{ '(new) ' if loop.last and m.role == 'assistant'"
-                                                 " }}{{ m.content }}")
+    new = "{{ '(new) ' if loop.last and m.role == 'assistant' }}"
+    template = CHATML.replace("{{ m.content }}", new + "{{ m.content }}")
     rows = [row("a", "b", "c", "d"), row("a", "b", "c", " ")]
     rows[0]["messages"][3]["train"] = False
     for question in load(tmp_path, rows, template).quizzes["held-out"]:
@@ -180,7 +180,7 @@ def test_a_model_without_a_template(tmp_path, capsys):
 
 
 def test_what_the_template_leaves_out_is_counted_or_refused(tmp_path, capsys):
-    source = "{% for m in messages if m.role != 'system' %}" + CHATML[len("{% for m in messages %}"):]
+    source = CHATML.replace("in messages", "in messages if m.role != 'system'")
     system = {"role": "system", "content": "Be brief."}
     rows = [row("a", "b"), {"messages": [system, *row("c", "d")["messages"]], "id": 3, "tools": [
         {"name": "f"}]}, {"messages": [system, *row("e", "f")["messages"]]}]
@@ -189,8 +189,8 @@ def test_what_the_template_leaves_out_is_counted_or_refused(tmp_path, capsys):
     assert "data: 2 without the system message: the chat template leaves that out (first: " in out
     assert "data: 1 without the tools: the chat template leaves that out" in out
     assert "data: not used: the keys 'id' (first: " in out and "data.jsonl:2)" in out
-    with pytest.raises(UserError, match=r"data.jsonl:2: .* leaves out the tools, the system message "
-                                        r"\(--strict-template\)|the system message, the tools"):
+    with pytest.raises(UserError, match=r"data.jsonl:2: the chat template leaves out the system "
+                                        r"message, the tools \(--strict-template\)"):
         load(tmp_path, rows, source, strict_template=True)
     load(tmp_path, rows[:1], source, strict_template=True)
 

@@ -3,9 +3,9 @@
     pip install transformers==5.23.0 && python tests/goldens/make_chat.py
 
 The templates below are written for this test and behave as Qwen3's and Llama 3's do: Qwen3 drops
-the thoughts of earlier turns, puts an empty think block before a last answer that has none (trained: the model writes it), and
-knows tools; Llama 3 begins with BOS and trims every content. `[[` and `]]` stand where the model's
-own words begin and end. They become nothing in chat_template.jinja, and {% generation %} in
+the thoughts of earlier turns, puts an empty think block before a last answer that has none (which
+is the model's to write), and knows tools; Llama 3 begins with BOS and trims every content. `[[` and
+`]]` stand where the model's own words begin and end. They become nothing in chat_template.jinja, and {% generation %} in
 marked.jinja, of which transformers computes masks: those that we must find without the marks.
 """
 
