@@ -215,8 +215,9 @@ def _check_copy(tensor, base, where):
     base = full_tensor(base).to("cpu")
     if not tensor.is_floating_point() or not (
             torch.equal(tensor.to(base.dtype), base) or torch.equal(base.to(tensor.dtype), tensor)):
-        raise UserError(f"{where} is not the base model's: it was trained too, or on another base;"
-                        f" if this is the base, {WAY_OUT}")
+        raise UserError(f"{where} is not the base model's: it was trained too, or on another base,"
+                        " or both were rounded (--dtype float32 tells); if this is the base,"
+                        f" {WAY_OUT}")
 
 
 def _read_options(path):

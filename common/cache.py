@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
 
-VERSION = 2  # of the encoding: part of the hash, so that a change of the code finds no old files
+VERSION = 3  # of the encoding: part of the hash, so that a change of the code finds no old files
 # The widest first: so all are aligned.
 ARRAYS = (("offsets", "I64"), ("records", "I64"), ("digests", "I64"), ("tokens", "I32"),
           ("trained", "U8"))
@@ -72,8 +72,9 @@ def cached(make, key, files, wrap):
         try:
             _write(path, made)
         except OSError as error:
-            print(f"note: the tokenised data cannot be kept in {path.parent}: {error.strerror}",
-                  file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"note: the tokenised data cannot be kept in {path.parent}: "
+                      f"{error.strerror}", file=sys.stderr)
             return made, False
     del made  # the mapped file takes its place
     found = _read(path, wrap)

@@ -7,22 +7,20 @@ offsets carry it over to tokens. Text that spells a control token is refused: it
 
 import datetime
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common import masks
+from common import masks, parts, turns
 from common.errors import UserError
 from common.sandbox import CLOSED, OPENED
 from common.template import Refused, Template, one_line
 from common.tokenizer_files import call, complete, read_template, read_tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content",
-             "thinking", "reasoning"}
+TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
 
 
 class Layout(NamedTuple):
@@ -67,8 +65,12 @@ class Chat:
         self._special_or_named = _any_of(special + named)
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
-        self._shapes = {}  # see `masks.find`
-        self._turns = self._learn_turns()
+        self._shapes = {}  # see `parts.find`
+        headers, ending, ends = turns.learn(self.render, self._special, self._special_or_named) if (
+            self._compiled) else ([], "", [])
+        self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token) for token in ends}
+        stops = _any_of(map(self.tokenizer.id_to_token, self.stop_ids))
+        self._turns = turns.Turns(headers, ending, stops, self._special)
         return self
 
     def save(self, folder):
@@ -113,7 +115,9 @@ class Chat:
     def no_thinking(self):
         """The variables that have the template switch thinking off; UserError if it cannot."""
         asked = [{"role": "user", "content": "?"}]
-        if self.template is None or self.render(asked, True, enable_thinking=False) == (
+        if self.template is None:
+            raise UserError("--no-thinking: this model has no chat template")
+        if self.render(asked, True, enable_thinking=False) == (
                 self.render(asked, True, enable_thinking=True)):
             raise UserError("--no-thinking: this model's chat template cannot switch it off (it "
                             "does not know enable_thinking)")
@@ -160,8 +164,9 @@ class Chat:
         def render(messages, tools):
             return self._render(messages, **variables | {"tools": tools})
 
-        found, where, all_marked = masks.find(messages, tools, text, render, self._shapes)
-        left_out = masks.left_out(messages, found, where, text, all_marked)
+        found, where, all_marked = parts.find(messages, tools, text, render, self._shapes,
+                                              self._turns)
+        left_out = parts.left_out(messages, found, where, text, all_marked)
         last = len(messages) - 1
         if self._marks_generation:
             plain, spans = masks.take_marks(text)
@@ -231,7 +236,7 @@ class Chat:
                  "does not use" for key in sorted(set().union(*messages) - TURN_KEYS)
                  if not re.search(rf"\b{re.escape(key)}\b", self.template or "")]
         if messages[0]["role"] == "assistant":
-            notes.append("in which the assistant speaks first: nothing is asked")
+            notes.append("in which the assistant speaks first")
         if not self._marks_generation and any(one["role"] == "assistant" and not (
                 one.get("content", "").strip() or one.get("tool_calls")
                 or one.get("reasoning_content")) for one in messages):
@@ -259,54 +264,6 @@ class Chat:
             raise Refused("the chat template rewrites the assistant's words, so it cannot be told "
                           "which of them have the weight 0")
         return masks.regions(where, found, text, self._turns)
-
-    def _learn_turns(self):
-        """The template's `masks.Turns`, seen in two small conversations; adds the end-of-turn
-        tokens to `stop_ids`. What cannot be told (the template refuses them) is left empty."""
-        header = ending = ""
-        user, word = {"role": "user", "content": "?"}, "Yes."
-        function = {"name": "f", "arguments": {"x": word}}
-        tool = {"name": "f", "description": "?", "parameters": {
-            "type": "object", "properties": {"x": {"type": "string"}}}}
-        call = {"role": "assistant", "content": "",
-                "tool_calls": [{"id": "call00000", "type": "function", "function": function}]}
-        for first in ([], [{"role": "system", "content": "?"}]):  # some insist on the second
-            if self._compiled is None or header:
-                break
-            try:
-                before, after = self.render([*first, user]), self.render([*first, user], True)
-                same = len(os.path.commonprefix([before, after]))
-                cut = [token.start() for token in self._special.finditer(after)
-                       if token.start() < same < token.end()]
-                header = after[(cut or [same])[0]:]
-                text = self.render([*first, user, {"role": "assistant", "content": word}])
-                ending = self._end_of_turn(text.rpartition(word)[2] if word in text else "")
-                text = self.render([*first, user, call], tools=[{
-                    "type": "function", "function": tool}])
-                self._end_of_turn(text.rpartition(word)[2] if word in text else "", ending)
-            except Refused:
-                pass
-        headers = [header, header.partition("<think>")[0]] if "<think>" in header else [header]
-        stops = _any_of(map(self.tokenizer.id_to_token, self.stop_ids))
-        return masks.Turns([one for one in headers if one], ending, stops, self._special)
-
-    def _end_of_turn(self, tail, usual=""):
-        """`tail`, what the template writes behind an answer, up to the end-of-turn token, which
-        becomes a stop token; `usual` is what ends other turns. "" if there is no such token."""
-        last = [*self._special_or_named.finditer(usual)][-1:]
-        token = last and re.search(re.escape(last[0].group()), tail)
-        if not token:
-            tokens = [*self._special.finditer(tail)]
-            tokens = tokens or [*self._special_or_named.finditer(tail)][-1:]
-            if not tokens or usual and tail[tokens[-1].end():].strip():
-                return ""
-            token = tokens[-1 if usual else 0]
-        end = token.start()
-        while token and token.start() == end:  # there may be two, without anything between
-            self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token.group())}
-            end = token.end()
-            token = self._special.search(tail, end)
-        return tail[:end]
 
     def _check(self, messages, variables=()):
         """Refuse what is no conversation, or holds control tokens or private-use characters."""
@@ -342,7 +299,7 @@ class Chat:
             except UnicodeEncodeError:
                 raise Refused("its text holds half of a surrogate pair (\\ud800 to "
                               "\\udfff)") from None
-            if chat and masks.PRIVATE_USE.search(text):
+            if chat and parts.PRIVATE_USE.search(text):
                 raise Refused("its text holds private-use characters (U+100000 and beyond)")
 
 
@@ -354,8 +311,7 @@ def _plain(messages):
     for message in messages:
         message = {key: value for key, value in message.items()
                    if value is not None and key != "train"}
-        thoughts = [message[name] for name in ("reasoning_content", "thinking", "reasoning")
-                    if name in message]
+        thoughts = [message[name] for name in parts.THOUGHTS if name in message]
         if thoughts:
             message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
         plain.append(message)

@@ -52,6 +52,7 @@ class Records:
         self.paths, self.columns, self.rendered = [Path(path) for path in paths], columns, rendered
         self._sizes = [check(path) for path in self.paths]
         self.size, self.done, self.ignored = sum(self._sizes), 0, {}
+        self._met = set()  # columns of `columns` that an example had
         self._records = self._read()
 
     def __iter__(self):
@@ -75,16 +76,23 @@ class Records:
             if nothing:
                 raise UserError(f"{path}: empty, no example in it")
             self.done = before + size
+        for column in {*(self.columns or {}).values()} - self._met:
+            self.ignored.setdefault(f"{one_line(repr(column))} of --columns, which no example has",
+                                    str(self.paths[-1]))
 
     def _wanted(self, names, path):
         """The columns to read of those that a file has; the others are noted."""
-        wanted = columns_to_read(names)
+        wanted, missing = columns_to_read(names), []
         if self.columns:
             wanted = [name for name in names if name in {*self.columns.values(), *MEANT}]
+            missing = [name for name in self.columns.values() if name not in names]
+        whole = self.columns or any({*keys} <= {*names} for keys in FORMATS.values())
+        if missing or not whole:
+            return names  # the error about the first row names them
         for name in names:
             if name not in wanted:
                 self.ignored.setdefault(one_line(repr(name), 40), path)
-        return wanted or names  # none: the error about the first row names them
+        return wanted
 
     def _renamed(self, value, where):
         if not isinstance(value, dict):
@@ -96,6 +104,7 @@ class Records:
                 keys = ", ".join(one_line(repr(key), 40) for key in list(value)[:8])
                 raise UserError(f"{where}: {what} (--columns {name}={one_line(column)}); its keys "
                                 f"are {keys or '(none)'}{', …' * (len(value) > 8)}")
+        self._met.update(value.keys() & {*self.columns.values()})
         renamed = {name: value[column] for name, column in self.columns.items() if column in value}
         for key in value.keys() - {*self.columns.values()}:
             if key in MEANT and key not in renamed:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from common import cache
 from common.errors import UserError
+from common.parts import LeftOut
 from common.template import Refused, bounded_memory
 
 IGNORE = -100  # the label of a token that is not trained
@@ -81,7 +82,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
 
     with cache.no_space(), cache.scratch() as token_file, cache.scratch() as trained_file:
         for chunk in _chunks(records):
-            for number, record, layout, ids, trained in _tokenise(chunk, chat, note):
+            for number, record, layout, ids, trained in _tokenise(chunk, chat, note, strict):
                 where = place(number, record)
                 if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:
                     raise UserError(f"{where}: token {int(ids.max())} is not below the model's "
@@ -111,7 +112,8 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
         ignored = list(getattr(records, "ignored", {}).items())  # files know
         if ignored:
             more = f" and {len(ignored) - 8} more" if len(ignored) > 8 else ""
-            notes.append(f"not used: the keys {', '.join(key for key, _ in ignored[:8])}{more} "
+            notes.insert(0, f"not used: the key{'s' * (len(ignored) > 1)} "
+                         f"{', '.join(key for key, _ in ignored[:8])}{more} "
                          f"(first: {ignored[0][1]})")
         if not lengths:
             raise UserError("no example can be trained on: " + ("; ".join(notes[:5]) or "no data"))
@@ -141,7 +143,7 @@ def _chunks(records):
         yield chunk
 
 
-def _tokenise(chunk, chat, note):
+def _tokenise(chunk, chat, note, strict):
     """(number, record, layout, ids, trained) of each record that can be used; `note` of others."""
     kept = []
     with bounded_memory():
@@ -151,6 +153,9 @@ def _tokenise(chunk, chat, note):
                     raise Refused(record["refused"])
                 kept.append((number, record, chat.layout(record)))
             except Refused as error:
+                if strict and isinstance(error, LeftOut):
+                    raise UserError(f"{record.get('where', f'example {number + 1}')}: {error} "
+                                    "(--strict-template)") from None
                 note(f"skipped, {error}", number, record)
     found, groups = {}, {True: [], False: []}  # by what the tokenizer shall add
     for n, (_, _, layout) in enumerate(kept):
@@ -188,9 +193,9 @@ def _documents(where, record, length, max_length, too_long, skip):
     if length <= max_length:
         return [(0, length)]
     if too_long == "error":
-        raise UserError(f"{where}: {length:,} tokens, the limit is {max_length:,} "
-                        f" (--max-seq-len, --batch-tokens, the model's positions); "
-                        "raise it, or choose --too-long truncate or drop")
+        raise UserError(f"{where}: {length:,} tokens, the limit is {max_length:,} (--max-seq-len, "
+                        "--batch-tokens, the model's positions); raise it, or choose --too-long "
+                        "truncate or drop")
     if too_long == "truncate" and "text" in record and "rendered" not in record:
         return [(start, min(start + max_length, length))
                 for start in range(0, length - 1, max_length - 1)]
@@ -224,7 +229,7 @@ def _say(encoded, title):
     for note in encoded.notes[:8]:
         say(f"{title}: {note}")
     if len(encoded.notes) > 8:
-        say(f"{title}: and {len(encoded.notes) - 8} more kinds of that")
+        say(f"{title}: and {len(encoded.notes) - 8} more such lines")
     return encoded
 
 

@@ -21,10 +21,11 @@ from common.template import Refused, one_line
 FORMATS = {"messages": ("messages",), "conversations": ("conversations",),
            "Alpaca": ("instruction", "output"), "prompt": ("prompt", "completion"),
            "text": ("text",)}
-OPTIONAL = ("system", "tools", "functions", "history", "input")
+BESIDE = ("system", "tools", "functions", "history")
+OPTIONAL = (*BESIDE, "input")
 NAMES = tuple(key for keys in FORMATS.values() for key in keys) + OPTIONAL
 WEIGHTS = ("weight", "train", "loss")  # of a turn or of an example: whether it is trained on
-MEANT = (*OPTIONAL[:-1], *WEIGHTS, "label")  # read under their own names, whatever --columns says
+MEANT = (*BESIDE, *WEIGHTS, "label")  # read under their own names, whatever --columns says
 PREFERENCES = ("chosen", "rejected")
 KNOWN = "; ".join(" + ".join(keys) for keys in FORMATS.values())
 CALLER = "caller"  # an assistant who calls a tool, in formats in which that is a role of its own
@@ -62,10 +63,10 @@ def convert(value, where, ignored, rendered=False):
     used = {*FORMATS[kind], *(key for key in WEIGHTS if _truth(value.get(key)) is not None)}
     if not _trains(value, where, "an example"):
         raise Refused("its weight is 0")
-    if kind != "text" and _truth(value.get("label")) is not None:
+    if kind != "text" and _truth(value.get("label")) is not None and "'label'" not in ignored:
         raise UserError(f"{where}: 'label' says which answers are good (KTO's format), and all "
                         f"would be trained on; {_POST_TRAINING}. If it means something else, "
-                        "rename it")
+                        "rename or remove it")
     if kind == "text":
         record = {"text": _string(value, "text", where)}
         if rendered:

@@ -1,11 +1,4 @@
-"""Where the parts of a conversation stand in its rendered text, and which of it is trained.
-
-A part is a piece of text that a record says: a message's words, the assistant's thoughts, the name
-and the arguments of a tool call, the name of a tool. Marks, private-use characters, are put around
-each, the template renders them, and the result counts only if removing the marks gives the plain
-rendering. So every part is found in its place, or known to be left out by the template. Comparing
-renderings of growing prefixes, the obvious way, fails: Qwen3's template drops the thoughts of
-earlier turns.
+"""Which characters of a rendered conversation, and which tokens, the model must learn to write.
 
 Trained is what the assistant has to write: all from behind the header of its turn (what a prompt
 ends with), to the end-of-turn token. For a template that says so itself ({% generation %}) see
@@ -13,36 +6,13 @@ ends with), to the end-of-turn token. For a template that says so itself ({% gen
 """
 
 import bisect
-import json
 import re
-from typing import NamedTuple
 
 import numpy as np
 
+from common.parts import OWN
 from common.sandbox import CLOSED, OPENED
 from common.template import Refused
-
-PRIVATE_USE = re.compile("[\U00100000-\U0010ffff]")  # plane 16; text must not hold any
-OWN = ("words", "thoughts", "call", "arguments")  # kinds of parts that the assistant writes
-_FIRST = 0x100000
-_MARK = re.compile("([\U00100000-\U0010ffef])")  # part k lies between marks 2k and 2k + 1
-_MOST_PARTS = 30_000
-_THINK = re.compile("(</?think>)")
-
-
-class Part(NamedTuple):
-    message: int | None  # its place in the conversation; None: it is a tool's name
-    kind: str            # one of OWN, "tools", or the message's role
-    text: str
-
-
-class Turns(NamedTuple):
-    """How a template begins and ends what the assistant writes."""
-
-    headers: list        # what a generation prompt adds, say "<|im_start|>assistant\n"
-    ending: str          # from behind the words to the end-of-turn token, say "<|im_end|>"; or ""
-    stops: re.Pattern    # the tokens that end a turn
-    special: re.Pattern  # all special tokens
 
 
 def take_marks(text):
@@ -88,200 +58,6 @@ def _inside(offsets, spans):
     nearest = np.searchsorted(opens, end) - 1  # the last span that begins before the token's end
     closing = closes[np.maximum(nearest, 0)]
     return (nearest >= 0) & np.where(start == end, end <= closing, start < closing)
-
-
-# --- parts ---
-
-def parts(messages, tools):
-    """The `Part`s of a conversation, in the order of `_walk`."""
-    found = []
-
-    def note(text, message, kind):
-        found.append(Part(message, kind, text))
-        return text
-
-    _walk(messages, tools, note)
-    return found
-
-
-def marked(messages, tools, kinds, strip):
-    """(messages, tools) with marks around their parts of these kinds, those that are not blank.
-
-    `strip` leaves the white space at the edges outside the marks, for templates that trim it.
-    """
-    count = 0
-
-    def around(text, message, kind):
-        nonlocal count
-        k, count = count, count + 1
-        words = text.strip()
-        if not words or kinds is not None and kind not in kinds:
-            return text
-        if count > _MOST_PARTS:
-            raise Refused(f"a conversation of more than {_MOST_PARTS:,} parts")
-        words = words if strip else text
-        begin = text.index(words)
-        end = begin + len(words)
-        opening, closing = chr(_FIRST + 2 * k), chr(_FIRST + 2 * k + 1)
-        return text[:begin] + opening + words + closing + text[end:]
-
-    return _walk(messages, tools, around)
-
-
-def _walk(messages, tools, visit):
-    """Copies of messages and tools with `visit(text, message number, kind)` for each part's text.
-
-    An assistant's content is cut at <think> and </think>, which a template may look for.
-    """
-    copies = []
-    for n, message in enumerate(messages):
-        message, content = dict(message), message.get("content")
-        if message["role"] != "assistant":
-            if content:
-                message["content"] = visit(content, n, message["role"])
-            copies.append(message)
-            continue
-        if isinstance(message.get("reasoning_content"), str):
-            message["reasoning_content"] = visit(message["reasoning_content"], n, "thoughts")
-            message["thinking"] = message["reasoning"] = message["reasoning_content"]
-        if content and "think>" in content:
-            pieces = _THINK.split(content)
-            answer = len(pieces) - pieces[::-1].index("</think>") if "</think>" in pieces else 0
-            for i in range(0, len(pieces), 2):  # the odd ones are the tags
-                pieces[i] = visit(pieces[i], n, "words" if i >= answer else "thoughts")
-            message["content"] = "".join(pieces)
-        elif content:
-            message["content"] = visit(content, n, "words")
-        if isinstance(message.get("tool_calls"), list):
-            message["tool_calls"] = [_walk_call(call, n, visit) for call in message["tool_calls"]]
-        copies.append(message)
-    if isinstance(tools, list):
-        tools = [_named(tool, lambda inner: {
-            **inner, "name": visit(inner["name"], None, "tools")}) for tool in tools]
-    return copies, tools
-
-
-def _walk_call(call, n, visit):
-    def of(inner):
-        inner = {**inner, "name": visit(inner["name"], n, "call")}
-        if "arguments" in inner:
-            inner["arguments"] = _leaves(inner["arguments"],
-                                         lambda text: visit(text, n, "arguments"))
-        return inner
-
-    return _named(call, of)
-
-
-def _named(value, change):
-    """A call or a tool, `change(inner)` in the place of the dict with its name, if it has one."""
-    inner = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        return value
-    return {**value, "function": change(inner)} if "function" in value else change(inner)
-
-
-def _leaves(value, visit):
-    """A copy of nested lists and dicts, `visit(text)` in the place of each string."""
-    if isinstance(value, str):
-        return visit(value)
-    if isinstance(value, dict):
-        return {key: _leaves(one, visit) for key, one in value.items()}
-    return [_leaves(one, visit) for one in value] if isinstance(value, list) else value
-
-
-# --- their places ---
-
-def split_at_marks(text):
-    """[template's text, k, part k's, template's, k', ..., template's]; None for broken marks."""
-    pieces = _MARK.split(text)
-    found = pieces[:1]
-    for i in range(1, len(pieces), 4):
-        k, closing = divmod(ord(pieces[i]) - _FIRST, 2)
-        if closing or i + 2 >= len(pieces) or ord(pieces[i + 2]) != ord(pieces[i]) + 1:
-            return None
-        found += [k, pieces[i + 1], pieces[i + 3]]
-    return found
-
-
-def places(pieces):
-    """[(start, end, k)] of the parts in the text that `split_at_marks` took apart."""
-    found, length = [], 0
-    for text, k, words in zip(pieces[::3], pieces[1::3], pieces[2::3]):
-        start = length + len(text)
-        length = start + len(words)
-        found.append((start, length, k))
-    return found
-
-
-def find(messages, tools, text, render, shapes):
-    """(parts, their places in `text` or None, whether all kinds of parts were looked for).
-
-    text    the rendering of the conversation; render(messages, tools) makes others
-    shapes  a dict of this template's, in which is kept what it writes between the parts. What is
-            learned from one conversation is tried on the next of its shape: where that and its
-            parts make the same text, nothing needs to be rendered a second time.
-    """
-    found = parts(messages, tools)
-    plain = not tools and not any(kind == "call" for _, kind, _ in found)
-    key = tuple((kind, words == words.strip(), not words.strip()) for _, kind, words in found)
-    if plain and key in shapes:
-        strip, pieces = shapes[key]
-        pieces = list(pieces)
-        words = [part.text.strip() if strip else part.text for part in found]
-        pieces[2::3] = [words[k] for k in pieces[1::3]]
-        if text == _joined(pieces):
-            return found, places(pieces), True
-    for kinds in (None, OWN):
-        for strip in (False, True):  # some templates trim contents: the marks go within then
-            try:
-                pieces = split_at_marks(render(*marked(messages, tools, kinds, strip)))
-            except Refused:  # by the template: the marks disturb it
-                continue
-            if pieces is None or text != _joined(pieces):
-                continue
-            own = [k for k in pieces[1::3] if found[k].kind in OWN]
-            if len(own) > len(set(own)):
-                continue  # it writes the words twice: which of them is the answer?
-            if kinds is None and plain:
-                if len(shapes) > 1000:
-                    shapes.clear()
-                shapes[key] = strip, pieces
-            return found, places(pieces), kinds is None
-    return found, None, False
-
-
-def _joined(pieces):
-    return "".join(piece for i, piece in enumerate(pieces) if i % 3 != 1)
-
-
-def left_out(messages, found, where, text, all_marked):
-    """What the record says and its rendering does not, in words for people; `find` gave the last
-    four. Thoughts of earlier turns, which templates drop by design, do not count. Raises Refused
-    for a tool call: no harmless rest of it would be left."""
-    placed = {k for _, _, k in where or ()}
-    asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    names = []
-    for k, (message, kind, words) in enumerate(found):
-        looked_for = all_marked or where is not None and kind in OWN
-        if not words.strip() or (k in placed if looked_for else words.strip() in text):
-            continue
-        if kind in ("call", "arguments"):
-            what = "a tool call" if kind == "call" else "the arguments of a tool call"
-            raise Refused(f"the chat template leaves out {what}")
-        if kind == "words" and messages[message].get("tool_calls"):
-            names.append("the words beside a tool call")
-        elif kind != "thoughts" or message > asked:
-            names.append({"thoughts": "the reasoning of the last turn", "tool": "a tool's answer",
-                          "words": "words of the assistant", "tools": "the tools"}
-                         .get(kind, f"the {kind} message"))
-    for message in messages:  # numbers and the like cannot be marked: their keys must be there
-        for call in message.get("tool_calls") or ():
-            given = (call.get("function") or call).get("arguments")
-            if isinstance(given, dict) and not all(
-                    key in text or json.dumps(key, ensure_ascii=False)[1:-1] in text
-                    for key in given):
-                raise Refused("the chat template leaves out the arguments of a tool call")
-    return tuple(dict.fromkeys(names))
 
 
 def regions(where, found, text, turns):

@@ -4,12 +4,14 @@ What lies between the options and the loop: which data, which tokenizer, how lon
 be, what is held out, and a few questions that show before and after what the model has learned.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from common import datasets, encode, hub
+from common import datasets, encode, formats, hub, masks, parts, turns
 from common.chat import Chat, fixed_date
 from common.encode import Encoded, say
 from common.errors import UserError, printable
@@ -19,6 +21,8 @@ from common.tiny import skills as tiny
 SHOWN = 4  # questions whose answers are printed
 TINY_DOCUMENTS = 20_000  # of --data tiny
 ASKED = 100  # documents of each set on which exact match is measured (tiny data only)
+# What decides about tokens and masks: a change of it finds no old files in the cache.
+CODE = [inspect.getfile(one) for one in (Chat, datasets, encode, formats, masks, parts, turns)]
 WIDTH = 76  # characters of a line that shows a question or an answer
 
 
@@ -65,8 +69,10 @@ def load(options, source, config, skills):
     if {"virtual", "tiny"} & set(options.data):
         if len(options.data) > 1:
             raise UserError("--data tiny and --data virtual stand alone, not beside files")
-        for flag, value in (("--eval-data", options.eval_data), ("--columns", options.columns)):
-            if value:
+        flags = ["--eval-data", "--columns", "--rendered"]
+        flags += ["--chat-template", "--strict-template"] * (options.data == ["virtual"])
+        for flag in flags:
+            if getattr(options, flag[2:].replace("-", "_")):
                 raise UserError(f"{flag} goes with a file of your own in --data; "
                                 f"{options.data[0]} has all it needs")
     if options.data == ["virtual"]:
@@ -80,7 +86,7 @@ def load(options, source, config, skills):
                options.strict_template, options.rendered]
         return encode.cached(
             lambda: encode.encode(records, chat, limit, options.too_long, config.vocab_size, title,
-                                  options.strict_template), key, files, title)
+                                  options.strict_template), key, [*CODE, *files], title)
 
     if options.data == ["tiny"]:
         def of(name, part, count, title):
@@ -88,7 +94,8 @@ def load(options, source, config, skills):
             key = ["tiny", name, part, count, options.seed]
             return encoded(records, key, [tiny.__file__], title), records
 
-        train, _ = of(skills, "train", TINY_DOCUMENTS, "data")
+        train, records = of(skills, "train", TINY_DOCUMENTS, "data")
+        say_what_differs(chat, records)
         held_out, records = of(skills, "eval", 200, "held out")
         quizzes = {skills: questions(chat, held_out, records, ASKED, limit)}
         if skills != "base":
@@ -99,6 +106,7 @@ def load(options, source, config, skills):
     read = partial(datasets.read_records, columns=columns, rendered=options.rendered)
     files = hub.resolve_data(options.data, say)
     train = encoded(read(files), columns, files)
+    say_what_differs(chat, read(files))
     if options.eval_data:
         files = hub.resolve_data(options.eval_data, say, "--eval-data")
         held_out = encoded(read(files), columns, files, "held out")
@@ -111,76 +119,99 @@ def load(options, source, config, skills):
 
 def questions(chat, documents, records, count, limit):
     """A `Question` on each of the first `count` documents of an `Encoded`, in the order of the
-    records that they came from. Warns where what is asked is not what has been trained.
+    records that they came from.
 
     `records` are all of them, from the first on. A conversation is asked its last trained turn,
     with the generation prompt of the template, never with a piece of the document; a text is asked
     to go on from its first words. Where the template refuses, or the prompt has `limit` tokens or
     more, there is no question.
     """
-    wanted, found, warning = {}, [], None
+    wanted, found = {}, []
     for i, n in enumerate(documents.chosen[:count]):
         wanted.setdefault(int(documents.records[n]), []).append(documents[i])
     for number, record in enumerate(records):
         for ids, labels in wanted.pop(number, ()):
             try:
-                question, doubt = _question(chat, record, ids.tolist(), (labels >= 0).tolist())
+                question = _question(chat, record, ids.tolist(), (labels >= 0).tolist())
             except Refused:  # say, a conversation after which the template has no prompt
                 continue
-            warning = warning or doubt
             if 0 < len(question.prompt) < limit:
                 found.append(question)
         if not wanted:
             break
-    if warning:
-        say(f"warning: {warning}")
     return found
 
 
 def _question(chat, record, ids, trained):
-    """(Question, what is wrong with asking so, or None) on a record and its document."""
+    """The Question on a record and its document."""
     if record.get("rendered"):  # the prompt is in the text
         start = trained.index(True) or 1
-        return _made(chat, chat.decode(ids[:start]), ids[:start], ids[start:]), None
+        return _made(chat, chat.decode(ids[:start]), ids[:start], ids[start:])
     if "text" in record:
         text = chat.decode(ids[:min(16, len(ids) - 1)]).rstrip("\ufffd \n")
         prompt = chat.encode_prompt(text)
-        return _made(chat, text, prompt, ids[len(prompt):]), None
+        return _made(chat, text, prompt, ids[len(prompt):])
+    turn, prompt, ids, start, end = _asked(chat, record)
+    before = record["messages"][:turn][::-1]
+    text = next((one["content"] for one in before if one.get("content")), "")
+    return _made(chat, text, prompt, ids[start:end])
+
+
+def _asked(chat, record):
+    """(number of the last trained message of a conversation, the ids of its prompt, the ids of the
+    document, where in these the last trained ones begin and end). Raises Refused."""
     messages = record["messages"]
+    turns = [n for n, one in enumerate(messages) if one["role"] == "assistant"
+             and one.get("train") is not False and _says(one)]
     more = {name: value for name, value in record.items() if name not in ("messages", "where")}
-    turn = max(n for n, one in enumerate(messages) if one["role"] == "assistant"
-               and one.get("train") is not False and _says(one))
-    text = next((one["content"] for one in messages[:turn][::-1] if one.get("content")), "")
-    prompt = chat.encode_prompt(messages[:turn], strftime_now=fixed_date, **more)
-    ids, trained = chat.encode_messages(messages, **more)  # the document, however long it is
-    end = len(trained) - trained[::-1].index(True)  # its last trained tokens are [start:end]
-    start = end - (trained[:end][::-1] + [False]).index(False)
-    question = _made(chat, text, prompt, ids[start:end])
-    if chat.template is None:
-        return question, ("this model has no chat template, so a question and its answer are "
-                          "joined as they are; --chat-template FILE gives it one")
-    if ids[:start] != prompt:
+    ids, trained = chat.encode_messages(messages, **more)
+    if not turns or not any(trained):
+        raise Refused("nothing to ask")
+    prompt = chat.encode_prompt(messages[:turns[-1]], strftime_now=fixed_date, **more)
+    end = len(trained) - trained[::-1].index(True)
+    return turns[-1], prompt, ids, end - (trained[:end][::-1] + [False]).index(False), end
+
+
+def say_what_differs(chat, records):
+    """Warn where what is asked is not what is trained; the first few conversations tell."""
+    conversations = (record for record in islice(records, 200) if "messages" in record)
+    for record in islice(conversations, SHOWN):
+        try:
+            _, prompt, ids, start, end = _asked(chat, record)
+        except Refused:
+            continue
         both = [chat.decode(one, skip_special=False) for one in (prompt, ids)]
         at = len(os.path.commonprefix(both))
         asked, written = (repr(text[max(0, at - 16):at + 24]) for text in both)
-        if ids[:len(prompt)] == prompt:
-            return question, (f"behind a prompt the documents go on with {written}, of which the "
-                              "beginning is not trained: the chat template's {% generation %} "
-                              "should include it, or the model will not be asked what it knows")
-        return question, (f"what is asked is not what is trained: where a prompt has {asked}, "
-                          f"the documents have {written}. Documents with <think> where it has "
-                          "that, or another template (--chat-template FILE), would help")
-    if ids[end - 1] not in chat.stop_ids:
-        return question, ("no end-of-turn token is trained, so the model will not learn to stop: "
-                          f"the answers end in {chat.decode(ids[end - 3:end], False)!r}; the chat "
-                          "template's {% generation %} should include it")
-    return question, None
+        if chat.template is None:
+            doubt = ("this model has no chat template, so a question and its answer are joined as "
+                     "they are; --chat-template FILE gives it one")
+        elif ids[:len(prompt)] == prompt and start > len(prompt):
+            doubt = (f"behind a prompt the documents go on with {written}, of which the beginning "
+                     "is not trained: the chat template's {% generation %} should include it, or "
+                     "the model will not be asked what it knows")
+        elif ids[:len(prompt)] != prompt and at == len(both[0]):
+            doubt = (f"a prompt ends in other tokens than the same text in the documents has, at "
+                     f"{asked}: the chat template's generation prompt should end where a token "
+                     "does, as a rule without a space")
+        elif ids[:start] != prompt:
+            doubt = (f"what is asked is not what is trained: where a prompt has {asked}, the "
+                     f"documents have {written}. Documents with <think> where it has that, or "
+                     "another template (--chat-template FILE), would help")
+        elif ids[end - 1] not in chat.stop_ids:
+            doubt = ("no end-of-turn token is trained, so the model will not learn to stop: the "
+                     f"answers end in {chat.decode(ids[end - 3:end], False)!r}; the chat "
+                     "template's {% generation %} should include it")
+        else:
+            continue
+        say(f"warning: {doubt}")
+        return
 
 
 def _says(message):
     """Whether an assistant's message has anything in it to train on."""
-    said = "content", "tool_calls", "reasoning_content", "thinking", "reasoning"
-    return any(str(message.get(key) or "").strip() for key in said)
+    return any(str(message.get(key) or "").strip()
+               for key in ("content", "tool_calls", *parts.THOUGHTS))
 
 
 def _made(chat, text, prompt, rest):

@@ -92,13 +92,13 @@ def _groups(names, local):
 
     A text file beside others is as a rule no data: it counts if there is nothing else.
     """
-    found = sorted(filter(is_data, names))
-    data = [name for name in found if readers.suffix(name) != ".txt"] or found
+    everything = sorted(filter(is_data, names))
+    data = [name for name in everything if readers.suffix(name) != ".txt"] or everything
     kinds = {}
     for name in data:
         kind = list(readers.READERS).index(readers.suffix(name)), name.lower().endswith(".gz")
         kinds.setdefault(label(name), {}).setdefault(kind, []).append(name)
-    groups, others = {}, [name for name in found if name not in data] if local else []
+    groups, others = {}, [name for name in everything if name not in data] if local else []
     for found, by_kind in kinds.items():
         first, *rest = sorted(by_kind)
         groups[found] = by_kind[first]
@@ -132,7 +132,9 @@ def _default(labels, local, place, flag):
         return wanted or labels
     if wanted or not local:
         raise _several(wanted or labels, place, flag)
-    return [one for one in labels if one not in held_out] or labels
+    if len(held_out) == len(labels):
+        raise _several(labels, place, flag)
+    return [one for one in labels if one not in held_out]
 
 
 def _purpose(label):

@@ -179,7 +179,8 @@ def read_template(file):
     """The text of a chat template's file, given apart from the folder (--chat-template)."""
     raw = _read(Path(file))
     if raw is None:
-        raise UserError(f"{file}: no such file; --chat-template is a file with a Jinja template")
+        raise UserError(f"{file}: no such file; --chat-template is a file with a Jinja template, "
+                        "which --resume wants again")
     return _text(raw, file)
 
 

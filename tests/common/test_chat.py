@@ -1,4 +1,4 @@
-"""common/chat.py and what it rests on (masks, template, sandbox, tokenizer_files).
+"""common/chat.py and what it rests on (parts, turns, masks, template, sandbox, tokenizer_files).
 
 Goldens: what transformers renders, tokenises and, where the template marks {% generation %},
 masks (tests/goldens/make_chat.py). Everything else is worked out by hand below.
@@ -222,7 +222,7 @@ def test_an_empty_answer_is_named_and_not_trained_whatever_came_before(chats):
                     ("yes", "<think>")) and len(layout.spans) == 1
                 assert layout.notes == ("with an empty answer, which is not trained",)
     assert chats["qwen3"].layout({"messages": [talk("", "b")[1]]}).notes == (
-        "in which the assistant speaks first: nothing is asked",)
+        "in which the assistant speaks first",)
 
 
 def test_calls_whose_arguments_cannot_be_marked(tmp_path):

@@ -7,6 +7,7 @@ of its own, so that it can be told where it went.
 """
 
 import json
+import random
 import re
 
 import pytest
@@ -167,3 +168,55 @@ def test_what_was_learned_from_one_conversation_gives_the_same_for_the_next(chat
             assert results[0] == results[1], name
         fast += len(chat._shapes)
     assert fast > 50
+
+
+def random_conversation(rng):
+    """Words that are like the template's, blank, or think; tools, calls, reasoning, weights."""
+    words = ["a", "Yes.", "user", "assistant\n", "weather", "{}", '"q"', "tool", "im", "  x ", "f",
+             "</think>", "<think>\nhm\n</think>\n\n", "é日本", "", "null", "\n", "Be brief"]
+
+    def text(**more):
+        chosen = "".join(rng.choice(words) + rng.choice(["", " "]) for _ in range(rng.randint(0, 3)))
+        return {"content": chosen, **more}
+
+    def say(role, **more):
+        said = text(role=role, **more)
+        if role == "user":
+            said["content"] = re.sub("</?think>", "", said["content"])
+        elif role == "assistant" and rng.random() < 0.3:
+            said["reasoning_content"] = text()["content"]
+        return said
+
+    def call():
+        given = [{"q": text()["content"]}, {"q": 3}, {}, {"q": [text()["content"], {"z": "w"}]}]
+        return {"type": "function", "function": {
+            "name": rng.choice(["f", "look"]), "arguments": rng.choice(given)}}
+
+    messages = [say("system")] * (rng.random() < 0.3)
+    for _ in range(rng.randint(1, 3)):
+        messages.append(say("user"))
+        for _ in range(rng.randint(1, 2) * (rng.random() < 0.6)):
+            calls = [call() for _ in range(rng.randint(1, 2))]
+            messages += [say("assistant", tool_calls=calls), say("tool")]
+        messages.append(say("assistant", **({"train": False} if rng.random() < 0.2 else {})))
+    tools = [{"type": "function", "function": {"name": rng.choice(["f", "look", "weather"])}}
+             for _ in range(rng.randint(0, 2))]
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def test_fast_and_slow_are_the_same_on_conversations_made_to_confuse(chats):
+    rng, same = random.Random(0), 0
+    for _ in range(150):
+        record = random_conversation(rng)
+        for name, chat in chats.items():
+            results = []
+            for known in (chat._shapes, {}):
+                chat._shapes, before = known, chat._shapes
+                try:
+                    results.append(chat.layout(record))
+                except Refused as error:
+                    results.append(str(error))
+                chat._shapes = before
+            assert results[0] == results[1], (name, record)
+            same += not isinstance(results[0], str)
+    assert same > 500

@@ -250,3 +250,29 @@ def test_an_example_that_is_refused_is_told_from_a_file_that_is_wrong(tmp_path):
     rows = [{"text": "t", "weight": 0}, {"text": "t"}]
     assert read(tmp_path / "a.jsonl", rows) == [{"refused": "its weight is 0"}, {"text": "t"}]
     assert read(tmp_path / "a.csv", "text,weight\nt,1\n") == [{"text": "t"}]
+
+
+@pytest.mark.parametrize("text, columns, message", [
+    ("instruction,input,response\na,b,c\n", None, "the keys 'instruction', 'input', 'response' fit"),
+    ("Instruction,Output,system\na,b,c\n", None,
+     "--columns instruction=Instruction,output=Output"),
+    ("question,answer\na,b\n", "prompt=qestion,completion=answer",
+     "no key 'qestion' .* its keys are 'question', 'answer'"),
+])
+def test_an_error_about_a_table_names_all_of_its_columns(tmp_path, text, columns, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.csv", text, columns and parse_columns(columns))
+
+
+def test_a_column_that_no_example_has_is_named(tmp_path):
+    columns = parse_columns("prompt=q,completion=a,system=sytem")
+    records = read_records(write(tmp_path / "a.jsonl", [{"q": "q", "a": "a"}] * 2), columns)
+    assert len(list(records)) == 2
+    assert list(records.ignored) == ["'sytem' of --columns, which no example has"]
+
+
+def test_labels_of_many_classes_are_no_preferences(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (3, 1, 0)]
+    assert read(tmp_path / "a.jsonl", rows) == [QA] * 3
+    with pytest.raises(UserError, match="KTO"):
+        read(tmp_path / "a.jsonl", rows[1:])

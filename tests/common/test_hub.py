@@ -228,7 +228,6 @@ def test_a_folder_with_train_and_test_files_trains_on_train_and_says_so(
 @pytest.mark.parametrize("names, expected", [
     (["a", "b", "test"], ["a", "b"]), (["en/valid", "en/x", "eval/x"], ["en/x"]),
     (["constraint", "dev_a", "held-out", "heldout"], ["constraint"]),
-    (["test", "validation"], ["test", "validation"]),
     (["contest", "latest"], ["contest", "latest"]),
     (["a", "test1"], ["a"]), (["Training-v2", "other"], ["Training-v2"]),
     (["x.train", "constraint"], ["x.train"]),
@@ -242,6 +241,14 @@ def test_the_default_of_a_local_folder(tmp_path, monkeypatch, answer, names, exp
     assert len(said) == (expected != names)
     for name in set(names) - set(expected):
         assert name in said[0]
+
+
+def test_a_folder_of_held_out_data_alone_is_asked_about(tmp_path, monkeypatch, answer):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "d/test.json", "d/validation.json", "e/test.json")
+    with refused("d holds test, validation: name one, as in --data d:test"):
+        hub.resolve_data("d")
+    assert chosen("e")[0] == ["e/test.json"]
 
 
 def test_one_suffix_of_the_same_data(tmp_path, monkeypatch, answer, parquet):

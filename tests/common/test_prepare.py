@@ -188,11 +188,37 @@ def test_what_the_template_leaves_out_is_counted_or_refused(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "data: 2 without the system message: the chat template leaves that out (first: " in out
     assert "data: 1 without the tools: the chat template leaves that out" in out
-    assert "data: not used: the keys 'id' (first: " in out and "data.jsonl:2)" in out
+    assert "data: not used: the key 'id' (first: " in out and "data.jsonl:2)" in out
     with pytest.raises(UserError, match=r"data.jsonl:2: the chat template leaves out the system "
                                         r"message, the tools \(--strict-template\)"):
         load(tmp_path, rows, source, strict_template=True)
     load(tmp_path, rows[:1], source, strict_template=True)
+    call = {"messages": [row("a")["messages"][0], {"role": "assistant", "tool_calls": [
+        {"name": "f", "arguments": {}}]}]}
+    load(tmp_path, [*rows, call], source)
+    assert "1 skipped, the chat template leaves out a tool call" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"l:2: the chat template leaves out a tool call \(--strict"):
+        load(tmp_path, [rows[0], call], source, strict_template=True)
+
+
+def test_what_differs_is_seen_in_the_training_data_whatever_is_held_out(tmp_path, capsys):
+    (tmp_path / "held_out.jsonl").write_text('{"text": "once upon a time"}')
+    template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    load(tmp_path, [{"text": "a"}, row("a", "b")], template,
+         eval_data=str(tmp_path / "held_out.jsonl"))
+    assert capsys.readouterr().out.count("warning: what is asked is not what is trained") == 1
+    space = ("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+             "{% if add_generation_prompt %}assistant: {% endif %}")
+    load(tmp_path, [row("a", "bo")], space)
+    out = capsys.readouterr().out
+    assert "warning" not in out or "a prompt ends in other tokens" in out
+
+
+def test_flags_that_have_no_meaning_are_refused(tmp_path):
+    for more in ({"rendered": True}, {"strict_template": True}, {"chat_template": "none"},
+                 {"columns": "text=a"}):
+        with pytest.raises(UserError, match="goes with a file of your own in --data; virtual"):
+            load(tmp_path, [], data=["virtual"], eval_data=None, **more)
 
 
 # --- held-out documents ---
