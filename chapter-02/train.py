@@ -186,7 +186,7 @@ def main(argv=None):
     else:
         run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
     if ranks.main:
-        presets.save(options, CHAPTER, run)
+        presets.save(options, CHAPTER, run, data)
     metrics = Metrics(run, total_steps, options.tensorboard, options.log_every,
                       quiet=not ranks.main, start_step=state["step"])
 

@@ -4,6 +4,7 @@ What lies between the options and the loop: which data, which tokenizer, how lon
 be, what is held out, and a few questions that show before and after what the model has learned.
 """
 
+import hashlib
 import inspect
 import os
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from common import datasets, encode, formats, hub, masks, parts, turns
 from common.chat import Chat, fixed_date
 from common.encode import Encoded, say
 from common.errors import UserError, printable
+from common.model_config import read_json
 from common.template import Refused
 from common.tiny import skills as tiny
 
@@ -45,6 +47,10 @@ class Data:
     chat: Chat | None  # None: random tokens, nothing to ask
     quizzes: dict
     scored: bool  # exact match means something for these answers
+
+    def digest(self):
+        """A hash of the documents that are trained on, in their order."""
+        return hashlib.sha256(self.train.digests[self.train.chosen].tobytes()).hexdigest()
 
     def show_example(self, say):
         """Print one training document with the trained tokens marked."""
@@ -114,7 +120,14 @@ def load(options, source, config, skills):
     else:
         train, held_out = encode.split(train, options.seed)
     quiz = questions(chat, held_out, read(files), SHOWN, limit)
-    return Data(source, train, held_out, chat, {"held-out": quiz}, False)
+    data = Data(source, train, held_out, chat, {"held-out": quiz}, False)
+    if options.resume and not options.allow_changes:
+        began = read_json(Path(options.resume) / "train_config.json").get("data")
+        if began not in (None, data.digest()):
+            raise UserError(f"--resume {options.resume}: the documents are others than when the "
+                            "run began (a file, the chat template or what is held out has "
+                            "changed): put that back, or say --allow-changes if it is meant")
+    return data
 
 
 def questions(chat, documents, records, count, limit):

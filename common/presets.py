@@ -129,9 +129,11 @@ def _say(text):
         print(text, flush=True)
 
 
-def save(options, chapter, run):
-    """Write `train_config.json`: the resolved options, the versions and the number of ranks."""
+def save(options, chapter, run, data):
+    """Write `train_config.json`: the resolved options, the versions, the number of ranks, and a
+    hash of the documents that `data`, a `prepare.Data`, trains on."""
     record = {"chapter": chapter, "options": asdict(options), "world_size": world_size(),
+              "data": data.digest(),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
     temporary = run / "train_config.json.tmp"
     with writing(run / "train_config.json"):

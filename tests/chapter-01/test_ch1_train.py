@@ -140,6 +140,20 @@ def test_resume_reports_changes_and_wants_permission(tmp_path, capsys):
     assert train.main(["--resume", str(run), "--log-every", "1"]) == 0  # harmless
 
 
+def test_resume_wants_the_documents_that_the_run_began_with(tmp_path):
+    data = write_documents(tmp_path / "data.jsonl", [30, 40, 50])
+    common = ["--model", "tiny", "--data", str(data), "--device", "cpu", "--dtype", "float32",
+              "--batch-tokens", "128", "--save-every", "1", "--eval-every", "0", "--steps", "1",
+              "--schedule", "constant"]
+    run = run_main(tmp_path, "run", *common)
+    assert train.main(["--resume", str(run), "--steps", "2"]) == 0
+    write_documents(data, [60, 70, 80])
+    with pytest.raises(train.prepare.UserError, match="documents are others than when .* --allow-c"):
+        train.main(["--resume", str(run), "--steps", "3"])
+    assert train.main(["--resume", str(run), "--steps", "3", "--allow-changes"]) == 0
+    assert train.main(["--resume", str(run), "--steps", "4"]) == 0  # these are the run's now
+
+
 def test_a_second_run_does_not_touch_the_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [*TINY, "--steps", "1", "--batch-tokens", "128", "--eval-every", "0"]

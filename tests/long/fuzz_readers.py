@@ -5,6 +5,7 @@ import json
 import shutil
 import zlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Callable
 
 import small_runs
@@ -252,7 +253,7 @@ def prepare_run(folder):
             tmp, model, optimizer, values), {"step": step})
     options = presets.parse(cli.Options, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL,
                             ["--model", "tiny", "--data", "tiny", "--device", "cpu"])
-    presets.save(options, "01", folder)
+    presets.save(options, "01", folder, SimpleNamespace(digest=lambda: "0" * 64))
     report = metrics.Metrics(folder, 10, quiet=False)
     for step in range(1, 6):
         report.log_step(step, 1.0, 1e-3, 1.0, 10, 0.5)
