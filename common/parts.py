@@ -232,7 +232,7 @@ def _search(found, written, text, turns):
         turn = bisect.bisect_left(owners, message or 0)  # the assistant's next, or this one
         begin, end = 0, len(text)
         if kind in OWN:
-            begin, end = heads[turn].end(), ends[turn]
+            begin, end = heads[turn].end(), stops[turn].start() if stops[turn] else len(text)
         elif kind != "tools":
             begin = ends[turn - 1] if turn else 0
             end = heads[turn].start() if turn < len(heads) else len(text)

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-SECONDS = 1.0  # of waiting, then of processor time, for one rendering; a real one takes 1 ms
+SECONDS = 1.0  # of processor time at most for one rendering; a real one takes a millisecond
 OPENED, CLOSED = "\U0010fff0", "\U0010fff1"  # stand around what {% generation %} marks
 
 
@@ -126,13 +126,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """A new rendering begins: no value may be longer than `longest`."""
         self.longest = longest
         self.sizes = {}  # id -> (size, value) of the lists and dicts seen; keeps them alive
-        self.cpu = None
-        self.until = time.monotonic() + SECONDS
+        self.cpu = None  # the clock of processor time is dear: it counts for the second half only
+        self.until = time.monotonic() + SECONDS / 2
 
     def watch(self, value=None):
         if time.monotonic() > self.until:  # the cheap clock; it also runs while a process waits
-            self.cpu = self.cpu or time.thread_time()  # so from here on the dear one counts
-            left = SECONDS - (time.thread_time() - self.cpu)
+            self.cpu = self.cpu or time.thread_time()
+            left = SECONDS / 2 - (time.thread_time() - self.cpu)
             if left <= 0:
                 raise Exceeded(f"it runs longer than {SECONDS:.0f} s")
             self.until = time.monotonic() + left

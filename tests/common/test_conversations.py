@@ -148,6 +148,18 @@ def test_the_prompt_is_a_prefix_of_what_is_trained(chats, name):
     assert checked >= 6 and otherwise == ({name} & {"think_prompt"})
 
 
+def with_and_without_shapes(chat, record):
+    """The layout, or why it is refused, with what the Chat has learned so far and with nothing."""
+    results, learned = [], chat._shapes
+    for chat._shapes in (learned, {}):
+        try:
+            results.append(chat.layout(record))
+        except Refused as error:
+            results.append(str(error))
+    chat._shapes = learned
+    return results
+
+
 def test_what_was_learned_from_one_conversation_gives_the_same_for_the_next(chats):
     """With the shapes of all others known, and with none: the same text, spans and notes."""
     fast = 0
@@ -157,14 +169,7 @@ def test_what_was_learned_from_one_conversation_gives_the_same_for_the_next(chat
             for message in record["messages"]:  # other words, of the same shape
                 if isinstance(message.get("content"), str):
                     message["content"] = message["content"].replace("e", "é")
-            results = []
-            for known in (chat._shapes, {}):
-                chat._shapes, before = known, chat._shapes
-                try:
-                    results.append(chat.layout(record))
-                except Refused as error:
-                    results.append(str(error))
-                chat._shapes = before
+            results = with_and_without_shapes(chat, record)
             assert results[0] == results[1], name
         fast += len(chat._shapes)
     assert fast > 50
@@ -209,14 +214,7 @@ def test_fast_and_slow_are_the_same_on_conversations_made_to_confuse(chats):
     for _ in range(150):
         record = random_conversation(rng)
         for name, chat in chats.items():
-            results = []
-            for known in (chat._shapes, {}):
-                chat._shapes, before = known, chat._shapes
-                try:
-                    results.append(chat.layout(record))
-                except Refused as error:
-                    results.append(str(error))
-                chat._shapes = before
+            results = with_and_without_shapes(chat, record)
             assert results[0] == results[1], (name, record)
             same += not isinstance(results[0], str)
     assert same > 500
