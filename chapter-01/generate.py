@@ -6,7 +6,6 @@ There is no cache here: every new token runs the whole pack again, which needs n
 model itself. Chapter 2 adds the cache.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from common import checkpoint, cli, hub, weights
-from common.chat import Chat
-from common.errors import UserError, named
+from common import hub, weights
+from common.data.chat import Chat
+from common.errors import UserError, named, run_main
+from common.files import checkpoint
+from common.options import Parser, choose_device, choose_dtype
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 from packing import packed_sequence_collate_fn
 
@@ -57,7 +58,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
 
 
 def main(argv=None):
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a model folder, tiny, or a Hub id")
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     parser.add_argument("--raw", action="store_true",
@@ -81,14 +82,14 @@ def main(argv=None):
     folder = hub.resolve(options.model)
     checkpoint.verify(folder)
     chat = Chat.load(folder)
-    device = cli.choose_device(options.device)
+    device = choose_device(options.device)
     with named(folder / "config.json"):
         config = Qwen3Config.from_dict(weights.read_config(folder))
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
     model.to_empty(device=device)
     weights.load_weights(model, folder)
-    model.compute_dtype = cli.choose_dtype(options.dtype, device)
+    model.compute_dtype = choose_dtype(options.dtype, device)
 
     variables = chat.no_thinking() if options.no_thinking else {}
     if options.raw or chat.template is None:
@@ -103,4 +104,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from common import (checkpoint, cli, distributed, guard, hub, memory, predict, prepare, presets,
-                    runs, weights)
-from common.errors import named
+from common import guard, hub, memory, predict, prepare, runs, weights
+from common.errors import named, run_main
+from common.files import checkpoint
 from common.metrics import Metrics
+from common.options import TrainOptions, parse, save_options
+from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
 from generate import generate
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 from packing import IGNORE, PackSampler, packed_sequence_collate_fn
@@ -77,10 +79,9 @@ def evaluate(model, dataset, options):
 
 def main(argv=None):
     # --- options ---
-    options = presets.parse(cli.Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    ranks = distributed.start(options.device)
+    options = parse(TrainOptions, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    ranks = start_ranks(options.device)
     device, dtype = ranks.device, getattr(torch, options.dtype)
-    say = print if ranks.main else lambda *args, **kwargs: None
     torch.manual_seed(options.seed)
 
     # --- model files and data ---
@@ -91,7 +92,7 @@ def main(argv=None):
         config = Qwen3Config.from_dict(config_json)
     with torch.device("meta"):  # shapes, no numbers: enough to predict what the run will need
         model = Qwen3ForCausalLM(config)
-    predict.fit_batch(options, model, say=say)
+    predict.fit_batch(options, model)
     data = prepare.load(options, source, config, skills="base")
 
     # --- what it will need ---
@@ -112,7 +113,7 @@ def main(argv=None):
     if options.init == "random":
         model = Qwen3ForCausalLM(config)
     model.compute_dtype = dtype
-    distributed.shard(model, ranks, dtype)
+    shard(model, ranks, dtype)
     if options.init == "random":
         model.to(device)
     else:
@@ -140,17 +141,15 @@ def main(argv=None):
         say(f"resuming {run} after step {state['step']}")
     else:
         run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
-    if ranks.main:
-        presets.save(options, CHAPTER, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every,
-                      quiet=not ranks.main, start_step=state["step"])
+    save_options(options, CHAPTER, run, data)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
 
     # --- before ---
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
-        data.show_example(say)
+        data.show_example()
         say(f"run folder: {run}")
         before = prepare.ask(data, model, generate)
-        prepare.show_answers(data, before, "before", say)
+        prepare.show_answers(data, before, "before")
         if data.scored:
             metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
 
@@ -173,7 +172,7 @@ def main(argv=None):
                      for pack in documents]
             counts = torch.tensor([sum(int((p["labels"] != IGNORE).sum()) for p in packs),
                                    sum(len(p["labels"]) for p in packs)])
-            targets, tokens = distributed.all_sum(counts).tolist()
+            targets, tokens = all_sum(counts).tolist()
             total_loss = torch.zeros((), device=device)
             for pack in packs:
                 # Divided by the labelled tokens of the *whole* step, so that every labelled
@@ -181,11 +180,11 @@ def main(argv=None):
                 loss = loss_sum(model, to_device(pack, device)) / max(1, targets)
                 loss.backward()
                 total_loss += loss.detach()
-            total_loss = distributed.all_sum(total_loss)
+            total_loss = all_sum(total_loss)
 
             # --- clip and step ---
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-            norm = distributed.full_tensor(norm)
+            norm = full_tensor(norm)
             loss, norm = torch.stack((total_loss, norm)).tolist()  # one GPU is waited for here only
             lr = learning_rate(step, total_steps, options)
             if nonfinite.check(loss, norm, step, documents, saved):
@@ -214,31 +213,31 @@ def main(argv=None):
                     state["best_loss"], state["best_step"] = eval_loss, step
 
             # --- checkpoint ---
-            stop = distributed.any_rank(signals.requested)
+            stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
             if due or (improved and options.keep_best) or stop:
                 metrics.sync()
                 saved = runs.save_step(run, model, optimizer, state, options)
             if stop:
-                return runs.stopped(run, state, signals, ranks)
+                return runs.stopped(run, state, signals)
 
         # --- result ---
-        runs.save_model(run / "final", model, config_json, data, dtype, ranks)
-        if distributed.any_rank(signals.requested):  # one that came during the saving
-            return runs.stopped(run, state, signals, ranks)
+        runs.save_model(run / "final", model, config_json, data, dtype)
+        if any_rank(signals.requested):  # one that came during the saving
+            return runs.stopped(run, state, signals)
 
     # --- after ---
     after = prepare.ask(data, model, generate)
-    prepare.show_answers(data, after, "after", say)
+    prepare.show_answers(data, after, "after")
     if data.scored:
         metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
     say(f"wrote {run / 'final'}: a Hugging Face model folder")
     if data.chat is not None:
         say(runs.how_to_ask("model", run / "final"))
     metrics.close()
-    distributed.stop()
+    stop_ranks()
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

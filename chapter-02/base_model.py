@@ -6,9 +6,10 @@ import torch
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 from peft_files import base_model_name
 
-from common import checkpoint, hub, weights
+from common import hub, weights
 from common.errors import UserError, named
-from common.tensor_files import open_file
+from common.files import checkpoint
+from common.files.tensors import open_file
 
 
 def load_model(name, device, dtype, adapter=None):

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from common import cli
-from common.errors import UserError
+from common.errors import UserError, run_main
+from common.files.tensors import tensor_headers
 from common.metrics import readable_bytes
-from common.tensor_files import tensor_headers
+from common.options import Parser
 from lora import METHODS
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -158,7 +158,7 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, extra = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (
         argv, [])
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                         epilog="What stands after -- goes to train.py: -- --steps 160")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS),
                         metavar="METHOD", help=f"default: {' '.join(METHODS)}")
@@ -192,4 +192,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

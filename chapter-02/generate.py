@@ -8,7 +8,6 @@ Greedy unless --temperature is given. What is new since chapter 1 is the cache o
 the prompts are computed once, in one pack, and then every step computes one token per document.
 """
 
-import argparse
 import shutil
 import sys
 import textwrap
@@ -20,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from common import cli, hub
-from common.chat import Chat
-from common.errors import UserError
+from common import hub
+from common.data.chat import Chat
+from common.errors import UserError, run_main
+from common.options import Parser, choose_device, choose_dtype
 from base_model import load_model
 from kv_cache import KVCache
 from peft_files import load_adapter
@@ -158,7 +158,7 @@ def side_by_side(left, right, width):
 
 
 def read_options(argv):
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="a model folder, tiny, or a Hub id; with --adapter, the adapter's base "
         "(default: the one it names)")
@@ -200,9 +200,9 @@ def read_options(argv):
 
 def main(argv=None):
     options = read_options(argv)
-    device = cli.choose_device(options.device)
+    device = choose_device(options.device)
     adapter = hub.resolve(options.adapter, "--adapter") if options.adapter else None
-    dtype = cli.choose_dtype(options.dtype, device)
+    dtype = choose_dtype(options.dtype, device)
     model, base = load_model(options.model, device, dtype, adapter)
     own_tokenizer = adapter and (adapter / "tokenizer.json").is_file()
     chat = Chat.load(adapter if own_tokenizer else base)
@@ -233,4 +233,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

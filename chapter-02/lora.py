@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from common.distributed import full_tensor
+from common.ranks import full_tensor
 from targets import check_config, dense_weight, select_targets
 
 

@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from common import checkpoint, cli, hub, runs, weights
-from common.chat import Chat
-from common.errors import UserError
+from common import hub, runs, weights
+from common.data.chat import Chat
+from common.errors import UserError, run_main
+from common.files import checkpoint
+from common.options import Parser
 from base_model import load_model
 from lora import adapter_modules, delta_weight, merged_weight
 from merge_report import compared, show, summary
@@ -118,7 +120,7 @@ def save(network, dtype, out, adapter, base):
 
 
 def main(argv=None):
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--adapter", required=True, help="the adapter's folder, or a Hub id")
     parser.add_argument("--out", required=True, help="the folder to write; must not exist")
     parser.add_argument("--model", help="the base model (default: the one the adapter names)")
@@ -131,4 +133,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

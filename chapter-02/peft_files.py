@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from common.distributed import copy_into, full_tensor
 from common.errors import UserError
-from common.manifest import verify
-from common.model_config import read_json
-from common.tensor_files import is_writer, iter_tensors, listing, save_tensors, tensor_headers
+from common.files.json_files import read_json
+from common.files.manifest import verify
+from common.files.tensors import iter_tensors, listing, save_tensors, tensor_headers
+from common.ranks import copy_into, full_tensor, is_main
 from lora import AdapterConfig, adapter_modules, apply_adapter
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
@@ -67,7 +67,7 @@ def save_adapter(model, config, path, base_model_name, fold_rslora=False, save_p
         raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
                         " not in an adapter: save the whole model, merged")
     save_tensors(_tensors(model, config, save_projections), path, metadata, stem=STEM)
-    if is_writer():
+    if is_main():
         options = _peft_options(model, config, fold_rslora, save_projections)
         options["base_model_name_or_path"] = str(base_model_name)
         text = json.dumps(options, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -282,5 +282,5 @@ def _checked(values, file):
 
 
 def _warn(text):
-    if is_writer():
+    if is_main():
         print(f"warning: {text}", file=sys.stderr)

@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from common import (checkpoint, cli, distributed, guard, hub, memory, predict, prepare, presets,
-                    runs, weights)
-from common.errors import UserError, named
+from common import guard, hub, memory, predict, prepare, runs, weights
+from common.errors import UserError, named, run_main
+from common.files import checkpoint
 from common.metrics import Metrics
+from common.options import TrainOptions, option, parse, save_options
+from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
 from generate import generate
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
                   state_names)
@@ -42,23 +44,23 @@ REAL = {"lr": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "warmup": 20, "rank
 
 
 @dataclass
-class Options(cli.Options):
+class Options(TrainOptions):
     """Chapter 1's options, and those of the adapters: the fields of `lora.AdapterConfig`."""
 
-    method: str = cli.option("lora", "what is trained", choices=tuple(METHODS))
-    rank: int = cli.option(None, "r, the rank of an adapter", int, least=1)
-    alpha: float = cli.option(None, "α; the adapter's product is scaled by α/r, rsLoRA's by α/√r",
+    method: str = option("lora", "what is trained", choices=tuple(METHODS))
+    rank: int = option(None, "r, the rank of an adapter", int, least=1)
+    alpha: float = option(None, "α; the adapter's product is scaled by α/r, rsLoRA's by α/√r",
                               float, least=0)
-    dropout: float = cli.option(0.0, "share of the adapter's input that is dropped", float, least=0)
-    target_modules: str = cli.option("all-linear", "which linear layers are adapted: all-linear, "
+    dropout: float = option(0.0, "share of the adapter's input that is dropped", float, least=0)
+    target_modules: str = option("all-linear", "which linear layers are adapted: all-linear, "
                                      "names such as q_proj,v_proj, or a regular expression")
-    lr_ratio: float = cli.option(16.0, "lora+: B's learning rate over A's", float, least=0)
-    project_gradient: bool = cli.option(True, "lora-fa: B's gradient as the second version of the "
+    lr_ratio: float = option(16.0, "lora+: B's learning rate over A's", float, least=0)
+    project_gradient: bool = option(True, "lora-fa: B's gradient as the second version of the "
                                         "paper has it", bool)
-    delta_ratio: float = cli.option(1.0, "delta-lora: λ, the share of the product's change that "
+    delta_ratio: float = option(1.0, "delta-lora: λ, the share of the product's change that "
                                     "goes into W", float, least=0)
-    delta_start: int = cli.option(100, "delta-lora: steps before W begins to move", int, least=0)
-    vera_d: float = cli.option(0.1, "vera: first value of the vector d", float)
+    delta_start: int = option(100, "delta-lora: steps before W begins to move", int, least=0)
+    vera_d: float = option(0.1, "vera: first value of the vector d", float)
 
 
 # Copied from chapter-01/train.py
@@ -127,12 +129,11 @@ def build(config, options, adapter, device="meta", source=None):
 
 def main(argv=None):
     # --- options --- Changed from chapter-01: the adapter's options.
-    options = presets.parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    ranks = distributed.start(options.device)
+    options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    ranks = start_ranks(options.device)
     if options.method == "delta-lora" and ranks.world_size > 1:
         raise UserError("--method delta-lora runs on one process: it moves whole weights")
     device, dtype = ranks.device, getattr(torch, options.dtype)
-    say = print if ranks.main else lambda *args, **kwargs: None
     torch.manual_seed(options.seed)
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
 
@@ -143,7 +144,7 @@ def main(argv=None):
     with named(source / "config.json"):
         config = LlamaConfig.from_dict(config_json)
     shapes = build(config, options, adapter)  # enough to predict what the run will need
-    predict.fit_batch(options, shapes, say=say)
+    predict.fit_batch(options, shapes)
     data = prepare.load(options, source, config, skills="new")
 
     # --- what it will need --- Changed from chapter-01: the model's shapes with its adapters.
@@ -164,7 +165,7 @@ def main(argv=None):
     home = device if ranks.world_size == 1 else torch.device("cpu")
     model = build(config, options, adapter, home, source)
     # Adapters are gathered as the float32 that they are; so is a base that was stored in `dtype`.
-    distributed.shard(model, ranks, dtype if options.method == "full" else None)
+    shard(model, ranks, dtype if options.method == "full" else None)
     model.to(device)
 
     # --- optimizer --- Changed from chapter-01: the method's groups.
@@ -185,17 +186,15 @@ def main(argv=None):
         say(f"resuming {run} after step {state['step']}")
     else:
         run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
-    if ranks.main:
-        presets.save(options, CHAPTER, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every,
-                      quiet=not ranks.main, start_step=state["step"])
+    save_options(options, CHAPTER, run, data)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
 
     # --- before --- Copied from chapter-01/train.py
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
-        data.show_example(say)
+        data.show_example()
         say(f"run folder: {run}")
         before = prepare.ask(data, model, generate)
-        prepare.show_answers(data, before, "before", say)
+        prepare.show_answers(data, before, "before")
         if data.scored:
             metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
 
@@ -218,7 +217,7 @@ def main(argv=None):
                      for pack in documents]
             counts = torch.tensor([sum(int((p["labels"] != IGNORE).sum()) for p in packs),
                                    sum(len(p["labels"]) for p in packs)])
-            targets, tokens = distributed.all_sum(counts).tolist()
+            targets, tokens = all_sum(counts).tolist()
             total_loss = torch.zeros((), device=device)
             for pack in packs:
                 # Divided by the labelled tokens of the *whole* step, so that every labelled
@@ -226,12 +225,12 @@ def main(argv=None):
                 loss = loss_sum(model, to_device(pack, device)) / max(1, targets)
                 loss.backward()
                 total_loss += loss.detach()
-            total_loss = distributed.all_sum(total_loss)
+            total_loss = all_sum(total_loss)
 
             # --- clip and step --- Changed from chapter-01: the method's two hooks and ratios.
             before_step(model, adapter)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-            norm = distributed.full_tensor(norm)
+            norm = full_tensor(norm)
             loss, norm = torch.stack((total_loss, norm)).tolist()  # one GPU is waited for here only
             lr = learning_rate(step, total_steps, options)
             if nonfinite.check(loss, norm, step, documents, saved):
@@ -261,28 +260,28 @@ def main(argv=None):
                     state["best_loss"], state["best_step"] = eval_loss, step
 
             # --- checkpoint --- Changed from chapter-01: `names`.
-            stop = distributed.any_rank(signals.requested)
+            stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
             if due or (improved and options.keep_best) or stop:
                 metrics.sync()
                 saved = runs.save_step(run, model, optimizer, state, options, names)
             if stop:
-                return runs.stopped(run, state, signals, ranks)
+                return runs.stopped(run, state, signals)
 
         # --- result --- Changed from chapter-01: it may be an adapter.
         if options.method == "delta-lora":
             merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
         if options.method in ("full", "delta-lora"):
-            runs.save_model(run / "final", model, config_json, data, dtype, ranks)
+            runs.save_model(run / "final", model, config_json, data, dtype)
         else:
             runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, metadata=checkpoint.MARK), data, ranks)
-        if distributed.any_rank(signals.requested):  # one that came during the saving
-            return runs.stopped(run, state, signals, ranks)
+                model, adapter, folder, options.model, metadata=checkpoint.MARK), data)
+        if any_rank(signals.requested):  # one that came during the saving
+            return runs.stopped(run, state, signals)
 
     # --- after --- Changed from chapter-01: it may be an adapter.
     after = prepare.ask(data, model, generate)
-    prepare.show_answers(data, after, "after", say)
+    prepare.show_answers(data, after, "after")
     if data.scored:
         metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
@@ -290,9 +289,9 @@ def main(argv=None):
     if data.chat is not None:
         say(runs.how_to_ask(kind, run / "final"))
     metrics.close()
-    distributed.stop()
+    stop_ranks()
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

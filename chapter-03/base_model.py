@@ -10,9 +10,10 @@ from modeling_llama import LlamaConfig, LlamaForCausalLM
 from peft_files import base_model_name
 from quantized_model import quantized_model
 
-from common import checkpoint, hub, weights
+from common import hub, weights
 from common.errors import UserError, named
-from common.tensor_files import open_file
+from common.files import checkpoint
+from common.files.tensors import open_file
 
 BASES = ("none", "nf4", "nf4-double")
 

@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from common import checkpoint, cli, hub, runs, weights
-from common.chat import Chat
-from common.errors import UserError
+from common import hub, runs, weights
+from common.data.chat import Chat
+from common.errors import UserError, run_main
+from common.files import checkpoint
+from common.options import Parser
 from base_model import BASES, load_model
 from bnb_files import is_bnb, save_bnb
 from lora import adapter_modules, delta_weight, merged_weight
@@ -202,7 +204,7 @@ def save(network, dtype, out, adapter, base):
 
 # Changed from chapter-02: the base that is merged into.
 def main(argv=None):
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--adapter", required=True, help="the adapter's folder, or a Hub id")
     add("--out", required=True, help="the folder to write; must not exist")
@@ -230,4 +232,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

@@ -5,7 +5,7 @@ from nf4 import NF4Linear, NF4Weight, quantize_nf4
 from torch import nn
 
 from common.errors import UserError
-from common.tensor_files import listing
+from common.files.tensors import listing
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

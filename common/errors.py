@@ -1,6 +1,10 @@
 """The one exception that means: the user can mend this; and how others say that memory is out."""
 
+import difflib
+import os
 import re
+import signal
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +15,7 @@ LONGEST = 2000  # characters of a message
 class UserError(Exception):
     """Wrong input of any kind. Its text is one line that says where, what, and what to do.
 
-    Scripts print it as `error: ...` and end with exit code 2 (see `common.cli.run`). Whatever of a
+    Scripts print it as `error: ...` and end with exit code 2 (see `common.options.run`). Whatever of a
     hostile file is quoted in it, it stays one line that cannot command a terminal.
     """
 
@@ -23,6 +27,18 @@ def printable(text, limit):
     """At most `limit` characters of a text, control characters spelled out."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     return shown if len(text) <= limit else shown + "…"
+
+
+def one_line(error, limit=200):
+    """An exception, or any value, as one printable line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return printable(text, limit)
+
+
+def nearest(word, candidates):
+    """' (did you mean X?)' for the candidate that resembles `word`, or nothing."""
+    match = difflib.get_close_matches(word, list(candidates), 1)
+    return f" (did you mean {match[0]}?)" if match else ""
 
 
 @contextmanager
@@ -53,3 +69,39 @@ def out_of_memory(error):
         return True
     words = "out of memory|_ALLOC_FAILED|can't allocate memory"  # the last one on a CPU
     return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+
+
+def show_any_text():
+    """Have print spell out what the terminal's encoding lacks, rather than fail in mid-run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run_main(main):
+    """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130.
+
+    So does SIGTERM, with 143; while a run trains, `common.guard.Signals` saves first.
+    """
+    def terminated(signum, frame):
+        print(f"\nstopped by {signal.Signals(signum).name}", file=sys.stderr)
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, terminated)
+    show_any_text()
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory: {printable(str(error), 300)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -12,7 +12,7 @@ import time
 
 from common.errors import UserError
 from common.metrics import readable_bytes
-from common.tensor_files import is_writer
+from common.ranks import is_main
 
 
 class Signals:
@@ -87,7 +87,7 @@ class NonFinite:
             raise UserError(
                 f"{self.in_a_row} steps in a row were not finite, the last one {message}; {back};"
                 " try a lower --lr or --clip, a longer --warmup, or --dtype float32")
-        if is_writer():
+        if is_main():
             print(f"{message}: skipped ({self.in_a_row} in a row, {self.skipped} in all)",
                   flush=True)
         return False
@@ -114,7 +114,7 @@ class LossSpikes:
         limit = self.mean + self.sigmas * max(math.sqrt(self.variance), 0.01 * abs(self.mean))
         spike = self.seen >= self.window and loss > limit
         if spike:
-            if is_writer():
+            if is_main():
                 print(f"step {step}: loss {loss:.4f} stands out from {self.mean:.4f} before; if"
                       " this repeats, try a lower --lr or --clip", flush=True)
             loss = limit  # so that one spike does not hide the next

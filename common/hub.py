@@ -18,8 +18,9 @@ from huggingface_hub.errors import (
     CacheNotFound, EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
     LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError)
 
-from common import readers, splits
+from common.data import readers, splits
 from common.errors import UserError
+from common.ranks import say
 
 COMMON = Path(__file__).resolve().parent
 ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
@@ -57,17 +58,17 @@ def resolve(name, flag="--model"):
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=PATTERNS))
 
 
-def resolve_data(name, say=print, flag="--data"):
+def resolve_data(name, flag="--data"):
     """The data files that `name` stands for, as a list of paths; `name` may be a list of names.
 
-    A name is a file that `common/readers.py` reads, a folder of such files, a data set on the Hub
+    A name is a file that `common/data/readers.py` reads, a folder of such files, a data set on the Hub
     (`owner/name`), or a part of one of the latter two, a split or a file: `owner/name:test`. Which
-    files that means is decided in `common/splits.py`, and `say` is told where there was a choice.
+    files that means is decided in `common/data/splits.py`; where there was a choice, the screen says it.
     Raises UserError, naming `flag`, where there is no such thing, where several could be meant, or
     where it cannot be had or read here.
     """
     if isinstance(name, (list, tuple)):
-        return [path for each in name for path in resolve_data(each, say, flag)]
+        return [path for each in name for path in resolve_data(each, flag)]
     text = str(name)
     path = Path(os.path.expanduser(text))
     if os.path.exists(path) and not os.path.isdir(path):

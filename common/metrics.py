@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from common.errors import UserError, writing
+from common.ranks import is_main
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
           "peak_memory_bytes", "mfu")
@@ -26,18 +27,17 @@ class Metrics:
     With `start_step` (a resume) lines of later steps go from metrics.jsonl first, so that there is
     no gap and no repeat; so write what belongs to a step before saving that step's checkpoint. An
     evaluation that comes after it and is there already is not written twice.
-    `quiet` is for the ranks that do not report: every method does nothing. Raises UserError where
+    Only the main rank reports: on the others every method does nothing. Raises UserError where
     TensorBoard is asked for and missing, or the folder cannot be written.
     """
 
-    def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, quiet=False,
-                 start_step=0):
+    def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0):
         self.path = Path(run_folder) / "metrics.jsonl"
-        self.total_steps, self.log_every, self.quiet = total_steps, log_every, quiet
+        self.total_steps, self.log_every, self.quiet = total_steps, log_every, not is_main()
         self.first = None  # (step, clock) of the first step seen: it compiles and does not count
         self.board = self.file = None
         self.evaluated = set()  # the keys of each line that the last checkpoint's step has already
-        if quiet:
+        if self.quiet:
             return
         if tensorboard:
             self.board = _summary_writer(Path(run_folder) / "tensorboard", start_step)

@@ -11,12 +11,12 @@ import re
 import numpy as np
 import torch
 
-from common import distributed
+from common.adapters.layers import base, linears, matrix
 from common.errors import UserError
-from common.layers import base, linears, matrix
 from common.memory import peak_memory_bytes
 from common.metrics import readable_bytes
 from common.predict_memory import memory
+from common.ranks import least, say, world_size
 
 __all__ = ["Prediction", "fit_batch", "flops_per_token", "mean_attended", "memory", "parameters",
            "peak_flops", "peak_memory_bytes", "training"]
@@ -181,10 +181,10 @@ def training(config, model, lengths, options, total_steps, chunk=None):
     return Prediction(
         _memory_of_run(model, options, tokens, accumulate, chunk), parameters=parameters(model),
         tokens=tokens, flops=flops_per_token(model, mean_attended(lengths)),
-        peak_flops=None if peak is None else peak * _ranks())
+        peak_flops=None if peak is None else peak * world_size())
 
 
-def fit_batch(options, model, chunk=None, say=print):
+def fit_batch(options, model, chunk=None):
     """Fill in --batch-tokens where a GPU's run has left it open, and say so.
 
     The largest power of two, LARGEST_PACK at most, whose predicted peak is at most SHARE of the
@@ -195,7 +195,7 @@ def fit_batch(options, model, chunk=None, say=print):
     """
     if options.batch_tokens is not None:
         return
-    has = distributed.least(torch.cuda.get_device_properties(options.device).total_memory)
+    has = least(torch.cuda.get_device_properties(options.device).total_memory)
     longest = min(options.max_seq_len, model.config.max_position_embeddings, LARGEST_PACK)
     tokens = LARGEST_PACK
     while True:
@@ -218,14 +218,10 @@ def fit_batch(options, model, chunk=None, say=print):
 def _memory_of_run(model, options, tokens, grad_accum, chunk):
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
     return memory(
-        model, tokens, dtype, grad_accum=grad_accum, chunk=chunk, ranks=_ranks(),
+        model, tokens, dtype, grad_accum=grad_accum, chunk=chunk, ranks=world_size(),
         checkpointing=getattr(options, "activation_checkpointing", None) or "none",
         kernel_joins=device.type == "cuda" and dtype != torch.float32,
         compiled=getattr(options, "compile", False))
-
-
-def _ranks():
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _short(number):

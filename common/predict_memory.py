@@ -7,7 +7,7 @@ Sizes: T tokens in the pack, D model width, H query heads, K key/value heads, d 
 F feed-forward width, V vocabulary, r rank; c bytes of one number of the compute dtype.
 """
 
-from common.layers import base, keeps_input, linears, matrix
+from common.adapters.layers import base, keeps_input, linears, matrix
 
 FLOAT32 = 4  # bytes; master weights, gradients, both Adam moments, norm statistics, the loss
 

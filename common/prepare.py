@@ -12,12 +12,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from common import datasets, encode, formats, hub, masks, parts, turns
-from common.chat import Chat, fixed_date
-from common.encode import Encoded, say
+from common import hub
+from common.data import datasets, encode, formats, masks, parts, turns
+from common.data.chat import Chat, fixed_date
+from common.data.encode import Encoded
+from common.data.template import Refused
 from common.errors import UserError, printable
-from common.model_config import read_json
-from common.template import Refused
+from common.files.json_files import read_json
+from common.ranks import say
 from common.tiny import skills as tiny
 
 SHOWN = 4  # questions whose answers are printed
@@ -52,7 +54,7 @@ class Data:
         """A hash of the documents that are trained on, in their order."""
         return hashlib.sha256(self.train.digests[self.train.chosen].tobytes()).hexdigest()
 
-    def show_example(self, say):
+    def show_example(self):
         """Print one training document with the trained tokens marked."""
         if self.chat is not None:
             say(encode.show_example(self.train, self.chat))
@@ -110,11 +112,11 @@ def load(options, source, config, skills):
 
     columns = datasets.parse_columns(options.columns) if options.columns else None
     read = partial(datasets.read_records, columns=columns, rendered=options.rendered)
-    files = hub.resolve_data(options.data, say)
+    files = hub.resolve_data(options.data)
     train = encoded(read(files), columns, files)
     say_what_differs(chat, read(files))
     if options.eval_data:
-        files = hub.resolve_data(options.eval_data, say, "--eval-data")
+        files = hub.resolve_data(options.eval_data, "--eval-data")
         held_out = encoded(read(files), columns, files, "held out")
         encode.say_shared(train, held_out)
     else:
@@ -252,7 +254,7 @@ def exact_match(results):
             / len(answers) for name, answers in results.items()}
 
 
-def show_answers(data, results, when, say):
+def show_answers(data, results, when):
     """Print the first few answers of each quiz and, where it means something, exact match."""
     for name, answers in results.items():
         title = f"\n{name}, {when} training"

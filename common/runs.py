@@ -9,11 +9,12 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
 
-from common import checkpoint, distributed, guard, weights
+from common import guard, weights
 from common.errors import UserError, out_of_memory
-from common.manifest import MARK
+from common.files import checkpoint
+from common.files.manifest import MARK
+from common.ranks import is_main, say, stop_ranks
 
 
 def config_hash(options):
@@ -41,19 +42,19 @@ def save_step(run, model, optimizer, state, options, names=None):
     return folder
 
 
-def save_model(folder, model, config, data, dtype, ranks):
+def save_model(folder, model, config, data, dtype):
     """Commit `folder` as a Hugging Face model folder, with the tokenizer of `save_files`."""
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     save_files(folder, lambda temporary: weights.save_weights(
-        model, config, temporary, dtype, metadata=MARK), data, ranks, size)
+        model, config, temporary, dtype, metadata=MARK), data, size)
 
 
-def save_files(folder, write_files, data, ranks, size=0):
+def save_files(folder, write_files, data, size=0):
     """Commit `folder`: what `write_files(temporary folder)` writes, the tokenizer's files of
     `data.source`, and what `data.chat` knows beyond them."""
     def write(temporary):
         write_files(temporary)
-        if ranks.main:
+        if is_main():
             weights.copy_tokenizer(data.source, temporary)
             if data.chat is not None:
                 data.chat.save(temporary)
@@ -67,13 +68,12 @@ def how_to_ask(kind, folder):
     return f'ask it:\npython {shlex.join([str(script), f"--{kind}", str(folder)])} --prompt "..."'
 
 
-def stopped(run, state, signals, ranks):
+def stopped(run, state, signals):
     """Say how to go on after a signal, and give the exit code (128 + the signal's number)."""
     name = signals.requested or "a signal on another rank"
-    if ranks.main:
-        print(f"\nstopped by {name} after step {state['step']}, which is saved. Go on with:\n"
-              f"  python {shlex.join(sys.argv[:1])} --resume {shlex.quote(str(run))}", flush=True)
-    distributed.stop()
+    say(f"\nstopped by {name} after step {state['step']}, which is saved. Go on with:\n"
+        f"  python {shlex.join(sys.argv[:1])} --resume {shlex.quote(str(run))}")
+    stop_ranks()
     return 128 + (signal.Signals[signals.requested] if signals.requested else signal.SIGTERM)
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from common.commit import remembered
-from common.distributed import copy_into, full_tensor
 from common.errors import UserError, writing
-from common.manifest import verify
-from common.model_config import read_config, write_config
-from common.tensor_files import (
-    HEAD, is_writer, iter_tensors, listing, open_file, plain_file, save_tensors, tensor_headers)
+from common.files.commit import remembered
+from common.files.config import read_config, write_config
+from common.files.manifest import verify
+from common.files.tensors import (
+    HEAD, iter_tensors, listing, open_file, plain_file, save_tensors, tensor_headers)
+from common.ranks import copy_into, full_tensor, is_main
 
 __all__ = [
     "read_config", "write_config", "iter_tensors", "tensor_headers", "load_weights",
@@ -102,7 +102,7 @@ def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes
     path = Path(path)
     tensors = ((name, full_tensor(value).to(dtype)) for name, value in parameters.items())
     save_tensors(tensors, path, metadata, max_shard_bytes)
-    if is_writer():
+    if is_main():
         # What is written is dense, even if the base model that it came from was quantised.
         dense = {key: value for key, value in config.items() if key != "quantization_config"}
         write_config(dense, path, dtype)

@@ -153,7 +153,7 @@ class Case:
             more |= {**QUANTIZE[quantize], "compile": compiled,
                      "activation_checkpointing": checkpointing}
         train = self.files["train"]
-        self.options = getattr(train, "Options", train.cli.Options)(
+        self.options = getattr(train, "Options", train.TrainOptions)(
             dtype="bfloat16", device="cuda", init="pretrained", batch_tokens=tokens, **more)
 
     def build(self):

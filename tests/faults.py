@@ -17,8 +17,8 @@ from unittest import mock
 
 import torch
 
-from common import commit, tensor_files
 from common.errors import UserError
+from common.files import commit, tensors as tensor_files
 
 KILLED = 77  # exit code of a process that ended at a fault
 PATCHED = [(os, name) for name in (

@@ -18,16 +18,17 @@ def load(relative_path):
     names are removed from `sys.modules` afterwards, for the next chapter.
     """
     path = ROOT / relative_path
-    folder = path.parent
-    siblings = [file.stem for file in folder.glob("*.py")]
+    folder = ROOT / Path(relative_path).parts[0]
+    siblings = [file.stem for file in folder.rglob("*.py")]
     cache = _loaded.setdefault(folder, {})
     outside = {name: sys.modules.pop(name) for name in siblings if name in sys.modules}
     sys.modules.update(cache)
-    sys.path.insert(0, str(folder))
+    before = list(sys.path)
+    sys.path[:0] = [str(path.parent), str(folder)]
     try:
         module = importlib.import_module(path.stem)
     finally:
-        sys.path.remove(str(folder))
+        sys.path[:] = before
         for name in siblings:
             if name in sys.modules:
                 cache[name] = sys.modules.pop(name)

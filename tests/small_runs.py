@@ -16,7 +16,8 @@ import torch
 from faults import Faults, forked
 from helpers import ROOT, load
 
-from common import checkpoint, prepare
+from common import prepare
+from common.files import checkpoint
 
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes", "mfu")
 CONFIG = dict(

@@ -67,7 +67,7 @@ def test_memory_of_the_loss(found):
 @pytest.mark.parametrize("file, name", [
     ("chapter-01/modeling_qwen3.py", "varlen_attention"),
     ("chapter-02/modeling_llama.py", "varlen_attention"),
-    ("chapter-03/ladder.py", "sliced_attention")])
+    ("chapter-03/profiling/ladder.py", "sliced_attention")])
 def test_float32_attention_on_cuda_gets_as_many_key_heads_as_query_heads(file, name, monkeypatch):
     """With fewer, PyTorch takes the kernel that keeps all of S² in memory."""
     class OnCuda(torch.Tensor):

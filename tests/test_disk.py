@@ -17,8 +17,8 @@ from helpers import ROOT
 sys.path.append(str(ROOT / "tests" / "long"))
 import kill
 
-from common import checkpoint
 from common.errors import UserError
+from common.files import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from helpers import ROOT, load
 sys.path.append(str(ROOT / "tests" / "long"))
 import flip
 
-from common import checkpoint, weights
-from common.checkpoint import CheckpointError
+from common import weights
+from common.files import checkpoint
+from common.files.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ import fuzz
 import fuzz_readers
 import small_runs
 
-from common import checkpoint, cli, hub, presets, weights
-from common.chat import Chat
-from common.errors import UserError
+from common import hub, weights
+from common.data.chat import Chat
+from common.errors import UserError, run_main
+from common.files import checkpoint
 from common.metrics import Metrics
+from common.options import TrainOptions, parse
 
 PAYLOADS = []  # what `Payload` leaves behind, if it is ever unpickled
 
@@ -124,7 +126,7 @@ def test_a_link_to_a_file_without_end_is_not_read(tmp_path, name, read):
 
 def resume(folder):
     train = load("chapter-01/train.py")
-    return presets.parse(cli.Options, "01", "", train.TINY, train.REAL, ["--resume", str(folder)])
+    return parse(TrainOptions, "01", "", train.TINY, train.REAL, ["--resume", str(folder)])
 
 
 @pytest.mark.parametrize("key", ["grad_accum", "seed", "steps_", "clip", "data"])
@@ -132,7 +134,7 @@ def test_null_where_a_value_must_be(tmp_path, key, capsys):
     train = load("chapter-01/train.py")
     (tmp_path / "options.json").write_text(json.dumps({key: None}))
     with pytest.raises(UserError, match="may not be null|unknown option"):
-        presets.parse(cli.Options, "01", "", train.TINY, train.REAL,
+        parse(TrainOptions, "01", "", train.TINY, train.REAL,
                       ["--config", str(tmp_path / "options.json")])
 
 
@@ -140,13 +142,13 @@ def test_names_that_the_terminal_cannot_show(tmp_path):
     """A file name, or a model's answer, that the encoding of the output lacks ends no run."""
     def action():
         sys.stdout.reconfigure(encoding="ascii")
-        cli.run(lambda: print("café \ud800"))
+        run_main(lambda: print("café \ud800"))
 
     assert forked(action) == (0, "caf\\xe9 \\ud800\n")
 
 
 def test_no_memory_is_one_line_also_before_the_loop():
-    code, text = forked(lambda: cli.run(lambda: torch.empty(2**60, dtype=torch.uint8)))
+    code, text = forked(lambda: run_main(lambda: torch.empty(2**60, dtype=torch.uint8)))
     assert code == 2 and text.startswith("error: out of memory: ") and text.count("\n") == 1, text
 
 

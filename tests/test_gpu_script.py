@@ -89,9 +89,9 @@ def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkey
         kind(**module.cli.read_flags(kind, "", arguments))
 
     monkeypatch.setattr(gpu, "reports", lambda options: [
-        ("profile", "chapter-03/profile_step.py", [
+        ("profile", "chapter-03/profiling/profile_step.py", [
             "--model", "tiny", "--data", "virtual", "--device", "cpu", "--batch-tokens", "128"]),
-        ("ladder", "chapter-03/ladder.py", [
+        ("ladder", "chapter-03/profiling/ladder.py", [
             "--size", "tiny", "--first", "LoRA", "--steps", "1", "--device", "cpu",
             "--no-compile"])])
     figures, rows = {}, []

@@ -24,9 +24,11 @@ import ch2_folders
 import ch3_models
 import small_runs
 
-from common import checkpoint, datasets, distributed, encode, weights
-from common.chat import Chat
+from common import weights
+from common.data import datasets, encode
+from common.data.chat import Chat
 from common.errors import UserError
+
 
 HERE, CH1, CH2 = "test_incidents.py", "chapter-01/", "chapter-02/"
 ACCUMULATED = CH1 + "test_ch1_train.py::test_incidents_1_and_2_accumulated_packs_equal_one_large_pack"
@@ -239,9 +241,9 @@ def documents_of(arguments, rank, world, stop_after=None):
         os.environ.update(WORLD_SIZE=str(world), RANK="0", LOCAL_RANK="0")
         with mock.patch.object(train.PackSampler, "pack", note_pack), mock.patch.object(
                 train, "learning_rate", note_step), mock.patch.object(
-                distributed, "start", lambda device: mock.Mock(
-                    rank=rank, world_size=world, device=torch.device(device), main=True)), (
-                mock.patch.object(distributed, "shard", lambda *given: None)):
+                train, "start_ranks", lambda device: mock.Mock(
+                    rank=rank, world_size=world, device=torch.device(device))), (
+                mock.patch.object(train, "shard", lambda *given: None)):
             small_runs.train(arguments)
 
     code, text = forked(action)

@@ -13,8 +13,11 @@ import small_runs
 from faults import forked
 from helpers import ROOT, load
 
-from common import cache, checkpoint, cli, encode, prepare, state, weights
-from common.chat import Chat
+from common import prepare, weights
+from common.data import cache, encode
+from common.data.chat import Chat
+from common.errors import run_main
+from common.files import checkpoint, state
 
 SIGNALS = [("SIGTERM", 143), ("SIGINT", 130)]
 
@@ -46,7 +49,7 @@ def disturbed(arguments, module, name, signals, call=1):
     def action():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         setattr(module, name, send)
-        cli.run(lambda: small_runs.train(arguments))
+        run_main(lambda: small_runs.train(arguments))
 
     small_runs.start(["--stepz"])  # imports what is needed, in this process
     return forked(action)
@@ -162,7 +165,6 @@ def test_a_signal_from_outside_to_a_script(tmp_path, undisturbed):
 TWO_RANKS = """
 import os, signal, sys
 from helpers import load
-from common import cli
 train = load("chapter-01/train.py")
 real, calls = train.learning_rate, []
 
@@ -174,7 +176,7 @@ def learning_rate(*given):
 
 train.learning_rate = learning_rate
 sys.argv[0] = "chapter-01/train.py"
-cli.run(train.main)
+run_main(train.main)
 """
 
 

@@ -38,7 +38,7 @@ EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 def allocator(device):
     """A row: whether this machine can do what a run asks of PyTorch's allocator (`choose_device` in
-    common/cli.py); if so, it is asked for here too. To be called before CUDA starts."""
+    common/options.py); if so, it is asked for here too. To be called before CUDA starts."""
     program = "import torch; torch.ones(9, device='cuda').cpu()"
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **EXPANDABLE},
                           capture_output=True, text=True)
@@ -68,9 +68,9 @@ def reports(options):
     model = ["--model", "qwen3-0.6b", "--init", "random", "--data", "virtual", *device, "--compile",
              "--batch-tokens", "16384"]
     dense = ["--method", "full", "--quantize", "none"]
-    yield "profile", "chapter-03/profile_step.py", [*model, *dense]
-    yield "profile-qlora", "chapter-03/profile_step.py", model
-    yield "ladder", "chapter-03/ladder.py", ["--size", "0.6b", "--first", "packing", "--steps", "2",
+    yield "profile", "chapter-03/profiling/profile_step.py", [*model, *dense]
+    yield "profile-qlora", "chapter-03/profiling/profile_step.py", model
+    yield "ladder", "chapter-03/profiling/ladder.py", ["--size", "0.6b", "--first", "packing", "--steps", "2",
                                              *device]
 
 

@@ -27,7 +27,7 @@ from helpers import load
 from report import adamw, held_bytes
 
 from common import hub, predict, weights
-from common.encode import virtual
+from common.data.encode import virtual
 from common.memory import LivePeak, peak_memory_bytes, reset_peak_memory
 
 # Tokens/s by the end of the card's name: dense, LoRA of rank 16, chapter 1. The cards with less

@@ -117,8 +117,9 @@ def write_documents(path, count):
 
 def prepare(path):
     """What a run does with its data before the first step: seconds of each part, peak memory."""
-    from common import datasets, encode, hub
-    from common.chat import Chat
+    from common import hub
+    from common.data import datasets, encode
+    from common.data.chat import Chat
 
     packing, chat = load("chapter-01/packing.py"), Chat.load(hub.resolve("tiny"))
     before = peak_resident()

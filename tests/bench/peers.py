@@ -30,7 +30,7 @@ from report import (adamw, conditions, held_bytes, importable, resident, show_co
                     write)
 
 from common import weights
-from common.encode import virtual
+from common.data.encode import virtual
 from common.memory import LivePeak
 
 TOLERANCE = 1e-3  # relative, of the losses in float32

@@ -20,8 +20,8 @@ from pathlib import Path
 os.environ["RAYON_NUM_THREADS"] = "1"  # read by the tokenizers library when it starts
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import datasets, encode
-from common.chat import Chat
+from common.data import datasets, encode
+from common.data.chat import Chat
 
 
 def least(chat, records):

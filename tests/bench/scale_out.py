@@ -27,7 +27,8 @@ from helpers import load
 from report import adamw, conditions, show_conditions, table, write
 from scale_model import MACHINES, Machine, groups_of, simulate
 
-from common import distributed, hub, predict, weights
+from common import hub, predict, weights
+from common.ranks import barrier, is_main, shard, start_ranks, stop_ranks
 
 
 # --- predictions ---
@@ -95,12 +96,12 @@ def measure(layers, tokens, steps, ranks, sharded):
     torch.manual_seed(0)
     model, packing = cpu_model(layers), load("chapter-03/packing.py")
     if sharded:
-        distributed.shard(model, ranks, torch.float32)
+        shard(model, ranks, torch.float32)
     optimizer, times, updates = adamw(model, 1e-4), [], []
     ids = torch.randint(0, 2048, (tokens // 128, 128))
     pack = packing.packed_sequence_collate_fn([(row, row) for row in ids])
     for _ in range(2 + steps):
-        distributed.barrier()
+        barrier()
         started = time.perf_counter()
         (model(**pack) / tokens).backward()
         middle = time.perf_counter()
@@ -116,7 +117,7 @@ def worker(steps):
     """One rank of a real run; on rank 0 it prints what was measured: every model, sharded; the
     small one when each rank has it to itself, "alone"; and what the link carries a second."""
     torch.set_num_threads(1)
-    ranks = distributed.start("cpu")
+    ranks = start_ranks("cpu")
     found = {"alone": measure(*CHECKED["small"], steps, ranks, False)}
     for name, (layers, tokens) in CHECKED.items():
         found[name] = measure(layers, tokens, steps, ranks, True)
@@ -128,9 +129,9 @@ def worker(steps):
             torch.distributed.reduce_scatter(torch.empty(2**20), parts)
             times.append(time.perf_counter() - started)
         found["bandwidth"] = 2 * (ranks.world_size - 1) * parts[0].nbytes / min(times[2:])
-    if ranks.main:
+    if is_main():
         print("FOUND " + json.dumps(found), flush=True)
-    distributed.stop()
+    stop_ranks()
 
 
 def run_ranks(count, steps):

@@ -10,8 +10,7 @@ from faults import forked
 from helpers import ROOT, load, run_script
 from safetensors.torch import load_file
 
-from common import cli
-from common.errors import UserError
+from common.errors import UserError, run_main
 
 train = load("chapter-01/train.py")
 
@@ -69,7 +68,7 @@ def test_incidents_1_and_2_accumulated_packs_equal_one_large_pack(tmp_path, dtyp
 
 
 def options_for(arguments):
-    return train.presets.parse(train.cli.Options, "01", "", train.TINY, train.REAL, arguments)
+    return train.parse(train.TrainOptions, "01", "", train.TINY, train.REAL, arguments)
 
 
 def tiny_config():
@@ -224,7 +223,7 @@ def bad(tmp_path, *arguments):
     def action():
         os.chdir(tmp_path)
         sys.stdout = open(os.devnull, "w")
-        cli.run(lambda: train.main(arguments))
+        run_main(lambda: train.main(arguments))
 
     before = sorted(p.name for p in tmp_path.iterdir())
     code, text = forked(action)
@@ -296,7 +295,7 @@ def test_dry_run_prints_and_writes_nothing(tmp_path):
 # --- sizes ---
 
 def test_sizes():
-    for file in sorted(ROOT.glob("chapter-0?/*.py")) + sorted(ROOT.glob("common/**/*.py")):
+    for file in sorted(ROOT.glob("chapter-0?/**/*.py")) + sorted(ROOT.glob("common/**/*.py")):
         limit = 400 if file.name == "lora.py" or file.is_relative_to(ROOT / "common") else 300
         lines = file.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= limit, f"{file.relative_to(ROOT)} has {len(lines)} lines"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import load, run_script
 
-from common.chat import Chat
+from common.data.chat import Chat
 from common.errors import UserError
 
 script = load("chapter-02/generate.py")

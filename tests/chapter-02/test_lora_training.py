@@ -300,8 +300,8 @@ def test_a_step_that_was_skipped_leaves_nothing_behind():
 SCRIPT = """
 import sys, torch
 from safetensors.torch import save_file
+from common.ranks import full_tensor, is_main, shard, start_ranks, stop_ranks
 sys.path.insert(0, sys.argv[3])
-from common import distributed
 import lora, peft_files
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 
@@ -314,20 +314,20 @@ def make():
         initializer_range=0.2)))
 
 def main(out, adapters):
-    ranks, results = distributed.start("cpu"), {}
+    ranks, results = start_ranks("cpu"), {}
     # A bfloat16 base, and DoRA's m as it is: gathered in bfloat16 too, m/|V| would not be 1.
     model, cu = make().bfloat16(), torch.tensor([0, 10], dtype=torch.int32)
     model.compute_dtype = torch.bfloat16
     before = model(torch.arange(10), cu, 10, torch.arange(10))
     lora.apply_adapter(model, lora.AdapterConfig(method="dora", rank=3))
-    distributed.shard(model, ranks, None)
+    shard(model, ranks, None)
     assert torch.equal(model(torch.arange(10), cu, 10, torch.arange(10)), before)
 
     for method in ("lora-fa", "delta-lora", "vera", "dora", "pissa"):
         model = make()
         config = lora.AdapterConfig(method=method, rank=3, delta_start=1)
         lora.apply_adapter(model, config)
-        distributed.shard(model, ranks, torch.float32)
+        shard(model, ranks, torch.float32)
         optimizer = torch.optim.AdamW(lora.optimizer_groups(model, config, 1e-2, 0.1), eps=1e-3)
         packs = torch.randint(0, 32, (3, 2, 10), generator=torch.Generator().manual_seed(1))
         for step, both in enumerate(packs, 1):
@@ -337,20 +337,20 @@ def main(out, adapters):
             lora.before_step(model, config)
             for name, p in model.named_parameters():
                 if p.grad is not None:
-                    results[f"{method}.grad{step}.{name}"] = distributed.full_tensor(p.grad).clone()
+                    results[f"{method}.grad{step}.{name}"] = full_tensor(p.grad).clone()
             optimizer.step()
             lora.after_step(model, config, step)
             optimizer.zero_grad()
         for name, parameter in model.named_parameters():
-            results[f"{method}.{name}"] = distributed.full_tensor(parameter).clone()
+            results[f"{method}.{name}"] = full_tensor(parameter).clone()
         if method != "vera":
             for name, layer in lora.adapter_modules(model):
                 results[f"{method}.{name}.merged"] = lora.merged_weight(layer)
         if method != "delta-lora":
             peft_files.save_adapter(model, config, f"{adapters}/{method}", "base")
-    if ranks.main:
+    if is_main():
         save_file({name: tensor.contiguous() for name, tensor in results.items()}, out)
-    distributed.stop()
+    stop_ranks()
 
 main(sys.argv[1], sys.argv[2])
 """

@@ -9,9 +9,10 @@ import torch
 from helpers import GOLDENS, load, run_script
 from safetensors.torch import load_file
 
-from common import checkpoint, weights
-from common.chat import Chat
+from common import weights
+from common.data.chat import Chat
 from common.errors import UserError
+from common.files import checkpoint
 
 script = load("chapter-02/merge.py")
 generate = load("chapter-02/generate.py")

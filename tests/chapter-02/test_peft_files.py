@@ -10,8 +10,8 @@ from helpers import GOLDENS, load
 from safetensors.torch import load_file, save_file
 
 from common import weights
-from common.checkpoint import MARK
 from common.errors import UserError
+from common.files.checkpoint import MARK
 
 llama = load("chapter-02/modeling_llama.py")
 lora = load("chapter-02/lora.py")

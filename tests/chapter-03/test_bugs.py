@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import load
 
-bugs = load("chapter-03/bugs.py")
+bugs = load("chapter-03/profiling/bugs.py")
 STEPS = 4
 
 

@@ -8,7 +8,7 @@ import torch
 from ch3_models import pack_of
 from helpers import load
 
-ladder = load("chapter-03/ladder.py")
+ladder = load("chapter-03/profiling/ladder.py")
 compile_model = load("chapter-03/compiling.py").compile_model
 llama = load("chapter-03/modeling_llama.py")
 

@@ -16,11 +16,11 @@ from common import predict
 from common.errors import UserError
 from common.memory import LivePeak
 
-buckets = load("chapter-03/buckets.py")
-operators = load("chapter-03/operators.py")
-ceilings = load("chapter-03/ceilings.py")
-anatomy = load("chapter-03/anatomy.py")
-profile_step = load("chapter-03/profile_step.py")
+buckets = load("chapter-03/profiling/buckets.py")
+operators = load("chapter-03/profiling/operators.py")
+ceilings = load("chapter-03/profiling/ceilings.py")
+anatomy = load("chapter-03/profiling/anatomy.py")
+profile_step = load("chapter-03/profiling/profile_step.py")
 lora = load("chapter-03/lora.py")
 
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def test_snapshot_is_checked_without_being_read(content, message, tmp_path):
 # --- the script ---
 
 def test_script_leaves_what_it_says(tmp_path):
-    done = run_script("chapter-03/profile_step.py", "--model", "tiny", "--data", "virtual",
+    done = run_script("chapter-03/profiling/profile_step.py", "--model", "tiny", "--data", "virtual",
                       "--init", "random", "--device", "cpu", "--dtype", "float32",
                       "--batch-tokens", 256, "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""common/chat.py and what it rests on (parts, turns, masks, template, sandbox, tokenizer_files).
+"""common/data/chat.py and what it rests on (parts, turns, masks, template, sandbox, tokenizer_files).
 
 Goldens: what transformers renders, tokenises and, where the template marks {% generation %},
 masks (tests/goldens/make_chat.py). Everything else is worked out by hand below.
@@ -16,10 +16,10 @@ from helpers import GOLDENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors
 
-from common import masks, template, tokenizer_files
-from common.chat import Chat
+from common.data import masks, template, tokenizer as tokenizer_files
+from common.data.chat import Chat
+from common.data.template import Refused, Template
 from common.errors import UserError
-from common.template import Refused, Template
 
 FOLDERS = ("qwen3", "llama3")
 EXPECTED = {name: json.loads((GOLDENS / "chat" / name / "expected.json").read_text())["examples"]

@@ -15,10 +15,10 @@ import torch
 from faults import KILLED, broken_disk, damaged, disk_full, end_process, forked, sweep
 from safetensors.torch import load_file
 
-from common import checkpoint, commit, manifest
-from common.checkpoint import CheckpointError, step_folder, verify
 from common.errors import UserError
-from common.tensor_files import save_tensors
+from common.files import checkpoint, commit, manifest
+from common.files.checkpoint import CheckpointError, step_folder, verify
+from common.files.tensors import save_tensors
 
 
 def writer(value):
@@ -250,7 +250,7 @@ def test_unlisted_files_that_a_loader_would_read_are_refused(tmp_path):
     assert value_of(tmp_path / "final") == 1
     for name in ("extra.safetensors", "config.json", "x.jinja"):
         (tmp_path / "final" / name).write_text("{}")
-        with pytest.raises(CheckpointError, match=f"{name}: was not there.*common.checkpoint seal"):
+        with pytest.raises(CheckpointError, match=f"{name}: was not there.*common.files.checkpoint seal"):
             verify(tmp_path / "final")
         (tmp_path / "final" / name).unlink()
 
@@ -270,11 +270,11 @@ def test_foreign_folders_pass_and_ours_without_manifest_do_not(tmp_path):
 
 
 def command(*arguments):
-    """`python -m common.checkpoint ...`, in a fork: (exit code, what it printed)."""
+    """`python -m common.files.checkpoint ...`, in a fork: (exit code, what it printed)."""
     def action():
         sys.argv = ["checkpoint", *map(str, arguments)]
         warnings.simplefilter("ignore")  # that the module is imported already
-        runpy.run_module("common.checkpoint", run_name="__main__")
+        runpy.run_module("common.files.checkpoint", run_name="__main__")
     return forked(action)
 
 
@@ -284,7 +284,7 @@ def test_seal_after_an_edit_by_hand_keeps_what_the_manifest_said(tmp_path):
     (folder / "state.json").write_text('{"value": 1 }')
     code, text = command("verify", folder)
     assert code == 2 and text.startswith("error: ") and "state.json: has" in text, text
-    assert "python -m common.checkpoint seal" in text and text.count("\n") == 1
+    assert "python -m common.files.checkpoint seal" in text and text.count("\n") == 1
     assert command("seal", folder) == (0, f"{folder}: 3 files sealed\n")
     assert value_of(folder) == 1
     assert command("verify", folder) == (0, f"{folder}: 3 files, all as written\n")

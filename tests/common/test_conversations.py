@@ -13,9 +13,9 @@ import re
 import pytest
 from helpers import GOLDENS
 
-from common import formats
-from common.chat import Chat
-from common.template import Refused
+from common.data import formats
+from common.data.chat import Chat
+from common.data.template import Refused
 
 GOLDEN = json.loads((GOLDENS / "conversations.json").read_text(encoding="utf-8"))
 CONVERSATIONS, TEMPLATES = GOLDEN["conversations"], list(GOLDEN["templates"])

@@ -1,4 +1,4 @@
-"""common/datasets.py and common/readers.py: formats by their keys, and every kind of bad file."""
+"""common/data/datasets.py and common/data/readers.py: formats by their keys, and every kind of bad file."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from common import readers
-from common.datasets import parse_columns, read_records
+from common.data import readers
+from common.data.datasets import parse_columns, read_records
 from common.errors import UserError
 
 

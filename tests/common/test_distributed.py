@@ -10,8 +10,9 @@ import torch
 from helpers import ROOT
 from safetensors.torch import load_file
 
-from common import distributed
 from common.errors import UserError
+from common.ranks import (
+    all_sum, any_rank, barrier, copy_into, full_tensor, is_main, shard, start_ranks, stop_ranks)
 
 # A decoder reduced to what sharding can get wrong: tied embeddings with a vocabulary that no
 # world size divides, layers, frozen weights beside trainable ones, parameters with fewer rows
@@ -21,7 +22,8 @@ import sys, torch
 from torch import nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from common import distributed
+from common.ranks import (
+    all_sum, any_rank, barrier, copy_into, full_tensor, is_main, shard, start_ranks, stop_ranks)
 
 V, D, RANK = 17, 6, 2
 
@@ -63,7 +65,7 @@ class Model(nn.Module):
 def train(ranks, adapters, dtype):
     torch.manual_seed(7 + 100 * ranks.rank)    # wrong on purpose: shard() must make them equal
     model = Model(adapters)
-    distributed.shard(model, ranks, dtype)
+    shard(model, ranks, dtype)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
     generator, results = torch.Generator().manual_seed(0), {}
@@ -75,27 +77,27 @@ def train(ranks, adapters, dtype):
             labels[labelled:] = -100
             packs.append((ids, labels))
         mine = packs[ranks.rank::ranks.world_size]
-        tokens = distributed.all_sum(torch.tensor(float(sum((l >= 0).sum() for _, l in mine))))
+        tokens = all_sum(torch.tensor(float(sum((l >= 0).sum() for _, l in mine))))
         loss = torch.zeros((), dtype=torch.float64)
         for ids, labels in mine:
             part = F.cross_entropy(model(ids).float(), labels, reduction="sum") / tokens
             part.backward()
             loss += part.detach()
-        results[f"loss.{step}"] = distributed.all_sum(loss)
+        results[f"loss.{step}"] = all_sum(loss)
         for name, parameter in trainable.items():
             assert parameter.grad.dtype == parameter.dtype == torch.float32
-            results[f"grad.{step}.{name}"] = distributed.full_tensor(parameter.grad).clone()
+            results[f"grad.{step}.{name}"] = full_tensor(parameter.grad).clone()
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 0.3)
-        results[f"norm.{step}"] = distributed.full_tensor(norm)
+        results[f"norm.{step}"] = full_tensor(norm)
         optimizer.step()
         optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
     for name, parameter in model.named_parameters():
-        results[f"weight.{name}"] = distributed.full_tensor(parameter).clone()
+        results[f"weight.{name}"] = full_tensor(parameter).clone()
     return model, results
 
 def main(out):
-    ranks = distributed.start("cpu")
+    ranks = start_ranks("cpu")
     every = {}
     for name, adapters, dtype in (("dense", False, torch.float32), ("lora", True, torch.float32),
                                   ("dense-bf16", False, torch.bfloat16)):
@@ -105,25 +107,25 @@ def main(out):
     for name, parameter in model.named_parameters():
         whole = torch.randn(parameter.shape, dtype=torch.float64,
                             generator=torch.Generator().manual_seed(3))
-        distributed.copy_into(parameter, whole)
-        assert torch.equal(distributed.full_tensor(parameter), whole.float()), name
+        copy_into(parameter, whole)
+        assert torch.equal(full_tensor(parameter), whole.float()), name
         if ranks.world_size > 1:
             assert parameter.to_local().numel() < whole.numel(), name
     for layer in model.model.layers:      # buffers: equal everywhere, whole
         packed = layer.packed.to(torch.int64)
-        assert torch.equal(distributed.all_sum(packed.clone()), packed * ranks.world_size)
-    assert distributed.any_rank(ranks.rank == ranks.world_size - 1) is True
-    assert distributed.any_rank(False) is False
-    distributed.barrier()
-    if ranks.main:
+        assert torch.equal(all_sum(packed.clone()), packed * ranks.world_size)
+    assert any_rank(ranks.rank == ranks.world_size - 1) is True
+    assert any_rank(False) is False
+    barrier()
+    if is_main():
         save_file({k: v.contiguous() for k, v in every.items()}, out)
-    distributed.stop()
+    stop_ranks()
 
 main(sys.argv[1])
 """
 
 
-def start_ranks(script, world, *arguments):
+def ranks_of(script, world, *arguments):
     """Start `script` as `world` ranks without torchrun, which would kill a dead rank's peers."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -153,7 +155,7 @@ def results(tmp_path_factory):
         start_process(script, out[1]),
         start_process("-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend",
                       "c10d", "--rdzv-endpoint", "localhost:0", script, out[2]),
-        *start_ranks(script, 3, out[3])]
+        *ranks_of(script, 3, out[3])]
     for process in processes:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
@@ -202,15 +204,15 @@ def test_a_lost_rank_ends_the_others(tmp_path, fate):
     script = tmp_path / "script.py"
     script.write_text(f"""
 import os, time, torch
-from common import distributed
-ranks = distributed.start("cpu", timeout_seconds=4)
-distributed.barrier()
-if not ranks.main:
+from common.ranks import all_sum, barrier, is_main, start_ranks
+ranks = start_ranks("cpu", timeout_seconds=4)
+barrier()
+if not is_main():
     {fate}
     os._exit(0)
-distributed.all_sum(torch.ones(1))
+all_sum(torch.ones(1))
 """)
-    processes = start_ranks(script, 2)
+    processes = ranks_of(script, 2)
     try:
         text = processes[0].communicate(timeout=60)[0]
     finally:
@@ -223,22 +225,22 @@ distributed.all_sum(torch.ones(1))
 
 def test_single_process_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = distributed.start("cpu")
-    assert (ranks.rank, ranks.world_size, ranks.main) == (0, 1, True)
+    ranks = start_ranks("cpu")
+    assert (ranks.rank, ranks.world_size, is_main()) == (0, 1, True)
     assert not torch.distributed.is_initialized()
     model = torch.nn.Linear(3, 2)
-    distributed.shard(model, ranks, torch.float32)
+    shard(model, ranks, torch.float32)
     assert type(model.weight) is torch.nn.Parameter
     value = torch.randn(2, 3, dtype=torch.float64)
-    distributed.copy_into(model.weight, value)
-    assert torch.equal(distributed.full_tensor(model.weight), value.float())
+    copy_into(model.weight, value)
+    assert torch.equal(full_tensor(model.weight), value.float())
     with pytest.raises(ValueError, match="cannot copy"):
-        distributed.copy_into(model.weight, value[:1])
+        copy_into(model.weight, value[:1])
     count = torch.tensor(3)
-    assert distributed.all_sum(count) is count and count == 3
-    assert distributed.any_rank(True) is True and distributed.any_rank(False) is False
-    distributed.barrier()
-    distributed.stop()
+    assert all_sum(count) is count and count == 3
+    assert any_rank(True) is True and any_rank(False) is False
+    barrier()
+    stop_ranks()
 
 
 @pytest.mark.parametrize("environment, device, words", [
@@ -254,4 +256,4 @@ def test_bad_environment_is_one_clear_line(monkeypatch, environment, device, wor
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        distributed.start(device)
+        start_ranks(device)

@@ -1,4 +1,4 @@
-"""common/encode.py and common/cache.py: documents, what is left out, and what is kept."""
+"""common/data/encode.py and common/data/cache.py: documents, what is left out, and what is kept."""
 
 import json
 import os
@@ -12,10 +12,10 @@ import pytest
 import torch
 from helpers import GOLDENS
 
-from common import cache, encode
-from common.chat import Chat
-from common.datasets import read_records
-from common.encode import Encoded, cached, show_example, split, virtual
+from common.data import cache, encode
+from common.data.chat import Chat
+from common.data.datasets import read_records
+from common.data.encode import Encoded, cached, show_example, split, virtual
 from common.errors import UserError
 
 

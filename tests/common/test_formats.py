@@ -1,10 +1,10 @@
-"""common/formats.py: what a record says is honoured, refused or named, whoever spelled it how."""
+"""common/data/formats.py: what a record says is honoured, refused or named, whoever spelled it how."""
 
 import pytest
 
+from common.data.formats import columns_to_read, convert
+from common.data.template import Refused
 from common.errors import UserError
-from common.formats import columns_to_read, convert
-from common.template import Refused
 
 USER, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Rome"}}}

@@ -1,6 +1,8 @@
 """Names to files, and each way in which the Hub says no, without a network."""
 
+import contextlib
 import errno
+import io
 import sys
 from types import SimpleNamespace
 
@@ -9,9 +11,10 @@ import pytest
 from checks import refused
 from huggingface_hub import constants, errors
 
-from common import hub, splits
+from common import hub
+from common.data import splits
 from common.errors import UserError
-from common.model_config import read_config
+from common.files.config import read_config
 
 TINY = "--model tiny --data tiny"
 
@@ -172,9 +175,9 @@ def fill(folder, *names):
 
 def chosen(name, **options):
     """The names of the files below the current folder, and what was said."""
-    said = []
-    paths = hub.resolve_data(name, said.append, **options)
-    return [str(path) for path in paths], said
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        paths = hub.resolve_data(name, **options)
+    return [str(path) for path in paths], said.getvalue().splitlines()
 
 
 def downloads(answer):
@@ -422,7 +425,7 @@ def test_a_data_set_without_one_obvious_split(answer, files, part, parts):
     (["train.json", "x.json"], ["train.json"]), (["x.json"], ["x.json"])])
 def test_what_is_held_out_is_the_part_that_is_named_so(answer, files, expected):
     answer.files, answer.value = files, "x"
-    hub.resolve_data("a/b", lambda text: None, "--eval-data")
+    hub.resolve_data("a/b", "--eval-data")
     assert downloads(answer) == expected
     answer.files = [*GSM8K, "validation.json"]
     with refused("main/test, socratic/test, validation: name one, as in --eval-data a/b:"):

@@ -9,11 +9,13 @@ import pytest
 import torch
 from helpers import ROOT
 
-from common import cli
+from common.options import choose_device
+
 
 LARGE = """
 import resource, torch
 from common import memory
+from common.options import choose_device
 memory.keep_freed("{device}")
 for n in range(30):
     if n == 20:  # the heap has found its form
@@ -43,6 +45,6 @@ def test_on_cuda_blocks_may_grow_unless_the_user_has_said_otherwise(already, mon
     for name in names:
         monkeypatch.setenv(name, already.get(name, ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cli.choose_device("auto").type == "cuda"
+    assert choose_device("auto").type == "cuda"
     expected = already or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert {name: os.environ[name] for name in names if os.environ[name]} == expected

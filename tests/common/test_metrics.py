@@ -67,8 +67,10 @@ def test_the_screen_has_aligned_lines_and_the_columns_once(tmp_path, capsys, mon
     assert printed[6].split()[-3:] == ["-", "-", "0:00"]
 
 
-def test_quiet_ranks_write_nothing(tmp_path, capsys):
-    report = Metrics(tmp_path, 10, tensorboard=True, quiet=True)
+def test_quiet_ranks_write_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    report = Metrics(tmp_path, 10, tensorboard=True)
     log(report, 1, 2)
     report.log_eval(2, eval_loss=1.0)
     report.sync()

@@ -315,7 +315,7 @@ def test_savings_of_checkpointing_chunked_loss_and_ranks():
 def gpu_run(chapter, **options):
     """(options of a run of Qwen3-0.6B on a GPU, the model's shapes, the chunk of the loss)."""
     train = load(f"chapter-0{chapter}/train.py")
-    kind = train.Options if chapter > 1 else train.cli.Options
+    kind = train.Options if chapter > 1 else train.TrainOptions
     run = kind(dtype="bfloat16", device="cuda", init="pretrained", **options)
     if chapter == 1:
         return run, built_in("qwen3-0.6b", 1), None
@@ -341,9 +341,9 @@ def a_card_of(gigabytes, monkeypatch):
     (3, {"method": "full", "quantize": "none", "compile": True}, (2048, 4096, 16384, 16384)),
     (3, {"method": "full", "quantize": "none", "activation_checkpointing": "full"}, (16384,) * 4),
     (3, {"grad_accum": 3}, (4096, 8192, 16384, 16384))], ids=str)
-def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypatch):
+def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypatch, capsys):
     for gigabytes, expected in zip((16, 24, 40, 80), tokens, strict=True):
-        total, said = a_card_of(gigabytes, monkeypatch), []
+        total = a_card_of(gigabytes, monkeypatch)
         run, model, chunk = gpu_run(chapter, **options)
         accumulate = run.grad_accum
         if not expected:
@@ -351,10 +351,10 @@ def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypat
                          "--activation-checkpointing full"):
                 predict.fit_batch(run, model, chunk)
             continue
-        predict.fit_batch(run, model, chunk, said.append)
+        predict.fit_batch(run, model, chunk)
         assert run.batch_tokens == expected
         assert run.batch_tokens * run.grad_accum == 16384 * accumulate
-        assert f"--batch-tokens {expected} --grad-accum {run.grad_accum}: pred" in said[0]
+        assert f"--batch-tokens {expected} --grad-accum {run.grad_accum}: pred" in capsys.readouterr().out
         for larger in (1, 2):
             peak = sum(predict_memory.memory(
                 model, larger * expected, torch.bfloat16, chunk=chunk, kernel_joins=True,
@@ -385,14 +385,15 @@ def test_the_start_of_a_run_on_a_gpu_says_what_fits(chapter, typed, said, monkey
         assert f"\n{said}\n" in printed and f"with {said.split()[1]} tokens in a pack" in printed
 
 
-def test_what_was_typed_and_long_documents_are_left_alone(monkeypatch):
+def test_what_was_typed_and_long_documents_are_left_alone(monkeypatch, capsys):
     a_card_of(24, monkeypatch)
     run, model, _ = gpu_run(1, batch_tokens=16384, grad_accum=2)
-    predict.fit_batch(run, model, say=pytest.fail)
+    predict.fit_batch(run, model)
+    assert capsys.readouterr().out == ""
     assert (run.batch_tokens, run.grad_accum) == (16384, 2)
     # Documents of 5,000 tokens may come: a pack of 4,096 would cut them.
     run, model, chunk = gpu_run(3, max_seq_len=5000)
-    predict.fit_batch(run, model, chunk, lambda text: None)
+    predict.fit_batch(run, model, chunk)
     assert run.batch_tokens == 8192
     a_card_of(16, monkeypatch)
     run, model, chunk = gpu_run(3, max_seq_len=5000)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from helpers import GOLDENS, ROOT
 
-from common import cli, encode, hub, prepare
-from common.chat import Chat
+from common import hub, prepare
+from common.data import encode
+from common.data.chat import Chat
 from common.errors import UserError
-from common.model_config import read_config
+from common.files.config import read_config
+from common.options import TrainOptions
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -31,7 +33,7 @@ def load(folder, rows, template=None, **options):
         options["chat_template"] = str(folder / "t.jinja")
     source = options.pop("source", ROOT / "common" / "tiny")
     config = type("Config", (), read_config(ROOT / "common" / "tiny"))
-    return prepare.load(cli.Options(**{"data": [str(data)], "eval_data": str(data),
+    return prepare.load(TrainOptions(**{"data": [str(data)], "eval_data": str(data),
                                        "batch_tokens": 512, **options}), source, config, "new")
 
 
@@ -121,9 +123,9 @@ def test_an_answer_that_goes_on_is_not_the_right_one(tmp_path):
     assert prepare.exact_match(results) == {"exact_match_held-out": 0}
 
 
-def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_path):
+def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_path, capsys):
     rows = [row("first " + "word " * 40 + "\nlast", "yes\nand no"), row("b", "c")]
-    data, lines = load(tmp_path, rows), []
+    data = load(tmp_path, rows)
     answers = [data.quizzes["held-out"][0].expected, data.chat.encode_prompt("x")]
 
     def generate(model, prompts, longest, stops):
@@ -131,7 +133,9 @@ def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_
         return answers
 
     results = prepare.ask(data, torch.nn.Linear(1, 1), generate)
-    prepare.show_answers(data, results, "before", lambda text: lines.extend(text.splitlines()))
+    capsys.readouterr()
+    prepare.show_answers(data, results, "before")
+    lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["", "held-out, before training"]
     assert lines[2].startswith("    first word word") and lines[2].endswith("…")
     assert lines[3:] == ["      yes and no", "    b", "      x", "      (expected: c)"]

@@ -1,4 +1,4 @@
-"""common/readers.py: the same values from every kind of file, and one line for a bad one."""
+"""common/data/readers.py: the same values from every kind of file, and one line for a bad one."""
 
 import bz2
 import datetime
@@ -13,7 +13,7 @@ import pytest
 from checks import refused
 from helpers import ROOT
 
-from common import readers
+from common.data import readers
 from common.errors import UserError
 
 ROWS = [{"prompt": "q, with a comma", "completion": 'a "quoted"\nanswer'},
@@ -353,7 +353,7 @@ def test_tables_as_spreadsheets_write_them(tmp_path, text):
 
 READ = r"""
 import re, sys
-from common import readers
+from common.data import readers
 peak = lambda: int(re.search("VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) // 1024
 import pyarrow.parquet
 before = peak()

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 from tokenizers import Tokenizer
 
-from common.chat import Chat
+from common.data.chat import Chat
 from common.tiny import make_tokenizer, skills
 
 TINY = ROOT / "common" / "tiny"

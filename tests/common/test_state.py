@@ -12,9 +12,9 @@ from helpers import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common import checkpoint, state
-from common.checkpoint import CheckpointError, load_state, save_state
 from common.errors import UserError
+from common.files import checkpoint, state
+from common.files.checkpoint import CheckpointError, load_state, save_state
 
 
 def network(seed=0, width=6):
@@ -249,8 +249,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from faults import Faults, disk_full
-from common import checkpoint, distributed, state
 from common.errors import UserError
+from common.files import checkpoint, state
+from common.ranks import all_sum, barrier, copy_into, is_main, shard, start_ranks, stop_ranks
 
 def build(kind, ranks=None):
     torch.manual_seed(0)
@@ -263,7 +264,7 @@ def build(kind, ranks=None):
         model.head.requires_grad_(False)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
     if ranks:
-        distributed.shard(model, ranks, torch.float32)
+        shard(model, ranks, torch.float32)
     chosen = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(chosen, lr=1e-2), names
 
@@ -272,7 +273,7 @@ def save(run, kind, ranks):
     generator = torch.Generator().manual_seed(1)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
-        distributed.copy_into(parameter.grad, torch.randn(parameter.shape, generator=generator))
+        copy_into(parameter.grad, torch.randn(parameter.shape, generator=generator))
     optimizer.step()
     torch.manual_seed(100 + ranks.rank)
     write = lambda tmp: checkpoint.save_state(tmp, model, optimizer, {"step": 1}, names)
@@ -281,7 +282,7 @@ def save(run, kind, ranks):
     second = checkpoint.step_folder(run, 2)
     whole = state.save_tensors  # now a shard for each tensor: others are to gather still
     state.save_tensors = functools.partial(whole, max_shard_bytes=1)
-    with Faults(6 if ranks.main else None, disk_full):  # no rank may wait for rank 0
+    with Faults(6 if is_main() else None, disk_full):  # no rank may wait for rank 0
         try:
             checkpoint.commit(second, write)
             raise SystemExit("no error")
@@ -291,12 +292,12 @@ def save(run, kind, ranks):
     checkpoint.commit(second, write)
     checkpoint.prune(run, keep=1, best=checkpoint.step_folder(run, 1))
     assert checkpoint.latest(run) == second
-    distributed.barrier()
-    if ranks.main:
+    barrier()
+    if is_main():
         (second / "state.json").unlink()
     load(run, kind, ranks)
     assert torch.equal(torch.rand(1), after) and not torch.equal(
-        distributed.all_sum(after.clone()), 2 * after), "each rank has its own random numbers"
+        all_sum(after.clone()), 2 * after), "each rank has its own random numbers"
 
 def load(run, kind, ranks):
     model, optimizer, names = build(kind, ranks)
@@ -312,10 +313,10 @@ def load(run, kind, ranks):
     torch.set_rng_state(state)
 
 if __name__ == "__main__":
-    ranks = distributed.start("cpu")
+    ranks = start_ranks("cpu")
     for kind in ("dense", "adapters"):
         {"save": save, "load": load}[sys.argv[1]](Path(kind), kind, ranks)
-    distributed.stop()
+    stop_ranks()
 """
 
 

@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from common import tensor_files, weights
+from common import weights
 from common.errors import UserError
+from common.files import tensors as tensor_files
 from common.hub import ARCHITECTURES, COMMON
 
 MODELS = GOLDENS / "models"
@@ -566,8 +567,8 @@ def test_saving_holds_one_shard_at_a_time(tmp_path):
 
 
 def test_only_one_rank_writes_and_the_others_still_gather(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "is_writer", lambda: False)
-    monkeypatch.setattr(weights, "is_writer", lambda: False)
+    monkeypatch.setattr(tensor_files, "is_main", lambda: False)
+    monkeypatch.setattr(weights, "is_main", lambda: False)
     gathered = []
     monkeypatch.setattr(
         weights, "full_tensor", lambda tensor: gathered.append(tensor) or tensor.detach())

@@ -51,21 +51,21 @@ BUGS = [
         (PACKING, "torch.cat([F.pad(labels[1:], (0, 1), value=IGNORE) for _, labels in examples])",
          "F.pad(torch.cat([labels for _, labels in examples])[1:], (0, 1), value=IGNORE)")]),
     (8, "the mask is dropped", [
-        ("common/encode.py", "return input_ids, torch.where(trained, input_ids, IGNORE)",
+        ("common/data/encode.py", "return input_ids, torch.where(trained, input_ids, IGNORE)",
          "return input_ids, input_ids")]),
     (9, "the mean of no losses", [(CH1, 'reduction="sum"', 'reduction="mean"')]),
     (9, "a step without targets is divided by 0", [
         (CH1, "pack, device)) / max(1, targets)", "pack, device)) / torch.tensor(targets)")]),
     (9, "examples with nothing to train on are kept", [
-        ("common/encode.py", "if trained[start + 1:end].any():", "if end > start:")]),
+        ("common/data/encode.py", "if trained[start + 1:end].any():", "if end > start:")]),
     (10, "what is cut before the answer is kept", [
-        ("common/encode.py", "if trained[start + 1:end].any():", "if end > start + 1:")]),
-    (10, "nothing is cut", [("common/encode.py", "if length <= max_length:", "if length:")]),
+        ("common/data/encode.py", "if trained[start + 1:end].any():", "if end > start + 1:")]),
+    (10, "nothing is cut", [("common/data/encode.py", "if length <= max_length:", "if length:")]),
     (11, "the tokenizer adds a second BOS", [
-        ("common/chat.py", "self.tokenise([layout.text], layout.whole)",
+        ("common/data/chat.py", "self.tokenise([layout.text], layout.whole)",
          "self.tokenise([layout.text], True)")]),
     (11, "the end of the turn is not trained", [
-        ("common/masks.py",
+        ("common/data/masks.py",
          "span[1] = stop.end() + len(rest) * text.startswith(rest, stop.end())", "pass")]),
     (12, "the schedule begins anew", [
         (CH1, "lr = learning_rate(step, total_steps, options)",
@@ -74,53 +74,53 @@ BUGS = [
         (CH1, "state = checkpoint.load_state(saved, model, optimizer)",
          'state = checkpoint.load_state(saved, model, optimizer) | {"next_pack": 0}')]),
     (14, "rows are cut rounding down", [
-        ("common/distributed.py", "rows = -(-tensor.shape[0] // mesh.size())",
+        ("common/ranks.py", "rows = -(-tensor.shape[0] // mesh.size())",
          "rows = tensor.shape[0] // mesh.size()"),
-        ("common/distributed.py", "parameter.to_local().copy_(tensor[first:first + rows])",
+        ("common/ranks.py", "parameter.to_local().copy_(tensor[first:first + rows])",
          "parameter.to_local()[:rows].copy_(tensor[first:first + rows])")]),
     (15, "the moments are not loaded, and nobody looks", [
-        ("common/state.py",
+        ("common/files/state.py",
          "optimizer.state[parameter][entry] = _as_kept(parameter, group, entry, tensor)", "pass"),
-        ("common/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
+        ("common/files/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
     (15, "the moments are zeros", [
-        ("common/state.py", "copy_into(moment, tensor)", "pass"),
-        ("common/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
+        ("common/files/state.py", "copy_into(moment, tensor)", "pass"),
+        ("common/files/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
     (16, "the right place in another shuffle", [
         (CH1, "state = checkpoint.load_state(saved, model, optimizer)",
          "state = checkpoint.load_state(saved, model, optimizer)\n            sampler.seed += 1")]),
     (17, "another number of ranks drops the moments", [
-        ("common/state.py", "copy_into(moment, tensor)",
+        ("common/files/state.py", "copy_into(moment, tensor)",
          "copy_into(moment, tensor * (_place()[1] == 2))"),
-        ("common/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
+        ("common/files/state.py", "    _check_moments(folder, _moments(model, optimizer)[0])\n", "")]),
     (17, "nobody counts the packs of a step", [
-        ("common/presets.py", "if packs_before != packs_now:", "if False:")],
+        ("common/options.py", "if packs_before != packs_now:", "if False:")],
      "test_scale_out.py::test_another_number_of_packs_a_step_is_refused"),
     (18, "written under its name at once, and believed", [
-        ("common/commit.py", "together(lambda: write(tmp))",
+        ("common/files/commit.py", "together(lambda: write(tmp))",
          "together(lambda: (os.rename(tmp, folder), write(folder)))"),
-        ("common/commit.py", "paths = sorted(path for path in tmp",
+        ("common/files/commit.py", "paths = sorted(path for path in tmp",
          "tmp = folder\n    paths = sorted(path for path in tmp"),
-        ("common/commit.py", "    if not folder.exists():\n        os.rename(tmp, folder)\n"
+        ("common/files/commit.py", "    if not folder.exists():\n        os.rename(tmp, folder)\n"
          "    elif not _exchange", "    if folder is not tmp and not _exchange"),
-        ("common/commit.py", "    if tmp.exists():  # what `folder` was before\n"
+        ("common/files/commit.py", "    if tmp.exists():  # what `folder` was before\n"
          "        remove(tmp)\n", ""),
-        ("common/checkpoint.py", "        if verify(folder):\n            return True\n",
+        ("common/files/checkpoint.py", "        if verify(folder):\n            return True\n",
          "        return True\n")]),
     (18, "the last evaluation is forgotten on a resume", [
         (CH1, "state = checkpoint.load_state(saved, model, optimizer)",
          'state = checkpoint.load_state(saved, model, optimizer) | {"eval_loss": None}')],
      "test_kill.py::test_a_run_killed_after_its_last_checkpoint_logs_what_it_would_have[01]"),
     (19, "half a checkpoint stays behind", [
-        ("common/commit.py", "if tmp.is_dir() and _is_ours(tmp):", "if False:")]),
+        ("common/files/commit.py", "if tmp.is_dir() and _is_ours(tmp):", "if False:")]),
     (19, "the old one goes before the new one is written", [
         ("common/runs.py", "    checkpoint.commit(\n        folder,\n",
          "    checkpoint.remove(checkpoint.latest(run) or folder)\n"
          "    checkpoint.commit(\n        folder,\n")]),
     (19, "nothing is said of the space needed", [
-        ("common/commit.py", "if number in FULL:", "if False:")]),
-    (20, "what does not fit is left as it is", [("common/state.py", "if problems:", "if False:")]),
+        ("common/files/commit.py", "if number in FULL:", "if False:")]),
+    (20, "what does not fit is left as it is", [("common/files/state.py", "if problems:", "if False:")]),
     (20, "_orig_mod. stays in the names", [
-        ("common/state.py", 'for wrapper in ("_orig_mod.", "_ch', 'for wrapper in ("_ch')],
+        ("common/files/state.py", 'for wrapper in ("_orig_mod.", "_ch', 'for wrapper in ("_ch')],
      STATE + "test_row_20_compiled_modules_keep_their_names"),
     (21, "the file holds zeros for lora_B", [
         ("chapter-02/peft_files.py", "yield _key(name, attribute), tensor",
@@ -143,13 +143,13 @@ BUGS = [
     (24, "the merged weight is not kept", [
         ("chapter-02/merge.py", "module.base.weight.copy_(merged)\n", "pass\n")]),
     (25, "any name is followed", [
-        ("common/tensor_files.py",
+        ("common/files/tensors.py",
          'if name in ("", ".", "..") or "/" in name', 'if "/" in name and False')]),
     (25, "a link is followed", [
-        ("common/tensor_files.py",
+        ("common/files/tensors.py",
          "if not any(file.resolve().is_relative_to(home) for home in homes):", "if False:")]),
     (26, "ids are not looked at", [
-        ("common/encode.py",
+        ("common/data/encode.py",
          "if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:",
          "if False:")]),
     (27, "chapter 1 adds up in bfloat16", [

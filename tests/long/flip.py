@@ -27,8 +27,8 @@ from faults import damaged
 from helpers import load
 
 import small_runs
-from common import checkpoint
 from common.errors import UserError
+from common.files import checkpoint
 
 RESUMED = 60  # of so many damaged checkpoints, one is also resumed from, to the end of the run
 

@@ -32,8 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from fuzz_readers import TARGETS
 
-from common import cli
-from common.errors import UserError
+from common.errors import UserError, show_any_text
 
 SECONDS, MEMORY = 5.0, 2**30
 CHUNK = 1000  # inputs to a process
@@ -205,7 +204,7 @@ def _work(target, place, indices, seed, progress, report):
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
     torch.set_num_threads(1)  # those of the process that forked are not here
-    cli.show_any_text()
+    show_any_text()
     names = target.prepare(place)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for index in indices:

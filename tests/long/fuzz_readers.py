@@ -12,10 +12,12 @@ import small_runs
 import torch
 from helpers import GOLDENS, ROOT, load
 
-from common import (
-    cache, checkpoint, cli, datasets, encode, hub, manifest, metrics, presets, state, weights)
-from common.chat import Chat
+from common import hub, metrics, weights
+from common.data import cache, datasets, encode
+from common.data.chat import Chat
 from common.errors import UserError, named
+from common.files import checkpoint, manifest, state
+from common.options import TrainOptions, parse, save_options
 
 CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
 PEFT, NF4 = load("chapter-02/peft_files.py"), load("chapter-03/bnb_files.py")
@@ -251,10 +253,10 @@ def prepare_run(folder):
     for step in (2, 4):
         checkpoint.commit(checkpoint.step_folder(folder, step), lambda tmp: state.save_state(
             tmp, model, optimizer, values), {"step": step})
-    options = presets.parse(cli.Options, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL,
+    options = parse(TrainOptions, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL,
                             ["--model", "tiny", "--data", "tiny", "--device", "cpu"])
-    presets.save(options, "01", folder, SimpleNamespace(digest=lambda: "0" * 64))
-    report = metrics.Metrics(folder, 10, quiet=False)
+    save_options(options, "01", folder, SimpleNamespace(digest=lambda: "0" * 64))
+    report = metrics.Metrics(folder, 10)
     for step in range(1, 6):
         report.log_step(step, 1.0, 1e-3, 1.0, 10, 0.5)
     report.log_eval(2, eval_loss=1.0)
@@ -266,7 +268,7 @@ def prepare_run(folder):
 
 def read_run(folder, names):
     def parse(*arguments):
-        return presets.parse(cli.Options, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
+        return parse(TrainOptions, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
 
     readers = {
         "train_config.json": lambda: parse("--resume", str(folder)),

@@ -4,7 +4,7 @@ import os
 import re
 from typing import NamedTuple
 
-from common.template import Refused
+from common.data.template import Refused
 
 USER, WORD = {"role": "user", "content": "?"}, "Yes."
 CALL = {"role": "assistant", "content": "", "tool_calls": [{

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from common.errors import UserError, writing
+from common.files.json_files import read_json
 
 # Checked here, where the file and key can be named; what a model needs, its own config checks.
 _WHOLE = (
@@ -18,7 +19,6 @@ _REAL = ("rms_norm_eps", "initializer_range")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _TEXTS = ("model_type", "hidden_act")
 MOST_LAYERS = 1000
-LARGEST = 2**25  # bytes of a JSON file; the index of a model of 700 billion parameters has 9 MB
 # What an absent key means by model_type, as in transformers.
 _POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 _KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # at most all; Llama: all
@@ -60,28 +60,6 @@ def write_config(config, path, dtype):
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with writing(file):
         file.write_text(text, encoding="utf-8")
-
-
-def read_json(file):
-    """The JSON object in `file` as a dict, with or without a byte-order mark before it.
-
-    Anything else is a UserError that says where.
-    """
-    try:
-        if Path(file).exists() and not Path(file).is_file():  # say, a link to a device
-            raise UserError(f"{file}: not a regular file")
-        if Path(file).stat().st_size > LARGEST:
-            raise UserError(f"{file}: larger than {LARGEST >> 20} MiB; is it the right file?")
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8; numbers, nesting beyond all limits
-        raise UserError(f"{file}: not valid JSON: {error}") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def _normalise(config, file):

@@ -10,9 +10,9 @@ import re
 
 import numpy as np
 
-from common.parts import OWN
-from common.sandbox import CLOSED, OPENED
-from common.template import Refused
+from common.data.parts import OWN
+from common.data.sandbox import CLOSED, OPENED
+from common.data.template import Refused
 
 
 def take_marks(text):

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import cache
+from common.data import cache
+from common.data.parts import LeftOut
+from common.data.template import Refused, bounded_memory
 from common.errors import UserError
-from common.parts import LeftOut
-from common.template import Refused, bounded_memory
+from common.ranks import is_main, say
 
 IGNORE = -100  # the label of a token that is not trained
 CHUNK, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at once
@@ -57,7 +58,7 @@ class Encoded:
 
 def encode(records, chat, max_length, too_long="truncate", vocab_size=None, title="data",
            strict=False):
-    """Tokenise `records` (see common/datasets.py) into an `Encoded`, saying what was left out.
+    """Tokenise `records` (see common/data/datasets.py) into an `Encoded`, saying what was left out.
 
     A conversation longer than `max_length` tokens is cut, dropped or an error, as `too_long` says.
     A text is cut into consecutive documents, each of which begins with the last token of the one
@@ -123,7 +124,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
         tokens = np.memmap(token_file, np.int32, "r", shape=(offsets[-1],))
         trained = np.memmap(trained_file, bool, "r", shape=(offsets[-1],))
     origins, digests = np.array(origins, np.int64), np.array(digests, np.int64)
-    return _say(Encoded(tokens, trained, offsets, origins, digests, notes=notes), title)
+    return _announce(Encoded(tokens, trained, offsets, origins, digests, notes=notes), title)
 
 
 def _chunks(records):
@@ -131,7 +132,7 @@ def _chunks(records):
     size = getattr(records, "size", None)  # files know how many bytes they have
     chunk, characters = [], 0
     with tqdm(total=size, unit="B" if size else " documents", unit_scale=True, desc="tokenising",
-              delay=2, leave=False, disable=None if _first_rank() else True) as bar:
+              delay=2, leave=False, disable=None if is_main() else True) as bar:
         for number, record in enumerate(records):
             chunk.append((number, record))
             texts = record.get("messages", [record])
@@ -206,23 +207,13 @@ def _documents(where, record, length, max_length, too_long, skip):
 def cached(make, key, files=(), title="data"):
     """`make()`, an `Encoded`, or what an earlier call with the same `key` and `files` made.
 
-    `key` is anything that JSON can write; of the files, the content counts. See common/cache.py.
+    `key` is anything that JSON can write; of the files, the content counts. See common/data/cache.py.
     """
     encoded, earlier = cache.cached(make, key, files, Encoded)
-    return _say(encoded, title) if earlier else encoded
+    return _announce(encoded, title) if earlier else encoded
 
 
-def _first_rank():
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text):
-    """Print it, on the first rank only."""
-    if _first_rank():
-        print(text, flush=True)
-
-
-def _say(encoded, title):
+def _announce(encoded, title):
     """Print how much there is to train on, and what was left out; returns its argument."""
     say(f"{title}: {len(encoded):,} documents, {len(encoded.tokens):,} tokens, "
         f"{np.mean(encoded.trained):.0%} of them trained on")

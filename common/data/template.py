@@ -1,6 +1,6 @@
 """A checkpoint's chat template: Jinja, rendered as transformers renders it, within bounds.
 
-A template is a program that came with a download. It runs in `common/sandbox.py`; its output is
+A template is a program that came with a download. It runs in `common/data/sandbox.py`; its output is
 streamed under a limit, and on Linux the process may not grow by more than MEMORY meanwhile. All
 that can go wrong in it is one line of a UserError.
 """
@@ -10,8 +10,8 @@ import os
 
 import jinja2
 
-from common.errors import UserError, printable
-from common.sandbox import Exceeded, Sandbox
+from common.data.sandbox import Exceeded, Sandbox
+from common.errors import UserError, one_line
 
 MEMORY = 256 * 2**20      # bytes by which a rendering may enlarge the process
 LONGEST_TEMPLATE = 2**18  # characters; real templates have a few thousand
@@ -76,12 +76,6 @@ class Template:
         except Exception as error:  # a template can raise anything that Python's operators can
             kind = UserError if work == self._compile else Refused
             raise kind(f"{self.where}: chat template failed: {one_line(error)}") from None
-
-
-def one_line(error, limit=200):
-    """An exception, or any value, as one printable line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return printable(text, limit)
 
 
 _STATM = "/proc/self/statm"  # the first of its numbers is the size of this process, in pages

@@ -14,7 +14,7 @@ import re
 from itertools import groupby
 from typing import NamedTuple
 
-from common.template import Refused
+from common.data.template import Refused
 
 PRIVATE_USE = re.compile("[\U00100000-\U0010ffff]")  # plane 16; text must not hold any
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what templates call them

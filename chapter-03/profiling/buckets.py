@@ -7,7 +7,6 @@ timed and, in operators.py, those that are only predicted. So both columns mean 
 import contextlib
 import re
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 

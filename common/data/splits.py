@@ -12,7 +12,7 @@ The names are paths below the data set, with "/". Files of one split share a lab
 
 import re
 
-from common import readers
+from common.data import readers
 from common.errors import UserError
 
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",

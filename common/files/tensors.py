@@ -8,13 +8,12 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.distributed import together
 from common.errors import UserError, writing
-from common.model_config import read_json
+from common.files.json_files import read_json
+from common.ranks import is_main, together
 
 HEAD = "lm_head.weight"
 
@@ -139,7 +138,7 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
 
     def write():
         try:
-            if is_writer():
+            if is_main():
                 _write(tensors, Path(path), metadata or {}, max_shard_bytes, stem)
         except Exception:
             _exhaust(tensors)  # the other ranks go on gathering: keep step with them
@@ -215,11 +214,6 @@ def _grouped(tensors, max_bytes):
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
-
-
-def is_writer():
-    """True on the one rank that writes files."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def listing(names):

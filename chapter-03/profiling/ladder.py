@@ -1,7 +1,7 @@
 """From the naive loop to the fast one, a rung at a time: speed, memory, and the predicted gain.
 
-    python chapter-03/ladder.py --size tiny        half a minute; without, the mid-size model
-    python chapter-03/ladder.py --size 0.6b        Qwen3-0.6B's shapes, for a GPU
+    python chapter-03/profiling/ladder.py --size tiny        half a minute; without, the mid-size model
+    python chapter-03/profiling/ladder.py --size 0.6b        Qwen3-0.6B's shapes, for a GPU
 
 The same documents on every rung. Only their own tokens count, so padding shows as lost speed.
 A rung keeps what the rungs before it have changed. Each leaves a file when it is done: interrupt
@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,12 @@ import modeling_llama
 import operators
 from buckets import region
 from ceilings import wait
-from common import cli, encode, hub, predict, weights
-from common.errors import UserError
+from common import hub, predict, weights
+from common.data import encode
+from common.errors import UserError, run_main
+from common.files.json_files import read_json
 from common.metrics import readable_bytes
-from common.model_config import read_json
+from common.options import choose_device, option, read_flags
 from compiling import compile_model
 from lora import AdapterConfig, optimizer_groups
 from modeling_llama import LlamaConfig
@@ -63,14 +65,14 @@ RUNGS = {  # what each changes; the first says how the naive loop is
 class LadderOptions:
     """The ladder's own options."""
 
-    size: str = cli.option("mid", "which model", choices=tuple(SIZES))
-    steps: int = cli.option(3, "timed steps of each rung", int, least=1)
-    first: str = cli.option("naive", "the rung to begin with", choices=tuple(RUNGS))
-    device: str = cli.option("auto", "where to compute", choices=("auto", "cpu", "cuda",
+    size: str = option("mid", "which model", choices=tuple(SIZES))
+    steps: int = option(3, "timed steps of each rung", int, least=1)
+    first: str = option("naive", "the rung to begin with", choices=tuple(RUNGS))
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda",
                                                                        "mps"))
-    compile: bool = cli.option(True, "climb the rung that compiles", bool)
-    seed: int = cli.option(0, "fixes documents and weights", int, least=0)
-    out: str = cli.option(None, "the folder of the results (default: runs/chapter-03-ladder/SIZE)")
+    compile: bool = option(True, "climb the rung that compiles", bool)
+    seed: int = option(0, "fixes documents and weights", int, least=0)
+    out: str = option(None, "the folder of the results (default: runs/chapter-03-ladder/SIZE)")
 
 
 def documents(size, vocabulary, count, seed):
@@ -239,8 +241,8 @@ def picture(rows, path):
 
 
 def main(argv=None):
-    options = LadderOptions(**cli.read_flags(LadderOptions, __doc__.split("\n\n")[0], argv))
-    device = cli.choose_device(options.device)
+    options = LadderOptions(**read_flags(LadderOptions, __doc__.split("\n\n")[0], argv))
+    device = choose_device(options.device)
     folder = Path(options.out or Path("runs", "chapter-03-ladder", options.size))
     folder.mkdir(parents=True, exist_ok=True)
     print(markdown([]), flush=True)
@@ -254,4 +256,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

@@ -1,11 +1,11 @@
 """A run's folder and the checkpoints in it: made, found again, pruned. Never a half-written one.
 
-Writing is `commit` (common/commit.py), which makes a folder appear at once and whole; checking is
-`verify` (common/manifest.py), which notices any changed byte; what is inside a step folder is
-`save_state` and `load_state` (common/state.py). All of them can be imported from here.
+Writing is `commit` (common/files/commit.py), which makes a folder appear at once and whole; checking is
+`verify` (common/files/manifest.py), which notices any changed byte; what is inside a step folder is
+`save_state` and `load_state` (common/files/state.py). All of them can be imported from here.
 
-    python -m common.checkpoint verify DIR      check a folder against its manifest
-    python -m common.checkpoint seal DIR        write the manifest anew after an edit by hand
+    python -m common.files.checkpoint verify DIR      check a folder against its manifest
+    python -m common.files.checkpoint seal DIR        write the manifest anew after an edit by hand
 
 Under torchrun all ranks call `new_run_folder`, `commit`, `latest` and `prune`: rank 0 alone
 touches the disk, all get its answer, and where it fails all raise.
@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 
-from common import manifest
-from common.commit import (
-    beside, check_space, commit, in_run, recover, remember, remembered, remove)
-from common.distributed import all_sum, together
 from common.errors import UserError
-from common.manifest import MANIFEST, MARK, CheckpointError, seal
-from common.state import load_state, save_state, state_bytes
-from common.tensor_files import is_writer
+from common.files import manifest
+from common.files.commit import (
+    beside, check_space, commit, in_run, recover, remember, remembered, remove)
+from common.files.manifest import CheckpointError, MANIFEST, MARK, seal
+from common.files.state import load_state, save_state, state_bytes
+from common.ranks import all_sum, is_main, together
 
 __all__ = ["MARK", "CheckpointError", "check_space", "commit", "latest", "load_state",
            "new_run_folder", "prune", "recover", "save_state", "seal", "state_bytes",
@@ -36,7 +35,7 @@ __all__ = ["MARK", "CheckpointError", "check_space", "commit", "latest", "load_s
 
 def _on_main(action):
     """The whole number that `action()` gives on rank 0, on every rank."""
-    number = together(lambda: action() if is_writer() else 0)
+    number = together(lambda: action() if is_main() else 0)
     return int(all_sum(torch.tensor([number or 0], dtype=torch.int64)).item())
 
 
@@ -122,7 +121,7 @@ def prune(run, keep, best=None):
             elif remembered(folder) or _is_whole(folder):
                 whole += 1
 
-    together(lambda: delete() if is_writer() else None)
+    together(lambda: delete() if is_main() else None)
 
 
 def _delete(folder):
@@ -134,7 +133,7 @@ def _delete(folder):
 
 
 def verify(folder):
-    """`common.manifest.verify`, after putting right a replacement that was cut short."""
+    """`common.files.manifest.verify`, after putting right a replacement that was cut short."""
     recover(folder)
     found = manifest.verify(folder)
     if found:
@@ -153,10 +152,10 @@ def _is_whole(folder):
 
 
 if __name__ == "__main__":
-    from common.cli import run
+    from common.options import run
 
     def main():
-        parser = argparse.ArgumentParser(prog="python -m common.checkpoint")
+        parser = argparse.ArgumentParser(prog="python -m common.files.checkpoint")
         parser.add_argument("action", choices=("verify", "seal"))
         parser.add_argument("folder", type=Path)
         arguments = parser.parse_args()

@@ -18,8 +18,7 @@ import stat
 import zlib
 from pathlib import Path
 
-from common.errors import UserError
-from common.template import one_line
+from common.errors import UserError, one_line
 
 LONGEST_LINE = 2**28  # bytes
 LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can hold anything

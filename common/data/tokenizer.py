@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
-from common.errors import UserError, writing
-from common.model_config import read_json
-from common.template import one_line
+from common.errors import UserError, one_line, writing
+from common.files.json_files import read_json
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja", "generation_config.json")

@@ -1,7 +1,7 @@
 """manifest.json: the size and SHA-256 of every file of a folder that we wrote.
 
 Neither safetensors nor JSON notices a flipped byte inside a number. A folder written by
-`common.checkpoint.commit` therefore carries a manifest, and the headers of its safetensors say so
+`common.files.checkpoint.commit` therefore carries a manifest, and the headers of its safetensors say so
 (`MARK`), so that a lost manifest shows as well. A folder from elsewhere has neither and passes.
 
 The manifest guards itself: it holds a hash of its own content, in the one form of JSON text that
@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
-from common.tensor_files import open_file
+from common.files.tensors import open_file
 
 MANIFEST = "manifest.json"
 NEW = MANIFEST + ".new"  # while it is being written
@@ -167,4 +167,4 @@ def _was_ours(folder):
 
 def _advice(folder):
     return ("copy the folder again, or use another one; if you changed it yourself, seal it:"
-            f" python -m common.checkpoint seal {folder}")
+            f" python -m common.files.checkpoint seal {folder}")

@@ -1,8 +1,8 @@
 """Predict a training step, measure it, and show both side by side: time and memory.
 
-    python chapter-03/profile_step.py                              the embedded tiny model
-    python chapter-03/profile_step.py --model chapter-03/mid --init random --data virtual
-    python chapter-03/profile_step.py --model qwen3-0.6b --init random --data virtual \
+    python chapter-03/profiling/profile_step.py                              the embedded tiny model
+    python chapter-03/profiling/profile_step.py --model chapter-03/mid --init random --data virtual
+    python chapter-03/profiling/profile_step.py --model qwen3-0.6b --init random --data virtual \
         --method full --quantize none --compile
 
 It takes the options of train.py, and of its run one pack. Time falls into six buckets
@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
 
@@ -24,9 +24,12 @@ import anatomy
 import buckets
 import ceilings
 import operators
-from common import checkpoint, cli, distributed, hub, predict, prepare, presets, weights
-from common.errors import UserError, named
+from common import hub, predict, prepare, weights
+from common.errors import UserError, named, run_main
+from common.files import checkpoint
 from common.memory import keep_freed
+from common.options import option, parse
+from common.ranks import start_ranks, stop_ranks, world_size
 from lora import AdapterConfig, after_step, before_step, optimizer_groups
 from compiling import compile_model
 from modeling_llama import LlamaConfig
@@ -39,7 +42,7 @@ from train import CHAPTER, REAL, TINY, Options, to_device
 class ProfileOptions(Options):
     """The options of train.py, and one more."""
 
-    snapshot: bool = cli.option(False, "on CUDA: leave snapshot.pickle, a record of every "
+    snapshot: bool = option(False, "on CUDA: leave snapshot.pickle, a record of every "
                                 "allocation", bool)
 
 
@@ -68,12 +71,12 @@ def step_of(model, optimizer, pack, adapter, clip, finish=None):
 
 def main(argv=None):
     # --- what a run would have ---
-    options = presets.parse(ProfileOptions, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    if options.dry_run or options.resume or presets.world_size() > 1:
+    options = parse(ProfileOptions, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    if options.dry_run or options.resume or world_size() > 1:
         raise UserError("profile_step.py profiles one step on one device: leave out --dry-run, "
                         "--resume and torchrun")
     check_options(options)
-    device = distributed.start(options.device).device
+    device = start_ranks(options.device).device
     keep_freed(device)
     source = hub.resolve(options.model)
     checkpoint.verify(source)
@@ -140,9 +143,9 @@ def main(argv=None):
         anatomy.write_snapshot(step, out / "snapshot.pickle", device)
         print(f"{out / 'snapshot.pickle'}: every allocation; drop it on "
               "https://pytorch.org/memory_viz (nothing is uploaded)")
-    distributed.stop()
+    stop_ranks()
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

@@ -37,13 +37,29 @@ class Ranks:
     world_size: int
     device: torch.device
 
-    @property
-    def main(self):
-        """True on the one rank that prints and writes files."""
-        return self.rank == 0
+
+def world_size():
+    """How many processes torchrun started for this run; 1 without it."""
+    return _whole_number("WORLD_SIZE", 1)
 
 
-def start(device, timeout_seconds=None):
+def this_rank():
+    """The number of this process among them, from 0; known before `start_ranks` too."""
+    return 0 if world_size() == 1 else _whole_number("RANK")
+
+
+def is_main():
+    """True on the one rank that prints and writes files."""
+    return this_rank() == 0
+
+
+def say(*words):
+    """Print on the main rank, at once."""
+    if is_main():
+        print(*words, flush=True)
+
+
+def start_ranks(device, timeout_seconds=None):
     """Join the other ranks, if torchrun started any; gives a `Ranks`.
 
     `device` is "cpu", "cuda", "mps" or a torch.device. On CUDA the rank takes the GPU numbered
@@ -52,13 +68,12 @@ def start(device, timeout_seconds=None):
     environment is incomplete or a node has more ranks than GPUs.
     """
     device = torch.device(device)
-    world_size = _whole_number("WORLD_SIZE", 1)
-    if world_size == 1:
+    if world_size() == 1:
         return Ranks(0, 1, device)
     rank, local_rank = _whole_number("RANK"), _whole_number("LOCAL_RANK")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UserError(f"WORLD_SIZE is {world_size}, {name} is not set: start with torchrun")
+            raise UserError(f"WORLD_SIZE is {world_size()}, {name} is not set: start with torchrun")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -73,9 +88,9 @@ def start(device, timeout_seconds=None):
     with _plain_words("joining the other ranks"):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds),
+            rank=rank, world_size=world_size(), timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None)
-    return Ranks(rank, world_size, device)
+    return Ranks(rank, world_size(), device)
 
 
 def shard(model, ranks, dtype):
@@ -192,7 +207,7 @@ def barrier():
     any_rank(False)  # a barrier that needs no device argument and times out like the rest
 
 
-def stop():
+def stop_ranks():
     """Leave the other ranks; call it once at the end of a run. Nothing for a single process."""
     if dist.is_initialized():
         gloo = dist.get_backend() == "gloo"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from common.distributed import all_sum, copy_into, full_tensor
-from common.manifest import MARK, CheckpointError
-from common.model_config import read_json
-from common.tensor_files import is_writer, iter_tensors, listing, save_tensors, tensor_headers
+from common.files.json_files import read_json
+from common.files.manifest import CheckpointError, MARK
+from common.files.tensors import iter_tensors, listing, save_tensors, tensor_headers
+from common.ranks import all_sum, copy_into, full_tensor, is_main, this_rank, world_size
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 STATELESS = "optimizer_without_state"  # key of state.json: parameters that were never stepped
@@ -42,7 +42,7 @@ def save_state(folder, model, optimizer, state, names=None):
     _save(((name, full_tensor(value)) for name, value in parameters.items()), folder, "model")
     _save(((name, full_tensor(value)) for name, value in moments.items()), folder, "optimizer")
     _save(_random_states(_device(model)).items(), folder, "rng")
-    if is_writer():
+    if is_main():
         (Path(folder) / "state.json").write_text(text + "\n", encoding="ascii")
 
 
@@ -200,16 +200,9 @@ def _device(model):
     return next(model.parameters()).device
 
 
-def _place():
-    """(rank, number of ranks)"""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
 def _random_states(device):
     """{"cpu" and the device's type: uint8 (ranks, bytes of a state)}. Collective."""
-    rank, ranks = _place()
+    rank, ranks = this_rank(), world_size()
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device.type).get_rng_state().cpu()
@@ -222,11 +215,11 @@ def _random_states(device):
 
 
 def _set_random_states(folder, device):
-    rank, ranks = _place()
+    rank, ranks = this_rank(), world_size()
     rows = dict(iter_tensors(folder, "rng"))
     saved = {name: state.shape[0] for name, state in rows.items()}
     if saved != dict.fromkeys({"cpu", device.type}, ranks):
-        if is_writer():
+        if is_main():
             print(f"{folder}: was saved on other devices or another number of ranks ({saved}):"
                   " random numbers (dropout) go on differently", file=sys.stderr)
         return

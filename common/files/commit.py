@@ -18,11 +18,10 @@ from pathlib import Path
 import safetensors
 import torch
 
-from common import manifest
-from common.distributed import together
 from common.errors import UserError
+from common.files import manifest
 from common.metrics import readable_bytes
-from common.tensor_files import is_writer
+from common.ranks import is_main, together, world_size
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LEFTOVER = (".tmp", ".replaced")
@@ -40,7 +39,7 @@ def commit(folder, write, extra=None, bytes_needed=0):
     """
     folder = Path(os.path.abspath(folder))
     tmp = beside(folder, ".tmp")
-    writer = is_writer()
+    writer = is_main()
     try:
         together(lambda: _prepare(folder, tmp, bytes_needed) if writer else None)
         together(lambda: write(tmp))
@@ -110,7 +109,7 @@ def _publish(folder, tmp, extra):
     for path in paths:
         if path.is_symlink() or not path.is_file():
             raise ValueError(f"{path}: only plain files can be committed")
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    world = world_size()
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "safetensors": safetensors.__version__}
     extra = {"world_size": world, "versions": versions, **extra}

@@ -1,7 +1,7 @@
 """Three bugs that make no result wrong, only the step slow. Find them with the profiler.
 
-    python chapter-03/bugs.py             a healthy step
-    python chapter-03/bugs.py --bug-1     and so on: what has changed, and where does it come from?
+    python chapter-03/profiling/bugs.py             a healthy step
+    python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and where does it come from?
 
 Each prints the time of every step and how often PyTorch has compiled until then; of the last
 step the operators, counted and those that took longest; and where its timeline lies. Read that,
@@ -13,13 +13,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ceilings import wait
-from common import checkpoint, cli, encode, hub, weights
+from common import hub, weights
+from common.data import encode
+from common.errors import run_main
+from common.files import checkpoint
+from common.options import choose_device, option, read_flags
 from lora import AdapterConfig
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 from packing import PackSampler, packed_sequence_collate_fn
@@ -33,15 +37,15 @@ SHOWN = 12  # operators
 class BugOptions:
     """Which bug, where."""
 
-    bug_1: bool = cli.option(False, "the first bug", bool)
-    bug_2: bool = cli.option(False, "the second bug", bool)
-    bug_3: bool = cli.option(False, "the third bug", bool)
-    steps: int = cli.option(6, "steps, of which the last is profiled", int, least=2)
-    batch_tokens: int = cli.option(1024, "tokens of a step", int, least=64)
-    backend: str = cli.option("aot_eager", "torch.compile's backend: aot_eager needs no compiler, "
+    bug_1: bool = option(False, "the first bug", bool)
+    bug_2: bool = option(False, "the second bug", bool)
+    bug_3: bool = option(False, "the third bug", bool)
+    steps: int = option(6, "steps, of which the last is profiled", int, least=2)
+    batch_tokens: int = option(1024, "tokens of a step", int, least=64)
+    backend: str = option("aot_eager", "torch.compile's backend: aot_eager needs no compiler, "
                               "inductor is what training uses", choices=("aot_eager", "inductor"))
-    device: str = cli.option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    out: str = cli.option(None, "the folder of the timeline")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    out: str = option(None, "the folder of the timeline")
 
 
 def plant(options, model):
@@ -78,8 +82,8 @@ def packs(options, config, device):
 
 
 def main(argv=None):
-    options = BugOptions(**cli.read_flags(BugOptions, __doc__.split("\n\n")[0], argv))
-    device = cli.choose_device(options.device)
+    options = BugOptions(**read_flags(BugOptions, __doc__.split("\n\n")[0], argv))
+    device = choose_device(options.device)
     torch.manual_seed(0)
     config = LlamaConfig.from_dict(weights.read_config(hub.resolve("tiny")))
     model = LlamaForCausalLM(config).to(device)
@@ -121,4 +125,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

@@ -15,8 +15,8 @@ keys that Arrow has filled in, pairs of a chosen and a rejected answer. Other ke
 import itertools
 import json
 
-from common.errors import UserError
-from common.template import Refused, one_line
+from common.data.template import Refused
+from common.errors import UserError, one_line
 
 FORMATS = {"messages": ("messages",), "conversations": ("conversations",),
            "Alpaca": ("instruction", "output"), "prompt": ("prompt", "completion"),

@@ -1,7 +1,7 @@
 """tokenizer.json and the checkpoint's own chat template: text to token ids, and which to train on.
 
 Trained is what the model must write itself: all of an assistant's turn behind its header, the
-end-of-turn token with it. `common/masks.py` finds it in the rendered text, and the tokenizer's
+end-of-turn token with it. `common/data/masks.py` finds it in the rendered text, and the tokenizer's
 offsets carry it over to tokens. Text that spells a control token is refused: it would become one.
 """
 
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import masks, parts, turns
-from common.errors import UserError
-from common.sandbox import CLOSED, OPENED
-from common.template import Refused, Template, one_line
-from common.tokenizer_files import call, complete, read_template, read_tokenizer
+from common.data import masks, parts, turns
+from common.data.sandbox import CLOSED, OPENED
+from common.data.template import Refused, Template
+from common.data.tokenizer import call, complete, read_template, read_tokenizer
+from common.errors import UserError, one_line
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}

@@ -8,11 +8,10 @@ from, {"where": "my.jsonl:7"}; and an example that cannot be used as {"refused":
 import os
 from pathlib import Path
 
-from common.errors import UserError
-from common.formats import (FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, columns_to_read,
-                            convert)
-from common.readers import check, nearest, read, suffix
-from common.template import Refused, one_line
+from common.data.formats import FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, columns_to_read, convert
+from common.data.readers import check, nearest, read, suffix
+from common.data.template import Refused
+from common.errors import UserError, one_line
 
 
 def parse_columns(text):
