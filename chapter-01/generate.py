@@ -15,7 +15,7 @@ import torch
 
 from common import hub, weights
 from common.data.chat import Chat
-from common.errors import UserError, named, run_main
+from common.errors import UserError, located, run_main
 from common.files import checkpoint
 from common.options import Parser, choose_device, choose_dtype
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -83,7 +83,7 @@ def main(argv=None):
     checkpoint.verify(folder)
     chat = Chat.load(folder)
     device = choose_device(options.device)
-    with named(folder / "config.json"):
+    with located(folder / "config.json"):
         config = Qwen3Config.from_dict(weights.read_config(folder))
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)

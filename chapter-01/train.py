@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from common import guard, hub, memory, predict, prepare, runs, weights
-from common.errors import named, run_main
+from common.errors import located, run_main
 from common.files import checkpoint
 from common.metrics import Metrics
 from common.options import TrainOptions, parse, save_options
@@ -88,7 +88,7 @@ def main(argv=None):
     source = hub.resolve(options.model)
     checkpoint.verify(source)
     config_json = weights.read_config(source)
-    with named(source / "config.json"):
+    with located(source / "config.json"):
         config = Qwen3Config.from_dict(config_json)
     with torch.device("meta"):  # shapes, no numbers: enough to predict what the run will need
         model = Qwen3ForCausalLM(config)
@@ -148,7 +148,7 @@ def main(argv=None):
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
         data.show_example()
         say(f"run folder: {run}")
-        before = prepare.ask(data, model, generate)
+        before = prepare.answer_questions(data, model, generate)
         prepare.show_answers(data, before, "before")
         if data.scored:
             metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
@@ -227,7 +227,7 @@ def main(argv=None):
             return runs.stopped(run, state, signals)
 
     # --- after ---
-    after = prepare.ask(data, model, generate)
+    after = prepare.answer_questions(data, model, generate)
     prepare.show_answers(data, after, "after")
     if data.scored:
         metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))

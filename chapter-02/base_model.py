@@ -7,7 +7,7 @@ from modeling_llama import LlamaConfig, LlamaForCausalLM
 from peft_files import base_model_name
 
 from common import hub, weights
-from common.errors import UserError, named
+from common.errors import UserError, located
 from common.files import checkpoint
 from common.files.tensors import open_file
 
@@ -23,7 +23,7 @@ def load_model(name, device, dtype, adapter=None):
         print(f"warning: {adapter} has learned beside the errors of a base of four bits, which this"
               " base does not have: python chapter-03/generate.py asks it as it was trained",
               file=sys.stderr)
-    with named(folder / "config.json"):
+    with located(folder / "config.json"):
         config = LlamaConfig.from_dict(weights.read_config(folder))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from common import guard, hub, memory, predict, prepare, runs, weights
-from common.errors import UserError, named, run_main
+from common.errors import UserError, located, run_main
 from common.files import checkpoint
 from common.metrics import Metrics
 from common.options import TrainOptions, option, parse, save_options
@@ -141,7 +141,7 @@ def main(argv=None):
     source = hub.resolve(options.model)
     checkpoint.verify(source)
     config_json = weights.read_config(source)
-    with named(source / "config.json"):
+    with located(source / "config.json"):
         config = LlamaConfig.from_dict(config_json)
     shapes = build(config, options, adapter)  # enough to predict what the run will need
     predict.fit_batch(options, shapes)
@@ -193,7 +193,7 @@ def main(argv=None):
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
         data.show_example()
         say(f"run folder: {run}")
-        before = prepare.ask(data, model, generate)
+        before = prepare.answer_questions(data, model, generate)
         prepare.show_answers(data, before, "before")
         if data.scored:
             metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
@@ -280,7 +280,7 @@ def main(argv=None):
             return runs.stopped(run, state, signals)
 
     # --- after --- Changed from chapter-01: it may be an adapter.
-    after = prepare.ask(data, model, generate)
+    after = prepare.answer_questions(data, model, generate)
     prepare.show_answers(data, after, "after")
     if data.scored:
         metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))

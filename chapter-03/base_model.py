@@ -11,7 +11,7 @@ from peft_files import base_model_name
 from quantized_model import quantized_model
 
 from common import hub, weights
-from common.errors import UserError, named
+from common.errors import UserError, located
 from common.files import checkpoint
 from common.files.tensors import open_file
 
@@ -35,7 +35,7 @@ def load_model(name, device, dtype, adapter=None, trained_on="auto"):
         trained_on = said.get("trained_on", "none")
     if trained_on not in BASES:
         raise UserError(f"{adapter}: trained on {trained_on!r}, which is not known here")
-    with named(folder / "config.json"):
+    with located(folder / "config.json"):
         quantised = is_bnb(config_json)
         config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
     if quantised or trained_on != "none":

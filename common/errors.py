@@ -51,7 +51,7 @@ def writing(file):
 
 
 @contextmanager
-def named(place):
+def located(place):
     """Give a ValueError from inside the block the place that it speaks of, as a UserError.
 
     A model file knows nothing of files or users; it raises ValueError by field name.

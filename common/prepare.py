@@ -234,7 +234,7 @@ def _made(chat, text, prompt, rest):
     return Question(text, prompt, rest[:ends[0]] if ends else rest)
 
 
-def ask(data, model, generate):
+def answer_questions(data, model, generate):
     """The model's greedy answers: {quiz: [(Question, answer ids), ...]}."""
     was_training = model.training
     model.eval()

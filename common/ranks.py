@@ -190,7 +190,7 @@ def any_rank(flag):
     return bool(all_sum(torch.tensor(int(bool(flag)), dtype=torch.int32)).item() > 0)
 
 
-def together(action):
+def on_all_ranks(action):
     """`action()` on every rank; where it fails on one, all raise, so that none waits for ever."""
     answer = failure = None
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError, writing
-from common.files.commit import remembered
+from common.files.commit import is_verified
 from common.files.config import read_config, write_config
 from common.files.manifest import verify
 from common.files.tensors import (
@@ -41,7 +41,7 @@ def load_weights(model, path):
     embedding under that name alone. Parameters may be sharded by FSDP2.
     """
     path = Path(path)
-    if not remembered(path):  # a script has verified the folder when it began
+    if not is_verified(path):  # a script has verified the folder when it began
         verify(path)
     wanted = dict(model.named_parameters())  # name in the checkpoint -> parameter
     if any(parameter.is_meta for parameter in wanted.values()):

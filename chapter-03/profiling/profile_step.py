@@ -25,7 +25,7 @@ import buckets
 import ceilings
 import operators
 from common import hub, predict, prepare, weights
-from common.errors import UserError, named, run_main
+from common.errors import UserError, located, run_main
 from common.files import checkpoint
 from common.memory import keep_freed
 from common.options import option, parse
@@ -81,7 +81,7 @@ def main(argv=None):
     source = hub.resolve(options.model)
     checkpoint.verify(source)
     config_json = weights.read_config(source)
-    with named(source / "config.json"):
+    with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))
     torch.manual_seed(options.seed)
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})

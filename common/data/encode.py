@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.ranks import is_main, say
 
 IGNORE = -100  # the label of a token that is not trained
-CHUNK, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at once
+BATCH, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at once
 PIECE = 2**16  # characters: a longer text is tokenised in pieces, in parallel
 KINDS = 1000  # of reasons to leave something out that are counted apart
 
@@ -137,7 +137,7 @@ def _chunks(records):
             chunk.append((number, record))
             texts = record.get("messages", [record])
             characters += sum(len(str(text.get("text") or text.get("content"))) for text in texts)
-            if len(chunk) == CHUNK or characters > CHARACTERS:
+            if len(chunk) == BATCH or characters > CHARACTERS:
                 yield chunk
                 bar.update(records.done - bar.n if size else len(chunk))
                 chunk, characters = [], 0

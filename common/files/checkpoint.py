@@ -23,10 +23,10 @@ import torch
 from common.errors import UserError
 from common.files import manifest
 from common.files.commit import (
-    beside, check_space, commit, in_run, recover, remember, remembered, remove)
+    check_space, commit, in_run, is_verified, mark_verified, recover, remove, sibling)
 from common.files.manifest import CheckpointError, MANIFEST, MARK, seal
 from common.files.state import load_state, save_state, state_bytes
-from common.ranks import all_sum, is_main, together
+from common.ranks import all_sum, is_main, on_all_ranks
 
 __all__ = ["MARK", "CheckpointError", "check_space", "commit", "latest", "load_state",
            "new_run_folder", "prune", "recover", "save_state", "seal", "state_bytes",
@@ -35,7 +35,7 @@ __all__ = ["MARK", "CheckpointError", "check_space", "commit", "latest", "load_s
 
 def _on_main(action):
     """The whole number that `action()` gives on rank 0, on every rank."""
-    number = together(lambda: action() if is_main() else 0)
+    number = on_all_ranks(lambda: action() if is_main() else 0)
     return int(all_sum(torch.tensor([number or 0], dtype=torch.int64)).item())
 
 
@@ -118,16 +118,16 @@ def prune(run, keep, best=None):
             if whole >= max(keep, 1):
                 if best is None or folder.name != Path(best).name:
                     _delete(folder)
-            elif remembered(folder) or _is_whole(folder):
+            elif is_verified(folder) or _is_whole(folder):
                 whole += 1
 
-    together(lambda: delete() if is_main() else None)
+    on_all_ranks(lambda: delete() if is_main() else None)
 
 
 def _delete(folder):
     try:
-        os.rename(folder, beside(folder, ".tmp"))  # stopped midway, it is a leftover
-        remove(beside(folder, ".tmp"))
+        os.rename(folder, sibling(folder, ".tmp"))  # stopped midway, it is a leftover
+        remove(sibling(folder, ".tmp"))
     except OSError as error:  # no reason to end a run
         print(f"{folder}: an old checkpoint that cannot be deleted: {error}", file=sys.stderr)
 
@@ -137,7 +137,7 @@ def verify(folder):
     recover(folder)
     found = manifest.verify(folder)
     if found:
-        remember(folder)
+        mark_verified(folder)
     return found
 
 

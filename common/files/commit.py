@@ -21,7 +21,7 @@ import torch
 from common.errors import UserError
 from common.files import manifest
 from common.metrics import readable_bytes
-from common.ranks import is_main, together, world_size
+from common.ranks import is_main, on_all_ranks, world_size
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LEFTOVER = (".tmp", ".replaced")
@@ -38,12 +38,12 @@ def commit(folder, write, extra=None, bytes_needed=0):
     gather tensors; rank 0's files count.
     """
     folder = Path(os.path.abspath(folder))
-    tmp = beside(folder, ".tmp")
+    tmp = sibling(folder, ".tmp")
     writer = is_main()
     try:
-        together(lambda: _prepare(folder, tmp, bytes_needed) if writer else None)
-        together(lambda: write(tmp))
-        together(lambda: _publish(folder, tmp, extra or {}) if writer else None)
+        on_all_ranks(lambda: _prepare(folder, tmp, bytes_needed) if writer else None)
+        on_all_ranks(lambda: write(tmp))
+        on_all_ranks(lambda: _publish(folder, tmp, extra or {}) if writer else None)
     except BaseException as error:
         if not writer:
             raise
@@ -78,7 +78,7 @@ def _free(path):
 def recover(folder):
     """Put `folder` back where a replacement was cut short between its two renames."""
     folder = Path(os.path.abspath(folder))
-    old = beside(folder, ".replaced")
+    old = sibling(folder, ".replaced")
     if old.is_dir() and _is_ours(old) and not folder.exists():
         os.rename(old, folder)
         print(f"{folder}: put back after a replacement that was cut short", file=sys.stderr)
@@ -87,7 +87,7 @@ def recover(folder):
 def _prepare(folder, tmp, bytes_needed):
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
-    leftovers = {tmp, beside(folder, ".replaced")}
+    leftovers = {tmp, sibling(folder, ".replaced")}
     if in_run(folder.name):
         leftovers |= {path for path in folder.parent.iterdir()
                       if path.suffix in LEFTOVER and in_run(path.name)}
@@ -119,12 +119,12 @@ def _publish(folder, tmp, extra):
     if not folder.exists():
         os.rename(tmp, folder)
     elif not _exchange(tmp, folder):
-        os.rename(folder, beside(folder, ".replaced"))
+        os.rename(folder, sibling(folder, ".replaced"))
         os.rename(tmp, folder)
         flush_names(folder.parent)
-        os.rename(beside(folder, ".replaced"), tmp)
+        os.rename(sibling(folder, ".replaced"), tmp)
     flush_names(folder.parent)
-    remember(folder)
+    mark_verified(folder)
     if tmp.exists():  # what `folder` was before
         remove(tmp)
 
@@ -148,12 +148,12 @@ def in_run(name):
     return re.fullmatch(r"(step-\d{6,}|final)(\.tmp|\.replaced)?", name) is not None
 
 
-def remember(folder):
+def mark_verified(folder):
     """Note that `folder` is whole as it is now."""
     _hashed[os.path.abspath(folder)] = _looks(folder)
 
 
-def remembered(folder):
+def is_verified(folder):
     """True if `folder` was whole once in this process and nobody has touched it since."""
     known = _hashed.get(os.path.abspath(folder))
     return known is not None and Path(folder).is_dir() and known == _looks(folder)
@@ -172,7 +172,7 @@ def remove(folder):
     folder.rmdir()
 
 
-def beside(folder, suffix):
+def sibling(folder, suffix):
     """`runs/x/final` and ".tmp" give `runs/x/final.tmp`."""
     return folder.with_name(folder.name + suffix)
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from common.errors import UserError, writing
 from common.files.json_files import read_json
-from common.ranks import is_main, together
+from common.ranks import is_main, on_all_ranks
 
 HEAD = "lm_head.weight"
 
@@ -145,7 +145,7 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
             raise
         _exhaust(tensors)
 
-    together(write)
+    on_all_ranks(write)
 
 
 def _exhaust(tensors):

@@ -28,8 +28,8 @@ def least(chat, records):
     """Render each conversation once, tokenise all."""
     texts = [chat.render(record["messages"], **{key: record[key] for key in ("tools",)
                                                 if key in record}) for record in records]
-    for start in range(0, len(texts), encode.CHUNK):
-        chat.tokenise(texts[start:start + encode.CHUNK])
+    for start in range(0, len(texts), encode.BATCH):
+        chat.tokenise(texts[start:start + encode.BATCH])
 
 
 def ours(chat, records):

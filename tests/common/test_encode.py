@@ -156,7 +156,7 @@ def test_a_token_beyond_the_vocabulary_is_an_error_with_its_place(chat):
 
 
 def test_many_chunks_keep_their_order(chat, monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK", 7)
+    monkeypatch.setattr(encode, "BATCH", 7)
     records = [talk(str(i), str(i)) if i % 3 else {"text": str(i)} for i in range(50)]
     encoded = encode.encode(records, chat, 100)
     texts = [chat.decode(encoded[i][0]) for i in range(50)]

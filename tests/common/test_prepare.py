@@ -119,7 +119,7 @@ def test_an_answer_that_goes_on_is_not_the_right_one(tmp_path):
     def generate(model, prompts, longest, stops):  # one that never stops
         return [(question.expected * longest)[:longest]]
 
-    results = prepare.ask(scored, torch.nn.Linear(1, 1), generate)
+    results = prepare.answer_questions(scored, torch.nn.Linear(1, 1), generate)
     assert prepare.exact_match(results) == {"exact_match_held-out": 0}
 
 
@@ -132,7 +132,7 @@ def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_
         assert longest == 64 and stops == data.chat.stop_ids and len(prompts) == 2
         return answers
 
-    results = prepare.ask(data, torch.nn.Linear(1, 1), generate)
+    results = prepare.answer_questions(data, torch.nn.Linear(1, 1), generate)
     capsys.readouterr()
     prepare.show_answers(data, results, "before")
     lines = capsys.readouterr().out.splitlines()

@@ -96,8 +96,8 @@ BUGS = [
         ("common/options.py", "if packs_before != packs_now:", "if False:")],
      "test_scale_out.py::test_another_number_of_packs_a_step_is_refused"),
     (18, "written under its name at once, and believed", [
-        ("common/files/commit.py", "together(lambda: write(tmp))",
-         "together(lambda: (os.rename(tmp, folder), write(folder)))"),
+        ("common/files/commit.py", "on_all_ranks(lambda: write(tmp))",
+         "on_all_ranks(lambda: (os.rename(tmp, folder), write(folder)))"),
         ("common/files/commit.py", "paths = sorted(path for path in tmp",
          "tmp = folder\n    paths = sorted(path for path in tmp"),
         ("common/files/commit.py", "    if not folder.exists():\n        os.rename(tmp, folder)\n"

@@ -15,7 +15,7 @@ from helpers import GOLDENS, ROOT, load
 from common import hub, metrics, weights
 from common.data import cache, datasets, encode
 from common.data.chat import Chat
-from common.errors import UserError, named
+from common.errors import UserError, located
 from common.files import checkpoint, manifest, state
 from common.options import TrainOptions, parse, save_options
 
@@ -131,7 +131,7 @@ def prepare_config(folder):
 def read_configs(folder, names):
     def read(place, family, kind):
         values = weights.read_config(place)
-        with named(place / "config.json"):
+        with located(place / "config.json"):
             config = family.from_dict(values)
         # Ten milliseconds for each layer: a deep model is not what this is about.
         rare = zlib.crc32(str(values).encode("utf-8", "replace")) % 8 == 0
