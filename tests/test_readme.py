@@ -37,7 +37,7 @@ from test_copies import check
 from torch.distributed.run import get_args_parser
 
 READMES = ("README.md", "chapter-01/README.md", "chapter-02/README.md", "chapter-03/README.md",
-           "common/README.md", "common/tiny/README.md", "tests/README.md")
+           "common/README.md", "common/tiny/README.md")
 SHORT = {"train.py": "--device cpu --dtype float32 --steps 2 --batch-tokens 256 --eval-every 0",
          "generate.py": "--device cpu --max-new-tokens 4"}
 WORDS = words_of_the_code()
