@@ -43,7 +43,8 @@ def blocks(text, *languages):
 
 def commands(block):
     """The commands of a block, each as a list of words."""
-    return [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()
+    lines = re.split(r"\n| && ", block.replace("\\\n", " "))
+    return [shlex.split(line, comments=True) for line in lines
             if re.match(r"(python|torchrun|pip|patch) ", line)]
 
 

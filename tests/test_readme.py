@@ -16,6 +16,7 @@ In the section "Coming from" the left column of a table is about other programs.
 """
 
 import contextlib
+import difflib
 import doctest
 import functools
 import io
@@ -186,6 +187,20 @@ def test_results_equal_their_json(readme):
     for path, table in marked:
         assert table, f"no table below <!-- from: {path} -->"
         assert list(check_table(table, json.loads(read(path)))) == [], path
+
+
+def test_the_reading_path_is_as_long_as_it_says():
+    """The front page's table: whole files, or what a chapter's file adds to the one before it."""
+    rows = re.findall(r"^\| \d \| (what )?\[.*?\]\((.*?)\).* \| (\d+) \| \d+ \|$", read("README.md"),
+                      re.MULTILINE)
+    before = {"chapter-02/train.py": "chapter-01/train.py",
+              "chapter-02/modeling_llama.py": "chapter-01/modeling_qwen3.py"}
+    assert len(rows) == 9
+    for difference, path, said in rows:
+        old = read(before[path]).splitlines() if difference else []
+        new = sum(line[0] == "+" for line in difflib.ndiff(old, read(path).splitlines()))
+        assert abs(new - int(said)) <= max(10, 0.1 * new), (path, new, said)
+    assert sum(int(said) for _, _, said in rows) <= 2000
 
 
 def test_a_changed_number_is_seen():
