@@ -36,8 +36,9 @@ from readme_parts import (PYTHON, TESTS, anchors, blocks, check_table, commands,
 from test_copies import check
 from torch.distributed.run import get_args_parser
 
-READMES = ("README.md", "chapter-01/README.md", "chapter-02/README.md", "chapter-03/README.md",
-           "common/README.md", "common/tiny/README.md")
+READMES = [path.relative_to(ROOT).as_posix() for pages in (
+    "README.md", "chapter-*/**/README.md", "common/**/README.md", "tests/**/README.md")
+    for path in sorted(ROOT.glob(pages))]
 SHORT = {"train.py": "--device cpu --dtype float32 --steps 2 --batch-tokens 256 --eval-every 0",
          "generate.py": "--device cpu --max-new-tokens 4"}
 WORDS = words_of_the_code()
