@@ -17,6 +17,8 @@ import torch
 from helpers import GOLDENS, ROOT, load
 from safetensors.torch import load_file
 
+from common.adapters import peft
+
 DIFFS = sorted((ROOT / "tests" / "extensions").glob("*.diff"))
 SHORT = ["--device", "cpu", "--dtype", "float32", "--steps", "2", "--batch-tokens", "128",
          "--eval-every", "0"]
@@ -120,7 +122,7 @@ def test_the_optimizer_is_lion_and_resumes_bitwise(patched, tmp_path):
 
 def test_the_peft_method_is_lora_xs_and_saves_as_lora(patched, tmp_path):
     root = patched("peft_method", "chapter-02")
-    lora, files = load(root / "chapter-02/lora.py"), load(root / "chapter-02/peft_files.py")
+    lora = load(root / "chapter-02/lora.py")
     run = tmp_path / "run"
     train = load(root / "chapter-02/train.py")
     assert train.main(["--model", "tiny", "--init", "random", "--data", "virtual", "--method",
@@ -146,10 +148,10 @@ def test_the_peft_method_is_lora_xs_and_saves_as_lora(patched, tmp_path):
     change *= 32 / 4  # s = α/r
     assert torch.allclose(module.merged().double(), state[name + ".weight"].double() + change,
                           atol=1e-4)
-    files.save_adapter(model, settings, tmp_path / "adapter", "base")
+    peft.save_adapter(model, settings, tmp_path / "adapter", "base", lora)
     plain = train.LlamaForCausalLM(config)
     plain.load_state_dict(state)
-    files.load_adapter(plain, tmp_path / "adapter")
+    peft.load_adapter(plain, tmp_path / "adapter", lora)
     assert torch.allclose(plain(**pack), model(**pack), atol=1e-4)
 
 

@@ -16,6 +16,7 @@ from common.files.json_files import read_json
 from common.ranks import is_main, on_all_ranks
 
 HEAD = "lm_head.weight"
+LOADABLE = ("F64", "F32", "F16", "BF16")  # floating point, as safetensors names it
 
 
 # --- in ---
@@ -43,6 +44,25 @@ def tensor_headers(path, stem="model"):
                 part = tensors.get_slice(name)
                 headers[name] = (tuple(part.get_shape()), part.get_dtype(), file)
     return headers
+
+
+def tensor_problems(headers, wanted, loadable=LOADABLE):
+    """Why tensors do not fit, in words for an error message; "" if they do.
+
+    `headers` is what `tensor_headers` gave, `wanted` {name: shape} of all that there must be, and
+    `loadable` the dtypes that are taken. At most four problems are named.
+    """
+    problems = [f"{how} {listing(names)}" for how, names in (
+        ("missing", wanted.keys() - headers.keys()),
+        ("unexpected", headers.keys() - wanted.keys())) if names]
+    for name in sorted(wanted.keys() & headers.keys()):
+        shape, dtype, _ = headers[name]
+        if shape != tuple(wanted[name]):
+            problems.append(f"{name} has shape {shape}, not {tuple(wanted[name])}")
+        elif dtype not in loadable:
+            problems.append(f"{name} is {dtype}, not floating point")
+    more = [f"and {len(problems) - 4} more"] if len(problems) > 4 else []
+    return "; ".join(problems[:4] + more)
 
 
 def _shards(path, stem):

@@ -13,6 +13,7 @@ import torch
 from helpers import GOLDENS, ROOT, load
 
 from common import hub, metrics, weights
+from common.adapters import peft
 from common.data import cache, datasets, encode
 from common.data.chat import Chat
 from common.errors import UserError, located
@@ -20,7 +21,7 @@ from common.files import checkpoint, manifest, state
 from common.options import TrainOptions, parse, save_options
 
 CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
-PEFT, NF4 = load("chapter-02/peft_files.py"), load("chapter-03/bnb_files.py")
+NF4 = load("chapter-03/bnb_files.py")
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do you do?"},
         {"role": "assistant", "content": "Well.\nAnd you?"}]
 
@@ -186,17 +187,18 @@ def prepare_adapter(folder):
         model = model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)
         config = lora.AdapterConfig(method=method, rank=2, alpha=4.0)
         lora.apply_adapter(model, config)
-        PEFT.save_adapter(model, config, folder / method, "tiny")
+        peft.save_adapter(model, config, folder / method, "tiny", CHAPTER_2.lora)
         names += [f"{method}/adapter_config.json", f"{method}/adapter_model.safetensors"]
     return names
 
 
 def read_adapter(folder, names):
-    def read(place):
-        PEFT.base_model_name(place)
-        PEFT.load_adapter(model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM), place)
+    def load_into_model(place):
+        model = model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)
+        peft.load_adapter(model, place, CHAPTER_2.lora)
 
-    each(*(lambda place=place: read(place) for place in folders(folder, names)))
+    each(*(lambda place=place, read=read: read(place) for place in folders(folder, names)
+           for read in (peft.base_model_name, peft.metadata, load_into_model)))
 
 
 # --- tokenizer and template ---

@@ -1,64 +1,61 @@
-# Copied from chapter-02/targets.py (whole file)
 """What can be adapted: the options of an adapter, and the layers that `--target-modules` names.
 
 Whatever a method cannot do is refused here, before anything is trained.
 """
 
-import math
 import re
-from difflib import get_close_matches
 
-import torch
 from torch import nn
 
-from common.errors import UserError
+from common.errors import UserError, nearest
+
+# Each number's least value (None: anything above 0), and what it must stay below.
+NUMBERS = {"rank": (1, 2**14 + 1), "alpha": (None, 1e300), "dropout": (0, 1),
+           "lr_ratio": (None, 1e300), "delta_ratio": (0, 1e300), "delta_start": (0, 1e300),
+           "seed": (0, 2**63)}
 
 
 def check_config(config, methods):
     """Raise UserError if no run could use this `lora.AdapterConfig`; `methods` is lora.METHODS."""
     if config.method not in methods:
-        near = get_close_matches(str(config.method), methods, 1, 0.0)[0]
-        raise UserError(f"--method {config.method!r} does not exist, did you mean {near!r}?"
-                        f" There are: {', '.join(methods)}")
-    numbers = {"rank": 1, "alpha": None, "dropout": 0, "lr_ratio": None, "delta_ratio": 0,
-               "delta_start": 0}  # each with its least value; None is anything above 0
-    for name, least in numbers.items():
+        raise UserError(f"--method {config.method!r} does not exist"
+                        f"{nearest(str(config.method), methods)}; there are {', '.join(methods)}")
+    for name, (least, below) in NUMBERS.items():
         value, flag = getattr(config, name), "--" + name.replace("_", "-")
-        if type(value) not in (int, float) or (name == "rank" and type(value) is not int):
-            raise UserError(f"{flag} {value!r} is not a {'whole ' * (name == 'rank')}number")
-        if not (value > 0 if least is None else value >= least) or value == math.inf or (
-                name == "dropout" and value >= 1):
+        whole = name in ("rank", "seed")
+        if type(value) is not int and (whole or type(value) is not float):
+            raise UserError(f"{flag} {value!r} is not a {'whole ' * whole}number")
+        if not (value > 0 if least is None else value >= least) or value >= below:
             raise UserError(f"{flag} {value!r} is out of range")
-    if config.rank > 2**14:
-        raise UserError(f"--rank {config.rank} is out of range")
-    if type(config.seed) is not int or not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed!r} is not a whole number from 0 to 2⁶³")
     targets = config.target_modules
     if not isinstance(targets, str) and not (isinstance(targets, (list, tuple)) and all(
             isinstance(name, str) for name in targets)):
         raise UserError(f"--target-modules {targets!r} is neither names nor a regular expression")
-    reason = getattr(methods[config.method], "no_dropout", None)
-    if config.dropout and reason:
-        raise UserError(f"--dropout must be 0 with {config.method}: {reason}")
+    layer = methods[config.method]
+    if config.dropout and layer and layer.no_dropout:
+        raise UserError(f"--dropout must be 0 with {config.method}: {layer.no_dropout}")
 
 
 def dense_weight(base, config):
-    """The weight of `base` (out, in), for PiSSA and Delta-LoRA, which write to it.
-
-    Raises UserError where that cannot be: it is quantised, it has too few singular values for
-    PiSSA's rank, or too few bits for Delta-LoRA's small steps.
-    """
-    weight, method = base.weight, config.method
+    """The weight of `base` (out, in), for PiSSA and Delta-LoRA, which write to it; UserError where
+    it is quantised, or has too few singular values or bits."""
+    weight, method = base.weight, f"--method {config.method}"
     if not isinstance(weight, nn.Parameter):
-        raise UserError(f"--method {method} changes the base weight, which cannot be done to a"
-                        " quantised one: take another method, or a base that is not quantised")
-    if method == "pissa" and config.rank > min(weight.shape):
+        raise UserError(f"{method} changes the base weight, which cannot be done to a quantised one:"
+                        " take another method, or a base that is not quantised")
+    if config.method == "pissa" and config.rank > min(weight.shape):
         raise UserError(f"--rank {config.rank} is too large for pissa: a weight of shape"
                         f" {tuple(weight.shape)} has {min(weight.shape)} singular values")
-    if method == "delta-lora" and weight.dtype in (torch.bfloat16, torch.float16):
-        raise UserError(f"--method delta-lora needs a float32 base weight, not {weight.dtype}:"
-                        " most of its small steps would be rounded away")
+    if config.method == "delta-lora" and weight.dtype.itemsize == 2:
+        raise UserError(f"{method} needs a float32 base weight, not {weight.dtype}: most of its"
+                        " small steps would be rounded away")
     return weight.detach()
+
+
+def linear_layers(model):
+    """{dotted name: module} of all linear layers, dense or quantised, also those under adapters."""
+    return {name: module for name, module in model.named_modules()
+            if hasattr(module, "in_features")}
 
 
 def select_targets(model, target_modules):
@@ -73,12 +70,12 @@ def select_targets(model, target_modules):
     Raises UserError if the expression, or one of the names, matches nothing; for an embedding, or
     an output head that is tied to one; and if the model has adapters already.
     """
-    linear = {name: module for name, module in model.named_modules()
-              if hasattr(module, "in_features") and hasattr(module, "out_features")}
-    if any(_last(name) == "base" for name in linear):
+    linear = linear_layers(model)
+    last = {name: name.rpartition(".")[2] for name in linear}
+    if "base" in last.values():
         raise UserError("the model has adapters already: merge them before adding others")
     if target_modules == "all-linear":
-        return {name: module for name, module in linear.items() if _last(name) != "lm_head"}
+        return {name: module for name, module in linear.items() if last[name] != "lm_head"}
     chosen = set()
     for pattern in _patterns(target_modules):
         _refuse_embeddings(model, pattern)
@@ -86,15 +83,10 @@ def select_targets(model, target_modules):
         if not matched:
             raise UserError(
                 f"--target-modules {target_modules!r}: no linear layer has a name that fits; the"
-                f" names are {', '.join(sorted({_last(name) for name in linear}))}, and a regular"
-                " expression must fit the whole of, for example, "
-                f"{next(iter(linear), 'nothing: there is no linear layer')}")
+                f" names are {', '.join(sorted(set(last.values())))}, and a regular expression must"
+                f" fit the whole of, for example, {next(iter(linear), 'nothing: there is none')}")
         chosen |= matched
     return {name: module for name, module in linear.items() if name in chosen}
-
-
-def _last(name):
-    return name.rpartition(".")[2]
 
 
 def _patterns(target_modules):
@@ -110,21 +102,17 @@ def _patterns(target_modules):
 
 
 def _refuse_embeddings(model, pattern):
-    """Raise UserError if `pattern` names an embedding, or an output head that is one.
-
-    A tied head is the embedding's own tensor (the models here then have `lm_head = None`). An
-    adapter beside one of the two would, once merged, change both.
-    """
+    """Raise UserError if `pattern` names an embedding, or an output head that is the same tensor
+    (the models here then have `lm_head = None`): merged, an adapter of one would change both."""
     embeddings = {name: module for name, module in model.named_modules()
                   if isinstance(module, nn.Embedding)}
     head = getattr(model, "lm_head", None)
-    tied = embeddings and (head is None or any(
-        head.weight is embedding.weight for embedding in embeddings.values()))
-    for name in ("lm_head", *embeddings):
-        if tied and pattern.fullmatch(name):
+    tied = head is None or any(head.weight is one.weight for one in embeddings.values())
+    for name in filter(pattern.fullmatch, ("lm_head", *embeddings)):
+        if embeddings and tied:
             raise UserError(
                 f"--target-modules: {name} cannot be adapted in this model: output head and"
                 " embedding are one tensor (tie_word_embeddings), so merging an adapter into one"
                 " would change the other; leave it out")
-        if name in embeddings and pattern.fullmatch(name):
+        if name in embeddings:
             raise UserError(f"--target-modules: {name} is an embedding, not a linear layer")
