@@ -17,8 +17,6 @@ import torch
 from helpers import GOLDENS, ROOT, load
 from safetensors.torch import load_file
 
-from common.adapters import peft
-
 DIFFS = sorted((ROOT / "tests" / "extensions").glob("*.diff"))
 SHORT = ["--device", "cpu", "--dtype", "float32", "--steps", "2", "--batch-tokens", "128",
          "--eval-every", "0"]
@@ -120,11 +118,12 @@ def test_the_optimizer_is_lion_and_resumes_bitwise(patched, tmp_path):
     assert {name.rpartition(".")[2] for name in moments} == {"exp_avg"}
 
 
-def test_the_peft_method_is_lora_xs_and_saves_as_lora(patched, tmp_path):
-    root = patched("peft_method", "chapter-02")
-    lora = load(root / "chapter-02/lora.py")
+def test_the_peft_method_is_lora_xs_and_saves_as_lora(patched, tmp_path, monkeypatch):
+    root = patched("peft_method", "chapter-02", "common")
+    lora, peft = load(root / "chapter-02/lora.py"), load(root / "common/adapters/peft.py")
     run = tmp_path / "run"
     train = load(root / "chapter-02/train.py")
+    monkeypatch.setattr(train, "save_adapter", peft.save_adapter)  # not that of this process
     assert train.main(["--model", "tiny", "--init", "random", "--data", "virtual", "--method",
                        "lora-xs", "--rank", "4", *SHORT, "--out", str(run)]) == 0
     saved = json.loads((run / "final/adapter_config.json").read_text())
