@@ -27,7 +27,6 @@ from common.ranks import copy_into, full_tensor, is_main
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."
-PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 # PEFT's options that change what an adapter computes and are not implemented, so must be unset;
 # `bias` may also be "none".
@@ -89,15 +88,15 @@ def _tensors(adapters, config):
 
 
 def _by_key(adapters, projections):
-    """{PEFT's name: (adapter layer, parameter)}, with VeRA's two random matrices if asked."""
+    """{PEFT's name: (adapter layer, parameter)}, if asked with VeRA's two random matrices."""
     found = {}
     for name, module in adapters.items():
         for attribute, parameter in module.named_parameters(recurse=False):
             suffix = ".weight" * (attribute in ("lora_A", "lora_B"))
             found[f"{PREFIX}{name}.{attribute}{suffix}"] = module, parameter
-    if projections:
-        found |= dict(zip(PROJECTIONS, ((module, module.shared.vera_A),
-                                        (module, module.shared.vera_B))))
+    if projections:  # one pair for all layers
+        found |= {f"base_model.{name}": (module, matrix)
+                  for name, matrix in module.shared.named_buffers()}
     return found
 
 
@@ -163,8 +162,7 @@ def load_adapter(model, path, lora):
             print(f"warning: {file}: {name}={options[name]!r} is unknown here and ignored",
                   file=sys.stderr)
 
-    projections = config.method == "vera" and (
-        options.get("save_projection", True) or not headers.keys().isdisjoint(PROJECTIONS))
+    projections = config.method == "vera" and options.get("save_projection", True)
     wanted = {key: parameter for key, (_, parameter) in _by_key(
         dict(lora.adapter_modules(model)), projections).items()}
     copies = _copies(model, headers)

@@ -76,11 +76,23 @@ def select_targets(model, target_modules):
         raise UserError("the model has adapters already: merge them before adding others")
     if target_modules == "all-linear":
         return {name: module for name, module in linear.items() if last[name] != "lm_head"}
+    embeddings = {name: module for name, module in model.named_modules()
+                  if isinstance(module, nn.Embedding)}
+    head = getattr(model, "lm_head", None)  # None where it is the embedding
+    tied = embeddings and (head is None or any(
+        head.weight is embedding.weight for embedding in embeddings.values()))
     chosen = set()
     for pattern in _patterns(target_modules):
-        _refuse_embeddings(model, pattern)
-        matched = {name for name in linear if pattern.fullmatch(name)}
-        if not matched:
+        matched = set(filter(pattern.fullmatch, (*linear, *embeddings, "lm_head")))
+        for name in sorted(matched & {"lm_head", *embeddings}):
+            if tied:
+                raise UserError(
+                    f"--target-modules: {name} cannot be adapted in this model: output head and"
+                    " embedding are one tensor (tie_word_embeddings), so merging an adapter into"
+                    " one would change the other; leave it out")
+            if name in embeddings:
+                raise UserError(f"--target-modules: {name} is an embedding, not a linear layer")
+        if not matched & linear.keys():
             raise UserError(
                 f"--target-modules {target_modules!r}: no linear layer has a name that fits; the"
                 f" names are {', '.join(sorted(set(last.values())))}, and a regular expression must"
@@ -99,20 +111,3 @@ def _patterns(target_modules):
                             f" expression: {error}") from error
     names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
     return [re.compile(rf"(.*\.)?{re.escape(name.strip())}") for name in names]
-
-
-def _refuse_embeddings(model, pattern):
-    """Raise UserError if `pattern` names an embedding, or an output head that is the same tensor
-    (the models here then have `lm_head = None`): merged, an adapter of one would change both."""
-    embeddings = {name: module for name, module in model.named_modules()
-                  if isinstance(module, nn.Embedding)}
-    head = getattr(model, "lm_head", None)
-    tied = head is None or any(head.weight is one.weight for one in embeddings.values())
-    for name in filter(pattern.fullmatch, ("lm_head", *embeddings)):
-        if embeddings and tied:
-            raise UserError(
-                f"--target-modules: {name} cannot be adapted in this model: output head and"
-                " embedding are one tensor (tie_word_embeddings), so merging an adapter into one"
-                " would change the other; leave it out")
-        if name in embeddings:
-            raise UserError(f"--target-modules: {name} is an embedding, not a linear layer")

@@ -269,12 +269,12 @@ def prepare_run(folder):
 
 
 def read_run(folder, names):
-    def parse(*arguments):
+    def read(*arguments):
         return parse(TrainOptions, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
 
     readers = {
-        "train_config.json": lambda: parse("--resume", str(folder)),
-        "options.json": lambda: parse("--device", "cpu", "--config", str(folder / "options.json")),
+        "train_config.json": lambda: read("--resume", str(folder)),
+        "options.json": lambda: read("--device", "cpu", "--config", str(folder / "options.json")),
         "metrics.jsonl": lambda: metrics.Metrics(folder, 10, start_step=3).close()}
     each(*(readers[name] for name in names))
 
