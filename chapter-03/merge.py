@@ -162,11 +162,11 @@ def main(argv=None):
         raise UserError("--requantize is for --dtype nf4")
     report = merge(options.adapter, options.out, options.model, options.dtype, options.original,
                    options.trained_on, options.requantize)
-    lines = [f"  merged into the {name:<22} {error:9.2e}"
-             for name, error in report["choices"].items()]
+    more = [f"  merged into the {name:<22} {error:9.2e}"
+            for name, error in report["choices"].items()]
     if options.requantize:
-        lines.append(f"{report['left']:.1%} of ΔW has survived quantising anew")
-    merging.show(report, options.out, lines)
+        more.append(f"{report['left']:.1%} of ΔW has survived quantising anew")
+    merging.show(report, options.out, more)
 
 
 if __name__ == "__main__":

@@ -55,14 +55,13 @@ def sample(model, adapter, base):
 
 
 def report(dtype, norms, before, after):
-    """What a merge has cost, as a dict.
+    """What a merge has cost, from the `norms` that `merge_into` gave and the sample's logits (T, V)
+    with the adapter (`before`) and of the merged model. A dict:
 
-    `norms` is what `merge_into` gave: by layer the squares of ‖ΔW‖ and of the error; `before` and
-    `after` are the logits (T, V) of the sample. In it are `dtype`; `layers`, the error of the
-    realised ΔW relative to ΔW (0: all of it survived; 1: as far off as no adapter at all) by
-    layer name; `total`, the same over all layers; `delta`, the Frobenius norm of all ΔW; and
-    `logit_difference`, the largest, beside `largest_logit`, and at how many of the `tokens` the
-    likeliest next token is another, `tokens_changed`.
+    `dtype`; `layers`, by name the error of the realised ΔW relative to ΔW (0: all of it survived;
+    1: as far off as no adapter at all); `total`, the same over all layers; `delta`, the Frobenius
+    norm of all ΔW; `logit_difference`, the largest, beside `largest_logit`; and at how many of the
+    `tokens` the likeliest next token is another, `tokens_changed`.
     """
     def relative(pairs):
         delta, error = (sum(column) for column in zip(*pairs))
@@ -85,9 +84,8 @@ def show(report, out, more=()):
     groups = {}
     for name, error in report["layers"].items():
         group = f"layer {name.split('.')[2]}" if name.startswith("model.layers.") else name
-        groups.setdefault(group, []).append((error, name))
-    for group, members in groups.items():
-        error, name = max(members)
+        groups[group] = max(groups.get(group, (0.0, "")), (error, name))
+    for group, (error, name) in groups.items():
         print(f"  {group:<10} worst {error:9.2e}  {name}")
     print(f"  all layers       {report['total']:9.2e}")
     if not report["delta"]:
@@ -95,9 +93,8 @@ def show(report, out, more=()):
     print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
           f"{report['logit_difference']:.2e}\n(largest logit {report['largest_logit']:.1f}), "
           f"likeliest next token another at {report['tokens_changed']}")
-    for line in more:
-        print(line)
-    print(f"wrote {out}: a Hugging Face model folder\n{runs.how_to_ask('model', out)}")
+    print(*more, f"wrote {out}: a Hugging Face model folder", runs.how_to_ask("model", out),
+          sep="\n")
 
 
 def save(model, dtype, out, adapter, base, write_model=weights.save_weights):

@@ -41,8 +41,8 @@ def dense_weight(base, config):
     it is quantised, or has too few singular values or bits."""
     weight, method = base.weight, f"--method {config.method}"
     if not isinstance(weight, nn.Parameter):
-        raise UserError(f"{method} changes the base weight, which cannot be done to a quantised one:"
-                        " take another method, or a base that is not quantised")
+        raise UserError(f"{method} changes the base weight, which cannot be done to a quantised"
+                        " one: take another method, or a base that is not quantised")
     if config.method == "pissa" and config.rank > min(weight.shape):
         raise UserError(f"--rank {config.rank} is too large for pissa: a weight of shape"
                         f" {tuple(weight.shape)} has {min(weight.shape)} singular values")

@@ -32,6 +32,9 @@ class KVCache:
             raise ValueError("after its first pass a cache takes one token of each document")
         rows = torch.arange(self.documents, device=position_ids.device)
         self.where = rows.repeat_interleave(cu_seqlens.diff()), position_ids  # row, column
+        if not self.first_pass:
+            columns = torch.arange(self.length, device=position_ids.device)
+            self.visible = columns <= position_ids[:, None, None, None]  # (N, 1, 1, C)
 
     def store(self, layer, k, v):
         """Keep this pass's keys and values (T, K, d) of an attention layer."""
@@ -44,16 +47,14 @@ class KVCache:
         keys[row, :, column], values[row, :, column] = k, v
 
     def attention(self, layer, q):
-        """After the first pass: softmax(q kᵀ / √d) v, (N, H, d), of one new token per document
-        with all of its own row."""
+        """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row."""
         keys, values = (x[:, :, : self.length] for x in self.layers[layer])
-        columns = torch.arange(self.length, device=q.device)
-        visible = columns <= self.where[1][:, None, None, None]  # (N, 1, 1, C)
         # The query heads that share a key/value head stand where several tokens would:
         # (N, K, H/K, d). Never is_causal here: it would line up the first query with the first
         # key, not the last with the last.
         q = q.unflatten(1, (keys.shape[1], -1))
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).flatten(1, 2)
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=self.visible).flatten(1, 2)
 
     def keep(self, rows):
         """Go on with these documents only, `rows` being their row numbers in the new order."""

@@ -14,8 +14,8 @@ from common.options import Parser, choose_device, choose_dtype
 
 
 def read_options(doc, argv, adapters=True):
-    """What was typed, checked; `doc` is the script's docstring. Without `adapters` only the flags
-    of a chapter that has neither adapters nor a cache can be typed."""
+    """What was typed, checked; `doc` is the script's docstring. Without `adapters` there are only
+    the flags of a chapter that has neither them nor a cache."""
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     add, longest = parser.add_argument, 256 if adapters else 128
     add("--model", required=not adapters, help="a model folder, tiny, or a Hub id" + adapters * (
@@ -64,13 +64,11 @@ def run(doc, argv, load_model, lora):
     dtype, adapter)` gives (model, its folder)."""
     options = read_options(doc, argv)
     device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
     adapter = hub.resolve(options.adapter, "--adapter") if options.adapter else None
-    model, base = load_model(options.model, device, dtype, adapter)
+    model, base = load_model(options.model, device, choose_dtype(options.dtype, device), adapter)
     chat = Chat.load(tokenizer_folders(base, adapter)[-1])
-    settings = {name: getattr(options, name) for name in
-                ("max_new_tokens", "temperature", "seed", "top_k", "top_p")}
-    settings["stop_ids"] = chat.stop_ids
+    settings = {"stop_ids": chat.stop_ids} | {name: getattr(options, name) for name in (
+        "max_new_tokens", "temperature", "seed", "top_k", "top_p")}
     prompts = encode(chat, options)
     before = generate(model, prompts, **settings) if options.compare else []
     if adapter:
@@ -136,14 +134,12 @@ def converse(model, chat, settings, variables):
     print("Ctrl-D ends the conversation.")
     while True:
         try:
-            said = input("\n> ")
+            messages.append({"role": "user", "content": input("\n> ")})
+            answer = stream(model, chat, chat.encode_prompt(messages, **variables), settings)
+            messages.append({"role": "assistant", "content": answer})
         except EOFError:
             print()
             return
-        try:
-            messages.append({"role": "user", "content": said})
-            answer = stream(model, chat, chat.encode_prompt(messages, **variables), settings)
-            messages.append({"role": "assistant", "content": answer})
         except UserError as error:  # say, the conversation has become too long
             print(f"error: {error}", file=sys.stderr)
             messages.pop()

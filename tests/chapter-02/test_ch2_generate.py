@@ -186,7 +186,8 @@ def test_sampled_frequencies_are_the_models():
     pack.pop("labels")
     with torch.no_grad():
         expected = oracle(model(**pack)[-1].numpy(), 0.5, 0, 1.0)
-    tokens = [answer[0] for answer in generation.generate(model, [prompt] * 1000, 1, temperature=0.5)]
+    answers = generation.generate(model, [prompt] * 1000, 1, temperature=0.5)
+    tokens = [answer[0] for answer in answers]
     found = np.bincount(tokens, minlength=264) / 1000
     likely = np.argsort(-expected)[:5]
     assert np.abs(found - expected)[likely].max() < 4 * np.sqrt(0.25 / 1000)

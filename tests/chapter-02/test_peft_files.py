@@ -266,8 +266,8 @@ def test_a_tied_models_head_is_copied_by_its_embedding_and_takes_no_adapter(tmp_
     config = weights.read_config(PEFT / "qwen3") | {"tie_word_embeddings": True}
     model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
     embedding = model.model.embed_tokens.weight.data
-    peft.load_adapter(model, copy_of("lora", tmp_path, tensors=lambda tensors: {
-        **tensors, f"{HEAD}.weight": embedding.clone(), f"{EMBEDDING}.weight": embedding.clone()}), lora)
+    copies = {f"{name}.weight": embedding.clone() for name in (HEAD, EMBEDDING)}
+    peft.load_adapter(model, copy_of("lora", tmp_path, tensors=lambda t: {**t, **copies}), lora)
     model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
     with pytest.raises(UserError, match="adapter_config.json: .*lm_head cannot be adapted in this"):
         peft.load_adapter(model, PEFT / "head", lora)
