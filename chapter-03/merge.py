@@ -64,10 +64,10 @@ def dequantize(network):
 def requantize(network, dtype, double_quant):
     """Merge within the layers and quantise the sums anew, from `dtype` if the base is not NF4.
 
-    Gives norms as `merge_into` does, and by the layer's name the part of ‖ΔW‖² that is left: the
-    product of ΔW and what has become of it.
+    Gives norms as `merge_into` does, and the share of ΔW that is left: what has become of it,
+    projected on ΔW.
     """
-    norms, left = {}, {}
+    norms, left = {}, 0.0
     for name, module in list(adapter_modules(network)):
         if not name.startswith("model.layers."):
             continue  # a head is kept dense
@@ -77,13 +77,13 @@ def requantize(network, dtype, double_quant):
         quantized = quantize_nf4(merged_weight(module).to(base.dtype), double_quant)
         change = dequantize_nf4(quantized).float() - base.weight.float()
         norms[name] = [x.double().square().sum().item() for x in (delta, change - delta)]
-        left[name] = (change * delta).double().sum().item()
+        left += (change * delta).double().sum().item()
         network.set_submodule(name, NF4Linear(quantized, base.bias))
     for name, layer in list(network.model.layers.named_modules(prefix="model.layers")):
         if isinstance(layer, Linear):
             quantized = quantize_nf4(layer.weight.to(dtype), double_quant)
             network.set_submodule(name, NF4Linear(quantized, layer.bias))
-    return norms, left
+    return norms, left / (sum(squared for squared, _ in norms.values()) or 1)
 
 
 # Changed from chapter-02: two bases to choose from, and quantising anew.
@@ -98,8 +98,8 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
 
     Returns `merging.report`, where the adapter as it was trained is what the merged model is
     compared with, and `choices`: the largest logit difference by the base that is merged into,
-    the one not chosen too. With "nf4" also `left`, the share of ΔW that quantising leaves: its
-    projection on ΔW. Raises UserError if `out` exists or a file has anything wrong.
+    the one not chosen too. `left` is the share of ΔW that quantising anew leaves, or None. Raises
+    UserError if `out` exists or a file has anything wrong.
     """
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")
@@ -120,7 +120,7 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
     anew = dtype == "nf4"
     kept = merging.stored_dtype("auto" if anew else dtype, base)
     pack = merging.sample(network, adapter, base)
-    choices, left = {}, {}
+    choices, left = {}, None
     with torch.no_grad():
         before = network(**pack)
         for choice in [original] if only or not quantised else [not original, original]:
@@ -131,18 +131,15 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
                 norms, left = requantize(network, kept, double_quant)
             else:
                 dequantize(network)
-            total = sum(delta for delta, _ in norms.values())
             norms |= merge_into(network, kept)
             report = merging.report(dtype if anew else kept, norms, before, network(**pack))
             name = "original weights" if choice else "base it was trained on"
             choices[name] = report["logit_difference"]
-    report["choices"] = choices
-    if anew:
-        report["left"] = sum(left.values()) / (total or 1)
-        if not requantizing:
-            raise UserError(f"--dtype nf4: of what the adapter has learned {report['left']:.1%}"
-                            " would survive quantising anew. Keep it beside its base, or merge to"
-                            " bfloat16; if that is meant, say --requantize")
+    report |= {"choices": choices, "left": left}
+    if anew and not requantizing:
+        raise UserError(f"--dtype nf4: of what the adapter has learned {left:.1%} would survive"
+                        " quantising anew. Keep it beside its base, or merge to bfloat16; if that"
+                        " is meant, say --requantize")
     merging.save(network, kept, out, adapter, base, save_bnb if anew else weights.save_weights)
     return report
 
