@@ -20,7 +20,7 @@ from common import hub, weights
 from common.adapters import peft
 from common.asking import terminal
 from common.errors import located, run_main
-from common.files import checkpoint
+from common.files.manifest import verify
 import lora
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +31,7 @@ def load_model(name, device, dtype, adapter=None):
     Without a `name` it is the model that the adapter in folder `adapter` was trained on.
     """
     folder = hub.resolve(name or peft.base_model_name(adapter))
-    checkpoint.verify(folder)
+    verify(folder)
     if adapter and "nf4" in peft.metadata(adapter).get("trained_on", ""):
         print(f"warning: {adapter} has learned beside the errors of a base of four bits, which this"
               " base does not have: python chapter-03/generate.py asks it as it was trained",

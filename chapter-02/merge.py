@@ -36,8 +36,7 @@ def merge_into(model, dtype):
         error = merged.to(dtype).float() - merged  # also that of ΔW: the old W is what it was
         norms[name] = [x.double().square().sum().item() for x in (delta_weight(module), error)]
         module.base.weight.copy_(merged)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, module.base)
+        model.set_submodule(name, module.base)
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
     return norms

@@ -15,7 +15,7 @@ from nf4_load import load_nf4
 from common import hub, weights
 from common.adapters import peft
 from common.errors import UserError, located
-from common.files import checkpoint
+from common.files.manifest import MARK, verify
 
 BASES = ("none", "nf4", "nf4-double")  # what an adapter can have been trained on
 
@@ -131,7 +131,7 @@ def load_model(name, device, dtype, adapter=None, trained_on="auto"):
     quantised already is taken as it is.
     """
     folder = hub.resolve(name or peft.base_model_name(adapter))
-    checkpoint.verify(folder)
+    verify(folder)
     said = peft.metadata(adapter) if adapter else {}
     if trained_on == "auto":
         trained_on = said.get("trained_on", "none")
@@ -155,5 +155,5 @@ def load_model(name, device, dtype, adapter=None, trained_on="auto"):
 
 def mark(options):
     """What the header of an adapter's file says: the manifest, and the base it was trained on."""
-    return {**checkpoint.MARK, "trained_on": options.quantize + "-double" * options.double_quant,
+    return {**MARK, "trained_on": options.quantize + "-double" * options.double_quant,
             "dtype": options.dtype}

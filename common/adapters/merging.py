@@ -9,7 +9,8 @@ from common import runs, weights
 from common.adapters.peft import tokenizer_folders
 from common.data.chat import Chat
 from common.errors import UserError
-from common.files import checkpoint
+from common.files.commit import commit
+from common.files.manifest import MARK
 from common.options import Parser
 
 SAMPLE = "List three colours, the days of the week, and what 12 plus 30 is."
@@ -100,11 +101,11 @@ def show(report, out, more=()):
 def save(model, dtype, out, adapter, base, write_model=weights.save_weights):
     """Commit folder `out`: the model in `dtype`, as `write_model` writes it, and its tokenizer."""
     def write(folder):
-        write_model(model, weights.read_config(base), folder, dtype, checkpoint.MARK)
+        write_model(model, weights.read_config(base), folder, dtype, MARK)
         for source in tokenizer_folders(base, adapter):
             weights.copy_tokenizer(source, folder)
         Chat.load(source).save(folder)
 
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     size += sum(buffer.nbytes for buffer in model.buffers())
-    checkpoint.commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)
+    commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)

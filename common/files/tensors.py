@@ -16,7 +16,7 @@ from common.files.json_files import read_json
 from common.ranks import is_main, on_all_ranks
 
 HEAD = "lm_head.weight"
-LOADABLE = ("F64", "F32", "F16", "BF16")  # floating point, as safetensors names it
+FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 
 
 # --- in ---
@@ -46,13 +46,11 @@ def tensor_headers(path, stem="model"):
     return headers
 
 
-def tensor_problems(headers, wanted, loadable=LOADABLE):
-    """Why tensors do not fit, in words for an error message; "" if they do.
-
-    `headers` is what `tensor_headers` gave, `wanted` {name: shape} of all that there must be, and
-    `loadable` the dtypes that are taken. At most four problems are named.
+def tensor_problems(headers, wanted, loadable=FLOATING):
+    """What keeps the tensors of `headers` (see `tensor_headers`) from being those that are `wanted`
+    ({name: shape}), each of one of the dtypes `loadable`: at most four things, or "" for nothing.
     """
-    problems = [f"{how} {listing(names)}" for how, names in (
+    problems = [f"{what} {listing(names)}" for what, names in (
         ("missing", wanted.keys() - headers.keys()),
         ("unexpected", headers.keys() - wanted.keys())) if names]
     for name in sorted(wanted.keys() & headers.keys()):
@@ -60,9 +58,9 @@ def tensor_problems(headers, wanted, loadable=LOADABLE):
         if shape != tuple(wanted[name]):
             problems.append(f"{name} has shape {shape}, not {tuple(wanted[name])}")
         elif dtype not in loadable:
-            problems.append(f"{name} is {dtype}, not floating point")
-    more = [f"and {len(problems) - 4} more"] if len(problems) > 4 else []
-    return "; ".join(problems[:4] + more)
+            kind = "floating point" if loadable is FLOATING else " or ".join(sorted(loadable))
+            problems.append(f"{name} is {dtype}, not {kind}")
+    return "; ".join(problems[:4] + [f"and {len(problems) - 4} more"] * (len(problems) > 4))
 
 
 def _shards(path, stem):
