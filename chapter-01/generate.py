@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from common import hub, weights
+from common.asking import terminal
 from common.data.chat import Chat
-from common.errors import UserError, located, run_main
-from common.files import checkpoint
-from common.options import Parser, choose_device, choose_dtype
+from common.errors import located, run_main
+from common.files.manifest import verify
+from common.options import choose_device, choose_dtype
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 from packing import packed_sequence_collate_fn
 
@@ -58,29 +59,9 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a model folder, tiny, or a Hub id")
-    parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
-    parser.add_argument("--raw", action="store_true",
-                        help="continue the text itself, without the chat template around it")
-    parser.add_argument("--no-thinking", action="store_true",
-                        help="have the chat template switch thinking off, where it can")
-    parser.add_argument("--max-new-tokens", type=int, default=128,
-                        help="longest answer (default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
-                        help="of the weights; auto: bfloat16 where the hardware has it")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                        help="auto: a GPU if there is one")
-    options = parser.parse_args(argv)
-    if options.max_new_tokens < 1 or not 0 <= options.temperature < float("inf"):
-        raise UserError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
-    if options.raw and options.no_thinking:
-        raise UserError("--raw does without the chat template, so --no-thinking has no meaning")
-
+    options = terminal.read_options(__doc__, argv, adapters=False)
     folder = hub.resolve(options.model)
-    checkpoint.verify(folder)
+    verify(folder)
     chat = Chat.load(folder)
     device = choose_device(options.device)
     with located(folder / "config.json"):
@@ -90,17 +71,9 @@ def main(argv=None):
     model.to_empty(device=device)
     weights.load_weights(model, folder)
     model.compute_dtype = choose_dtype(options.dtype, device)
-
-    variables = chat.no_thinking() if options.no_thinking else {}
-    if options.raw or chat.template is None:
-        prompts = [chat.encode_prompt(text) for text in options.prompt]
-    else:
-        prompts = [chat.encode_prompt([{"role": "user", "content": text}], **variables)
-                   for text in options.prompt]
-    answers = generate(model, prompts, options.max_new_tokens, chat.stop_ids, options.temperature,
-                       options.seed)
-    for text, answer in zip(options.prompt, answers):
-        print(f"> {text}\n{chat.decode(answer)}\n")
+    answers = generate(model, terminal.encode(chat, options), options.max_new_tokens,
+                       chat.stop_ids, options.temperature, options.seed)
+    terminal.show(chat, options.prompt, answers)
 
 
 if __name__ == "__main__":

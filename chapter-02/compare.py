@@ -11,6 +11,7 @@ and pictures if matplotlib is installed. What follows `--` goes to every run.
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -28,62 +29,50 @@ from lora import METHODS
 
 TRAIN = Path(__file__).with_name("train.py")
 # Where each grid is centred; its other rates are factors of three away.
-CENTRE = {"full": 1e-3, "vera": 9e-2, "lora+": 1e-3, "lora-fa": 1.5e-2, "default": 5e-3}
-
-
-def grid(method, factors):
-    """The learning rates that a method is tried with."""
-    centre = CENTRE.get(method, CENTRE["default"])
-    return [float(f"{centre * factor:.2g}") for factor in factors]
+CENTRE = {"full": 1e-3, "vera": 9e-2, "lora+": 1e-3, "lora-fa": 1.5e-2}
+OTHERS = 5e-3
 
 
 def run_one(folder, method, rate, seed, extra):
     """Train once into `folder`, or go on with it; returns at once if it is finished."""
     if (folder / "final").is_dir():
         return
-    command = [sys.executable, str(TRAIN)]
+    options = ["--out", folder, "--method", method, "--lr", f"{rate:g}", "--seed", str(seed),
+               *extra]
     if (folder / "train_config.json").is_file():
-        command += ["--resume", str(folder)]
-    else:
-        command += ["--out", str(folder), "--method", method, "--lr", f"{rate:g}", "--seed",
-                    str(seed), *extra]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
-        process = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    if process.returncode:
-        last = folder.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise UserError(f"{method} at rate {rate:g}: {' '.join(last)} (all of it: "
-                        f"{folder.with_suffix('.log')})")
+        options = ["--resume", folder]
+    log = folder.with_name(f"{folder.name}.log")
+    with open(log, "a", encoding="utf-8") as file:
+        done = subprocess.run([sys.executable, TRAIN, *options], stdout=file, stderr=file)
+    if done.returncode:
+        last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        raise UserError(f"{method} at rate {rate:g}: {last} (all of it: {log})")
 
 
 def read_run(folder):
     """What one finished run measured, from its own files."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "grad_norm" in line]
-    scores = [line for line in lines if any(name.startswith("exact_match") for name in line)]
-    evaluations = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
-    if not evaluations:
-        raise UserError(f"{folder}: nothing was evaluated; leave --eval-every on")
+    losses = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
     checkpoint = max(folder.glob("step-??????"), default=None)
-    if checkpoint is None:
-        raise UserError(f"{folder}: no checkpoint to count parameters in; leave --save-every on")
-    moments = tensor_headers(checkpoint, "optimizer")
-    sizes = {}
-    for name, (shape, _, _) in moments.items():
-        size = 1
-        for dimension in shape:
-            size *= dimension
-        sizes[name] = size
-    return {
-        "loss": evaluations[-1],
+    if not losses or checkpoint is None:
+        raise UserError(f"{folder}: no evaluation, or no checkpoint to count parameters in; leave"
+                        " --eval-every and --save-every on")
+    headers = tensor_headers(checkpoint, "optimizer")
+    sizes = {name: math.prod(shape) for name, (shape, _, _) in headers.items()}
+    run = {
+        "loss": losses[-1],
         "curve": [(line["step"], line["loss"]) for line in steps],
         "trainable": sum(n for name, n in sizes.items() if name.endswith(".exp_avg")),
         "optimizer_bytes": 4 * sum(sizes.values()),
         "memory": max((line["peak_memory_bytes"] or 0) for line in steps),
         "speed": statistics.median(line["tokens_per_second"] for line in steps),
-        "before": {k: v for k, v in scores[0].items() if k.startswith("exact")} if scores else {},
-        "after": {k: v for k, v in scores[-1].items() if k.startswith("exact")} if scores else {},
     }
+    scores = [line for line in lines if any(name.startswith("exact_match") for name in line)]
+    for when, line in zip(("before", "after"), scores[:1] + scores[-1:]):
+        run |= {f"{name}_{when}": share for name, share in line.items()
+                if name.startswith("exact_match")}
+    return run
 
 
 def summarise(method, runs):
@@ -92,42 +81,33 @@ def summarise(method, runs):
     best = min(means, key=means.get)
     group = runs[best]
     row = {"method": method, "rate": best, "seeds": len(group), "loss_by_rate": means,
-           "loss": means[best], "loss_spread": spread([run["loss"] for run in group]),
-           "edge_of_grid": best in (min(means), max(means)) and len(means) > 1}
+           "edge_of_grid": best in (min(means), max(means)) and len(means) > 1,
+           "curve": group[0]["curve"], "speed": statistics.median(run["speed"] for run in group)}
     for name in ("trainable", "optimizer_bytes", "memory"):
         row[name] = max(run[name] for run in group)
-    row["speed"] = statistics.median(run["speed"] for run in group)
-    for when in ("before", "after"):
-        for name in group[0][when]:
-            values = [run[when][name] for run in group]
-            row[f"{name}_{when}"] = statistics.mean(values)
-            row[f"{name}_{when}_spread"] = spread(values)
-    row["curve"] = group[0]["curve"]
+    for name in ("loss", *(name for name in group[0] if name.startswith("exact_match"))):
+        values = [run[name] for run in group]
+        row[name] = statistics.mean(values)
+        row[f"{name}_spread"] = (max(values) - min(values)) / 2
     return row
-
-
-def spread(values):
-    """Half the range of several values."""
-    return (max(values) - min(values)) / 2
 
 
 def table(rows):
     """The rows as a Markdown table."""
-    head = ["method", "best rate", "trainable", "optimizer state", "peak memory", "tokens/s",
-            "held-out loss", "new skills", "old skills"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        def score(name):
-            mean = row.get(f"exact_match_{name}_after")
-            half = row.get(f"exact_match_{name}_after_spread")
-            return "-" if mean is None else f"{100 * mean:.0f} ± {100 * half:.0f} %"
-        rate = f"{row['rate']:g}" + (" (edge)" if row["edge_of_grid"] else "")
-        lines.append("| " + " | ".join([
-            row["method"], rate, f"{row['trainable']:,}", readable_bytes(row["optimizer_bytes"]),
-            readable_bytes(row["memory"]), f"{row['speed']:,.0f}",
-            f"{row['loss']:.3f} ± {row['loss_spread']:.3f}", score("new"), score("base"),
-        ]) + " |")
-    return "\n".join(lines)
+    def score(row, name):
+        mean, half = (row.get(f"exact_match_{name}_after{end}") for end in ("", "_spread"))
+        return "-" if mean is None else f"{100 * mean:.0f} ± {100 * half:.0f} %"
+
+    cells = [["method", "best rate", "trainable", "optimizer state", "peak memory", "tokens/s",
+              "held-out loss", "new skills", "old skills"]]
+    cells += [[
+        row["method"], f"{row['rate']:g}{' (edge)' * row['edge_of_grid']}",
+        f"{row['trainable']:,}", readable_bytes(row["optimizer_bytes"]),
+        readable_bytes(row["memory"]), f"{row['speed']:,.0f}",
+        f"{row['loss']:.3f} ± {row['loss_spread']:.3f}", score(row, "new"), score(row, "base"),
+    ] for row in rows]
+    head, *lines = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join((head, "|" + "---|" * len(cells[0]), *lines))
 
 
 def draw(rows, out):
@@ -140,24 +120,23 @@ def draw(rows, out):
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    for file, title, label in (("curves.svg", "training loss at the best rate", "step"),
-                               ("rates.svg", "held-out loss", "learning rate")):
+    for file, title, label, scale in (
+            ("curves.svg", "training loss at the best rate", "step", "linear"),
+            ("rates.svg", "held-out loss", "learning rate", "log")):
         figure, axes = pyplot.subplots(figsize=(8, 5))
         for row in rows:
             points = row["curve"] if file == "curves.svg" else sorted(row["loss_by_rate"].items())
             axes.plot(*zip(*points), label=row["method"], marker=None if "curve" in file else "o")
-        axes.set(title=title, xlabel=label, ylabel="loss", yscale="log")
-        if file == "rates.svg":
-            axes.set_xscale("log")
+        axes.set(title=title, xlabel=label, ylabel="loss", xscale=scale, yscale="log")
         axes.legend()
         figure.savefig(out / file)
         pyplot.close(figure)
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv, extra = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (
-        argv, [])
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    extra = argv[end + 1:]
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                         epilog="What stands after -- goes to train.py: -- --steps 160")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS),
@@ -167,12 +146,13 @@ def main(argv=None):
                         help="learning rates, as multiples of each method's usual one "
                         "(default: 1/3 1 3)")
     parser.add_argument("--out", default="runs/compare", help="default: runs/compare")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(argv[:end])
     if options.seeds < 1 or min(options.factors) <= 0:
         raise UserError("--seeds must be 1 or more, and --factors above 0")
     out = Path(options.out)
-    plan = [(method, rate, seed) for method in options.methods
-            for rate in grid(method, options.factors) for seed in range(options.seeds)]
+    plan = [(method, float(f"{CENTRE.get(method, OTHERS) * factor:.2g}"), seed)
+            for method in options.methods for factor in options.factors
+            for seed in range(options.seeds)]
     plan_file = out / "plan.json"
     if plan_file.is_file() and json.loads(plan_file.read_text()) != extra:
         raise UserError(f"{out}: holds a comparison with other options after `--`; choose --out")

@@ -9,8 +9,8 @@ Shapes, here and in every chapter:
 
 The families differ in five fields of the config (llama_config.py) and in nothing else: `qk_norm`,
 `qkv_bias`, `rope_scaling`, `head_dim` and `tie_word_embeddings`; no code here asks for a family's
-name. The other thing that is new since chapter 1 is the cache of keys and values (kv_cache.py),
-with which a document grows by one token without being computed again from its beginning.
+name. The other thing that is new since chapter 1 is the cache of keys and values
+(common/asking/kv_cache.py), with which a document grows by one token without being computed again.
 
 Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
 """
@@ -145,10 +145,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         q = apply_rotary(self.q_norm(q), cos, sin)
         k = apply_rotary(self.k_norm(k), cos, sin)
-        if cache is None:
+        if cache is not None:
+            cache.store(self, k, v)
+        if cache is None or cache.first_pass:
             output = varlen_attention(q, k, v, cu_seqlens, max_seqlen)
         else:
-            output = cache.attention(self, q, k, v, cu_seqlens, max_seqlen)
+            output = cache.attention(self, q)
         return self.o_proj(output.flatten(-2))  # (T, H·d) -> (T, D)
 
 

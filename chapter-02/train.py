@@ -20,18 +20,19 @@ import torch
 import torch.nn.functional as F
 
 from common import guard, hub, memory, predict, prepare, runs, weights
+from common.adapters.peft import save_adapter
+from common.asking.generation import generate
 from common.errors import UserError, located, run_main
 from common.files import checkpoint
 from common.metrics import Metrics
 from common.options import TrainOptions, option, parse, save_options
 from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
-from generate import generate
+import lora
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
                   state_names)
 from merge import merge_into
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 from packing import IGNORE, PackSampler, packed_sequence_collate_fn
-from peft_files import save_adapter
 
 CHAPTER = "02"
 # What `auto` sets for the embedded model and data; and for everything else. A learning rate
@@ -275,7 +276,7 @@ def main(argv=None):
             runs.save_model(run / "final", model, config_json, data, dtype)
         else:
             runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, metadata=checkpoint.MARK), data)
+                model, adapter, folder, options.model, lora, metadata=checkpoint.MARK), data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
 

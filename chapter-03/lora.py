@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from common.adapters.targets import check_config, dense_weight, select_targets
 from common.ranks import full_tensor
-from targets import check_config, dense_weight, select_targets
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AdapterConfig:
     rank: int = 16  # r
     alpha: float = 32.0  # s = α/r (rsLoRA: α/√r); VeRA has no scale
     dropout: float = 0.0  # of x on its way into A
-    target_modules: str | tuple = "all-linear"  # or "q_proj,v_proj", or a regex: see targets.py
+    target_modules: str | tuple = "all-linear"  # or names, or a regex: see select_targets
     seed: int = 0  # of A's first values
     lr_ratio: float = 16.0  # LoRA+: λ, the learning rate of B over that of A
     project_gradient: bool = True  # LoRA-FA: the paper's second version; False is the first

@@ -9,7 +9,6 @@ one, and the report says how far off each is. The sum W + ΔW is formed in float
 to --dtype. Needs 4 bytes of main memory per parameter.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -18,21 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from common import hub, runs, weights
-from common.data.chat import Chat
+from common import hub, weights
+from common.adapters import merging
+from common.adapters.peft import load_adapter
 from common.errors import UserError, run_main
-from common.files import checkpoint
-from common.options import Parser
-from base_model import BASES, load_model
 from bnb_files import is_bnb, save_bnb
+import lora
 from lora import adapter_modules, delta_weight, merged_weight
-from merge_report import compared, show, summary
 from modeling_llama import Linear
 from nf4 import NF4Linear, dequantize_nf4, quantize_nf4
-from packing import packed_sequence_collate_fn
-from peft_files import load_adapter
-
-SAMPLE = "List three colours, the days of the week, and what 12 plus 30 is."
+from quantized_model import BASES, load_model
 
 
 # Copied from chapter-02/merge.py
@@ -49,8 +43,7 @@ def merge_into(model, dtype):
         error = merged.to(dtype).float() - merged  # also that of ΔW: the old W is what it was
         norms[name] = [x.double().square().sum().item() for x in (delta_weight(module), error)]
         module.base.weight.copy_(merged)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, module.base)
+        model.set_submodule(name, module.base)
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
     return norms
@@ -70,10 +63,10 @@ def dequantize(network):
 def requantize(network, dtype, double_quant):
     """Merge within the layers and quantise the sums anew, from `dtype` if the base is not NF4.
 
-    Gives norms as `merge_into` does, and by the layer's name the part of ‖ΔW‖² that is left: the
-    product of ΔW and what has become of it.
+    Gives norms as `merge_into` does, and the share of ΔW that is left: what has become of it,
+    projected on ΔW.
     """
-    norms, left = {}, {}
+    norms, left = {}, 0.0
     for name, module in list(adapter_modules(network)):
         if not name.startswith("model.layers."):
             continue  # a head is kept dense
@@ -83,13 +76,13 @@ def requantize(network, dtype, double_quant):
         quantized = quantize_nf4(merged_weight(module).to(base.dtype), double_quant)
         change = dequantize_nf4(quantized).float() - base.weight.float()
         norms[name] = [x.double().square().sum().item() for x in (delta, change - delta)]
-        left[name] = (change * delta).double().sum().item()
+        left += (change * delta).double().sum().item()
         network.set_submodule(name, NF4Linear(quantized, base.bias))
     for name, layer in list(network.model.layers.named_modules(prefix="model.layers")):
         if isinstance(layer, Linear):
             quantized = quantize_nf4(layer.weight.to(dtype), double_quant)
             network.set_submodule(name, NF4Linear(quantized, layer.bias))
-    return norms, left
+    return norms, left / (sum(squared for squared, _ in norms.values()) or 1)
 
 
 # Changed from chapter-02: two bases to choose from, and quantising anew.
@@ -102,18 +95,18 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
     the base as it was in training, dequantised, or into the `original` weights. `trained_on`:
     "none", "nf4", "nf4-double", or "auto", what the adapter's file says.
 
-    Returns chapter 2's report, where the adapter as it was trained is what the merged model is
+    Returns `merging.report`, where the adapter as it was trained is what the merged model is
     compared with, and `choices`: the largest logit difference by the base that is merged into,
-    the one not chosen too. With "nf4" also `left`, the share of ΔW that quantising leaves: its
-    projection on ΔW. Raises UserError if `out` exists or a file has anything wrong.
+    the one not chosen too. `left` is the share of ΔW that quantising anew leaves, or None. Raises
+    UserError if `out` exists or a file has anything wrong.
     """
-    check_new(out)
+    merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")
 
     def load(original):
         network, base = load_model(model, "cpu", torch.float32, adapter,
                                    "none" if original else trained_on)
-        load_adapter(network, adapter)
+        load_adapter(network, adapter, lora)
         return network, base
 
     network, base = load(False)
@@ -123,112 +116,53 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
     if only and original:
         raise UserError(f"{base} is quantised, the original weights are not in it: give them with"
                         " --model, and say --trained-on nf4 or nf4-double")
-    kept = getattr(torch, stored_dtype("auto" if dtype == "nf4" else dtype, base))
-    pack = sample(network, adapter, base)
-    report = {"dtype": "nf4" if dtype == "nf4" else str(kept).removeprefix("torch."), "choices": {}}
+    anew = dtype == "nf4"
+    kept = merging.stored_dtype("auto" if anew else dtype, base)
+    pack = merging.sample(network, adapter, base)
+    choices, left = {}, None
     with torch.no_grad():
         before = network(**pack)
         for choice in [original] if only or not quantised else [not original, original]:
             network = quantised = None  # one at a time
             network, _ = load(choice)
             norms = {}
-            if dtype == "nf4" and choice == original:
+            if anew and choice == original:
                 norms, left = requantize(network, kept, double_quant)
-                report["left"] = sum(left.values()) / (sum(d for d, _ in norms.values()) or 1)
             else:
                 dequantize(network)
             norms |= merge_into(network, kept)
-            report |= {**summary(norms), **compared(before, network(**pack))}
+            report = merging.report(dtype if anew else kept, norms, before, network(**pack))
             name = "original weights" if choice else "base it was trained on"
-            report["choices"][name] = report["logit_difference"]
-    if dtype == "nf4" and not requantizing:
-        raise UserError(f"--dtype nf4: of what the adapter has learned {report['left']:.1%} would"
-                        " survive quantising anew. Keep it beside its base, or merge to bfloat16;"
-                        " if that is meant, say --requantize")
-    save(network, kept, out, adapter, base)
+            choices[name] = report["logit_difference"]
+    report |= {"choices": choices, "left": left}
+    if anew and not requantizing:
+        raise UserError(f"--dtype nf4: of what the adapter has learned {left:.1%} would survive"
+                        " quantising anew. Keep it beside its base, or merge to bfloat16; if that"
+                        " is meant, say --requantize")
+    merging.save(network, kept, out, adapter, base, save_bnb if anew else weights.save_weights)
     return report
-
-
-# Copied from chapter-02/merge.py
-def check_new(out):
-    """Raise UserError if there is anything at path `out`."""
-    if os.path.lexists(out):
-        raise UserError(f"{out} is there already, and nothing is written over: choose another")
-
-
-# Copied from chapter-02/merge.py
-def stored_dtype(dtype, base):
-    """The name of the dtype to store: `dtype`, or for "auto" that of the model in folder `base`."""
-    if dtype == "auto":
-        config = weights.read_config(base)
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"{base / 'config.json'}: dtype {dtype!r} is unknown here: give --dtype")
-    return dtype
-
-
-# Copied from chapter-02/merge.py
-def tokenizer_folders(adapter, base):
-    """The folders with tokenizer files; the adapter may know more tokens, or another template."""
-    return [base, adapter] if (adapter / "tokenizer.json").is_file() else [base]
-
-
-# Copied from chapter-02/merge.py
-def sample(network, adapter, base):
-    """A prompt as a pack, on which the model is compared before and after."""
-    ids = Chat.load(tokenizer_folders(adapter, base)[-1]).encode_prompt(SAMPLE)
-    ids = torch.tensor(ids[: network.config.max_position_embeddings])
-    if ids.max() >= network.config.vocab_size:
-        raise UserError(f"{base}: the tokenizer gives token {ids.max()}, but the model's vocabulary"
-                        f" ends at {network.config.vocab_size - 1}")
-    pack = packed_sequence_collate_fn([(ids, ids)])
-    del pack["labels"]
-    return pack
-
-
-# Changed from chapter-02: NF4.
-def save(network, dtype, out, adapter, base):
-    """Commit folder `out`: the model in `dtype`, and the tokenizer's files."""
-    def write(folder):
-        quantised = any(isinstance(layer, NF4Linear) for layer in network.modules())
-        write_model = save_bnb if quantised else weights.save_weights
-        write_model(network, weights.read_config(base), folder, dtype, checkpoint.MARK)
-        for source in tokenizer_folders(adapter, base):  # the second over the first
-            weights.copy_tokenizer(source, folder)
-        Chat.load(source).save(folder)
-
-    size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
-    size += sum(buffer.nbytes for buffer in network.buffers())
-    checkpoint.commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)
 
 
 # Changed from chapter-02: the base that is merged into.
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = merging.flags(__doc__, "nf4")
     add = parser.add_argument
-    add("--adapter", required=True, help="the adapter's folder, or a Hub id")
-    add("--out", required=True, help="the folder to write; must not exist")
-    add("--model", help="the base model (default: the one the adapter names)")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "nf4"),
-        help="what to store (default: as the base); nf4 needs --requantize")
     add("--original", action="store_true", help="merge into the model's own weights, not into the "
         "quantised ones that the adapter was trained on")
     add("--trained-on", default="auto", choices=("auto", *BASES), help="how the base was kept when "
         "the adapter was trained (default: as its file says)")
-    add("--requantize", action="store_true", help="quantise the merged weights anew, though most "
-        "of a small change is lost")
+    add("--requantize", action="store_true", help="needed with --dtype nf4: quantise the merged "
+        "weights anew, though most of a small change is lost")
     options = parser.parse_args(argv)
     if options.requantize and options.dtype != "nf4":
         raise UserError("--requantize is for --dtype nf4")
     report = merge(options.adapter, options.out, options.model, options.dtype, options.original,
                    options.trained_on, options.requantize)
-    show(report)
-    for name, error in report["choices"].items():
-        print(f"  merged into the {name:<22} {error:9.2e}")
+    more = [f"  merged into the {name:<22} {error:9.2e}"
+            for name, error in report["choices"].items()]
     if options.requantize:
-        print(f"{report['left']:.1%} of ΔW has survived quantising anew")
-    print(f"wrote {options.out}: a Hugging Face model folder\n"
-          + runs.how_to_ask("model", options.out))
+        more.append(f"{report['left']:.1%} of ΔW has survived quantising anew")
+    merging.show(report, options.out, more)
 
 
 if __name__ == "__main__":

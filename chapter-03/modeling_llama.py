@@ -136,10 +136,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         q = apply_rotary(self.q_norm(q), cos, sin)
         k = apply_rotary(self.k_norm(k), cos, sin)
-        if cache is None:
+        if cache is not None:
+            cache.store(self, k, v)
+        if cache is None or cache.first_pass:
             output = varlen_attention(q, k, v, cu_seqlens, max_seqlen)
         else:
-            output = cache.attention(self, q, k, v, cu_seqlens, max_seqlen)
+            output = cache.attention(self, q)
         return self.o_proj(output.flatten(-2))  # (T, H·d) -> (T, D)
 
 

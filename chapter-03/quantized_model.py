@@ -5,15 +5,19 @@ that the 16-bit model is never there as a whole.
 """
 
 import torch
-from bnb_files import is_bnb, load_bnb
+from bnb_files import DTYPES, is_bnb, load_bnb
 from lora import apply_adapter
 from loss import chunk_for
-from modeling_llama import LlamaForCausalLM, initialise
+from modeling_llama import LlamaConfig, LlamaForCausalLM, initialise
 from nf4 import BLOCK, NESTED_BLOCK, NF4Linear, NF4Weight
 from nf4_load import load_nf4
 
-from common import weights
-from common.errors import UserError
+from common import hub, weights
+from common.adapters import peft
+from common.errors import UserError, located
+from common.files.manifest import MARK, verify
+
+BASES = ("none", "nf4", "nf4-double")  # what an adapter can have been trained on
 
 # What these methods do to the base weights cannot be done to four-bit ones.
 DENSE_ONLY = {
@@ -115,3 +119,41 @@ def _shapes(model, double_quant):
                 empty(blocks, torch.uint8 if double_quant else torch.float32),
                 *(second if double_quant else (None, None)), shape, layer.weight.dtype)
             model.model.layers.set_submodule(name, NF4Linear(weight, layer.bias))
+
+
+# Changed from chapter-02: quantised bases.
+def load_model(name, device, dtype, adapter=None, trained_on="auto"):
+    """(model, its folder), the weights in `dtype`, ready to be asked.
+
+    Without a `name` it is the model that the adapter in folder `adapter` was trained on. For
+    `trained_on` "nf4" or "nf4-double" its layers are quantised, from the dtype in which the run
+    had them; "auto" is what the adapter's file says, else "none". The folder of a model that is
+    quantised already is taken as it is.
+    """
+    folder = hub.resolve(name or peft.base_model_name(adapter))
+    verify(folder)
+    said = peft.metadata(adapter) if adapter else {}
+    if trained_on == "auto":
+        trained_on = said.get("trained_on", "none")
+    if trained_on not in BASES:
+        raise UserError(f"{adapter}: trained on {trained_on!r}, which is not known here")
+    config_json = weights.read_config(folder)
+    with located(folder / "config.json"):
+        quantised = is_bnb(config_json)
+        config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
+    if quantised or trained_on != "none":
+        kept = DTYPES.get(said.get("dtype"))  # None: as in the checkpoint
+        model = quantized_model(config, folder, kept, device, trained_on == "nf4-double").to(dtype)
+    else:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model.to(dtype).to_empty(device=device)
+        weights.load_weights(model, folder)
+    model.compute_dtype = dtype
+    return model.eval(), folder
+
+
+def mark(options):
+    """What the header of an adapter's file says: the manifest, and the base it was trained on."""
+    return {**MARK, "trained_on": options.quantize + "-double" * options.double_quant,
+            "dtype": options.dtype}

@@ -19,20 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from common import guard, hub, memory, predict, prepare, runs, weights
+from common.adapters.peft import save_adapter
+from common.asking.generation import generate
 from common.errors import UserError, located, run_main
 from common.files import checkpoint
 from common.metrics import Metrics
 from common.options import TrainOptions, option, parse, save_options
 from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
-from base_model import mark
 from compiling import compile_model
-from generate import generate
+import lora
 from lora import METHODS, AdapterConfig, after_step, before_step, optimizer_groups, state_names
 from merge import merge_into
 from modeling_llama import LlamaConfig
 from packing import PackSampler, StaticShape, packed_sequence_collate_fn
-from peft_files import save_adapter
-from quantized_model import build, check_base, check_options
+from quantized_model import build, check_base, check_options, mark
 
 CHAPTER = "03"
 # What `auto` sets for the embedded model and data; and for everything else. A learning rate
@@ -276,7 +276,7 @@ def main(argv=None):
             runs.save_model(run / "final", model, config_json, data, dtype)
         else:
             runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, metadata=mark(options)), data)
+                model, adapter, folder, options.model, lora, metadata=mark(options)), data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
 

@@ -118,11 +118,12 @@ def test_the_optimizer_is_lion_and_resumes_bitwise(patched, tmp_path):
     assert {name.rpartition(".")[2] for name in moments} == {"exp_avg"}
 
 
-def test_the_peft_method_is_lora_xs_and_saves_as_lora(patched, tmp_path):
-    root = patched("peft_method", "chapter-02")
-    lora, files = load(root / "chapter-02/lora.py"), load(root / "chapter-02/peft_files.py")
+def test_the_peft_method_is_lora_xs_and_saves_as_lora(patched, tmp_path, monkeypatch):
+    root = patched("peft_method", "chapter-02", "common")
+    lora, peft = load(root / "chapter-02/lora.py"), load(root / "common/adapters/peft.py")
     run = tmp_path / "run"
     train = load(root / "chapter-02/train.py")
+    monkeypatch.setattr(train, "save_adapter", peft.save_adapter)  # not that of this process
     assert train.main(["--model", "tiny", "--init", "random", "--data", "virtual", "--method",
                        "lora-xs", "--rank", "4", *SHORT, "--out", str(run)]) == 0
     saved = json.loads((run / "final/adapter_config.json").read_text())
@@ -146,10 +147,10 @@ def test_the_peft_method_is_lora_xs_and_saves_as_lora(patched, tmp_path):
     change *= 32 / 4  # s = α/r
     assert torch.allclose(module.merged().double(), state[name + ".weight"].double() + change,
                           atol=1e-4)
-    files.save_adapter(model, settings, tmp_path / "adapter", "base")
+    peft.save_adapter(model, settings, tmp_path / "adapter", "base", lora)
     plain = train.LlamaForCausalLM(config)
     plain.load_state_dict(state)
-    files.load_adapter(plain, tmp_path / "adapter")
+    peft.load_adapter(plain, tmp_path / "adapter", lora)
     assert torch.allclose(plain(**pack), model(**pack), atol=1e-4)
 
 

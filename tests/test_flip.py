@@ -12,6 +12,7 @@ sys.path.append(str(ROOT / "tests" / "long"))
 import flip
 
 from common import weights
+from common.adapters import peft
 from common.files import checkpoint
 from common.files.checkpoint import CheckpointError
 
@@ -66,7 +67,7 @@ def test_the_functions_notice_without_the_scripts(folders):
 
 def test_the_test_notices_a_loader_that_does_not_look(folders, monkeypatch):
     """If `verify` believed every folder, the trials above would fail."""
-    for module in (checkpoint, weights, load("chapter-02/peft_files.py")):
+    for module in (checkpoint, weights, peft):
         monkeypatch.setattr(module, "verify", lambda folder: {"files": {}})
     with pytest.raises(AssertionError):
         flip.trials(folders, 40, seed=5)

@@ -18,6 +18,7 @@ import fuzz_readers
 import small_runs
 
 from common import hub, weights
+from common.adapters import peft
 from common.data.chat import Chat
 from common.errors import UserError, run_main
 from common.files import checkpoint
@@ -224,9 +225,10 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path, kind, capfd):
         elif kind == "adapter":
             (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
             with pytest.raises(UserError, match="pickled weights|not a whole safetensors"):
-                load("chapter-02/peft_files.py").load_adapter(
+                peft.load_adapter(
                     fuzz_readers.model_of(fuzz_readers.CHAPTER_2.LlamaConfig,
-                                          fuzz_readers.CHAPTER_2.LlamaForCausalLM), model)
+                                          fuzz_readers.CHAPTER_2.LlamaForCausalLM), model,
+                    fuzz_readers.CHAPTER_2.lora)
         else:
             step = checkpoint.step_folder(run, 1)
             step.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ import ch3_models
 import small_runs
 
 from common import weights
+from common.adapters import peft
 from common.data import datasets, encode
 from common.data.chat import Chat
 from common.errors import UserError
@@ -283,7 +284,7 @@ def test_incident_22_an_adapter_on_the_head_stays_on_the_head(tmp_path, method):
     assert any("lm_head" in name for name, _ in weights.iter_tensors(adapter, "adapter_model"))
     merge, generate = load("chapter-02/merge.py"), load("chapter-02/generate.py")
     live, _ = generate.load_model(base, "cpu", torch.float32)
-    ch2_folders.peft_files.load_adapter(live, adapter)
+    peft.load_adapter(live, adapter, ch2_folders.lora)
     merge.merge(adapter, tmp_path / "merged", dtype="float32")
     merged, _ = generate.load_model(tmp_path / "merged", "cpu", torch.float32)
     original = dict(weights.iter_tensors(base))
@@ -297,7 +298,7 @@ def test_incident_22_an_adapter_on_the_head_stays_on_the_head(tmp_path, method):
         ch2_folders.write_adapter(tmp_path / "none", tied, method, targets="lm_head,q_proj")
     inner = ch2_folders.write_adapter(tmp_path / "inner", tied, method)
     live, _ = generate.load_model(tied, "cpu", torch.float32)
-    ch2_folders.peft_files.load_adapter(live, inner)
+    peft.load_adapter(live, inner, ch2_folders.lora)
     merge.merge(inner, tmp_path / "tied-merged", dtype="float32")
     merged, _ = generate.load_model(tmp_path / "tied-merged", "cpu", torch.float32)
     assert torch.equal(merged.model.embed_tokens.weight, live.model.embed_tokens.weight)

@@ -16,6 +16,7 @@ from common.files.json_files import read_json
 from common.ranks import is_main, on_all_ranks
 
 HEAD = "lm_head.weight"
+FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 
 
 # --- in ---
@@ -43,6 +44,23 @@ def tensor_headers(path, stem="model"):
                 part = tensors.get_slice(name)
                 headers[name] = (tuple(part.get_shape()), part.get_dtype(), file)
     return headers
+
+
+def tensor_problems(headers, wanted, loadable=FLOATING):
+    """What keeps the tensors of `headers` (see `tensor_headers`) from being those that are `wanted`
+    ({name: shape}), each of one of the dtypes `loadable`: at most four things, or "" for nothing.
+    """
+    problems = [f"{what} {listing(names)}" for what, names in (
+        ("missing", wanted.keys() - headers.keys()),
+        ("unexpected", headers.keys() - wanted.keys())) if names]
+    for name in sorted(wanted.keys() & headers.keys()):
+        shape, dtype, _ = headers[name]
+        if shape != tuple(wanted[name]):
+            problems.append(f"{name} has shape {shape}, not {tuple(wanted[name])}")
+        elif dtype not in loadable:
+            kind = "floating point" if loadable is FLOATING else " or ".join(sorted(loadable))
+            problems.append(f"{name} is {dtype}, not {kind}")
+    return "; ".join(problems[:4] + [f"and {len(problems) - 4} more"] * (len(problems) > 4))
 
 
 def _shards(path, stem):

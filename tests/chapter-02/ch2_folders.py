@@ -7,10 +7,10 @@ from helpers import load
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from common import weights
+from common.adapters import peft
 
 llama = load("chapter-02/modeling_llama.py")
 lora = load("chapter-02/lora.py")
-peft_files = load("chapter-02/peft_files.py")
 
 CONFIG = dict(
     model_type="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -69,7 +69,7 @@ def write_adapter(folder, base, method="lora", scale=0.2, targets="all-linear", 
     for _, module in lora.adapter_modules(model):
         for parameter in module.parameters(recurse=False):
             parameter.data += scale * torch.randn(parameter.shape, generator=generator)
-    peft_files.save_adapter(model, adapter, folder, str(base))
+    peft.save_adapter(model, adapter, folder, str(base), lora)
     if tokenizer:
         weights.copy_tokenizer(base, folder)
     return folder

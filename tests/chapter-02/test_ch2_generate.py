@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers import load, run_script
 
+from common.adapters import peft
+from common.asking import generation, terminal
 from common.data.chat import Chat
 from common.errors import UserError
 
@@ -48,33 +50,33 @@ def test_generation_equals_recomputing_token_for_token(family):
     model, _ = folders.random_model(**family)
     prompts = random_prompts([9, 1, 17, 4, 30])
     expected = [greedy_from_scratch(model, prompt, 20) for prompt in prompts]
-    assert script.generate(model, prompts, 20) == expected
+    assert generation.generate(model, prompts, 20) == expected
     # Each document stops at its own place: a stop token from the middle of some of the answers.
     stops = {expected[0][3], expected[2][11], expected[3][0]}
     stopped = [greedy_from_scratch(model, prompt, 20, stops) for prompt in prompts]
     assert stopped[3] == [] and len({len(answer) for answer in stopped}) >= 3
-    assert script.generate(model, prompts, 20, stops) == stopped
+    assert generation.generate(model, prompts, 20, stops) == stopped
 
 
 def test_one_token_prompts_and_one_prompt():
     model, _ = folders.random_model()
     prompts = random_prompts([1, 1, 1])
     expected = [greedy_from_scratch(model, prompt, 8) for prompt in prompts]
-    assert script.generate(model, prompts, 8) == expected
-    assert script.generate(model, prompts[1:2], 8) == expected[1:2]
+    assert generation.generate(model, prompts, 8) == expected
+    assert generation.generate(model, prompts[1:2], 8) == expected[1:2]
 
 
 def test_ends_at_the_last_position_and_passes_empty_prompts():
     model, _ = folders.random_model()  # 96 positions
     prompts = [*random_prompts([90, 95, 5]), []]
-    answers = script.generate(model, prompts, 10)
+    answers = generation.generate(model, prompts, 10)
     assert [len(answer) for answer in answers] == [6, 1, 10, 0]
-    assert script.generate(model, [], 10) == [] and script.generate(model, [[]], 10) == [[]]
-    assert script.generate(model, prompts, 0) == [[], [], [], []]
+    assert generation.generate(model, [], 10) == [] and generation.generate(model, [[]], 10) == [[]]
+    assert generation.generate(model, prompts, 0) == [[], [], [], []]
     with pytest.raises(UserError, match="prompt 1 has 96 tokens"):
-        script.generate(model, random_prompts([96]), 10)
+        generation.generate(model, random_prompts([96]), 10)
     with pytest.raises(UserError, match="prompt 2 has token 264.*ends at 263"):
-        script.generate(model, [[5], [264, 1]], 10)
+        generation.generate(model, [[5], [264, 1]], 10)
 
 
 def test_dropout_is_off_and_the_mode_is_put_back():
@@ -84,17 +86,17 @@ def test_dropout_is_off_and_the_mode_is_put_back():
     for _, module in folders.lora.adapter_modules(model):
         module.lora_B.data += 0.3
     model.train()
-    answers = [script.generate(model, random_prompts([5, 3]), 12) for _ in range(2)]
+    answers = [generation.generate(model, random_prompts([5, 3]), 12) for _ in range(2)]
     assert model.training and answers[0] == answers[1]
     model.eval()
-    assert script.generate(model, random_prompts([5, 3]), 12) == answers[0]
+    assert generation.generate(model, random_prompts([5, 3]), 12) == answers[0]
     assert not model.training
 
 
 def test_tokens_are_reported_as_they_come():
     model, _ = folders.random_model()
     seen = [[], []]
-    answers = script.generate(model, random_prompts([5, 3]), 6,
+    answers = generation.generate(model, random_prompts([5, 3]), 6,
                               on_token=lambda n, token: seen[n].append(token))
     assert seen == answers
 
@@ -103,7 +105,7 @@ def test_logits_that_are_not_finite_end_it():
     model, _ = folders.random_model()
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        script.generate(model, [[1, 2]], 3)
+        generation.generate(model, [[1, 2]], 3)
 
 
 # --- sampling ---
@@ -134,7 +136,7 @@ def test_sampling_has_the_distribution_of_the_definition(temperature, top_k, top
     logits = 3 * torch.randn(40, generator=generator)
     count = 20_000
     draws = (torch.arange(count) + 0.5) / count
-    tokens = script.choose_tokens(logits.expand(count, -1), temperature, top_k, top_p, draws)
+    tokens = generation.choose_tokens(logits.expand(count, -1), temperature, top_k, top_p, draws)
     found = torch.bincount(tokens, minlength=40).double().numpy() / count
     expected = oracle(logits.numpy(), temperature, top_k, top_p)
     assert np.abs(found - expected).max() <= 1.01 / count
@@ -144,17 +146,16 @@ def test_sampling_has_the_distribution_of_the_definition(temperature, top_k, top
 def test_the_largest_draw_takes_no_token_that_is_cut_off():
     logits = torch.tensor([[0.0, 5.0, 4.0, -40.0, 3.0]])
     last = torch.tensor([np.nextafter(np.float32(1), np.float32(0))])
-    assert script.choose_tokens(logits, 1.0, 3, 1.0, last).item() == 4
-    assert script.choose_tokens(logits, 1.0, 0, 0.9, last).item() == 2
-    assert script.choose_tokens(logits, 1.0, 0, 1.0, torch.zeros(1)).item() == 1
+    assert generation.choose_tokens(logits, 1.0, 3, 1.0, last).item() == 4
+    assert generation.choose_tokens(logits, 1.0, 0, 0.9, last).item() == 2
+    assert generation.choose_tokens(logits, 1.0, 0, 1.0, torch.zeros(1)).item() == 1
     even = torch.zeros(1, 4)  # 1/4 each, exactly: two tokens are the fewest with one half
-    assert script.choose_tokens(even, 1.0, 0, 0.5, last).item() == 1
-    assert script.choose_tokens(logits.bfloat16(), 0, 0, 1.0, last).item() == 1
+    assert generation.choose_tokens(even, 1.0, 0, 0.5, last).item() == 1
+    assert generation.choose_tokens(logits.bfloat16(), 0, 0, 1.0, last).item() == 1
 
 
-@pytest.mark.parametrize("chapter", ["chapter-02", "chapter-03"])
-def test_numbers_too_small_for_float32_leave_the_likeliest(chapter):
-    choose_tokens = load(f"{chapter}/generate.py").choose_tokens
+def test_numbers_too_small_for_float32_leave_the_likeliest():
+    choose_tokens = generation.choose_tokens
     logits = torch.tensor([[0.0, 5.0, 4.99, -40.0], [1e30, -1e30, 0.0, 9e29]])
     draws = torch.tensor([0.0, np.nextafter(np.float32(1), np.float32(0))])
     for temperature in (5e-324, 1e-46, 1e-40, 1.1e-38, 2e-38, 1e-30):
@@ -170,11 +171,11 @@ def test_a_document_draws_by_the_seed_and_its_place_alone():
     prompts = random_prompts([6, 6, 2])
     prompts[1] = prompts[0]
     settings = dict(max_new_tokens=15, temperature=1.0, top_k=50, top_p=0.95)
-    answers = script.generate(model, prompts, seed=4, **settings)
+    answers = generation.generate(model, prompts, seed=4, **settings)
     assert answers[0] != answers[1]  # the same prompt twice: two answers
-    assert script.generate(model, prompts, seed=4, **settings) == answers
-    assert script.generate(model, prompts[:2], seed=4, **settings) == answers[:2]
-    assert script.generate(model, prompts, seed=5, **settings) != answers
+    assert generation.generate(model, prompts, seed=4, **settings) == answers
+    assert generation.generate(model, prompts[:2], seed=4, **settings) == answers[:2]
+    assert generation.generate(model, prompts, seed=5, **settings) != answers
 
 
 def test_sampled_frequencies_are_the_models():
@@ -185,7 +186,8 @@ def test_sampled_frequencies_are_the_models():
     pack.pop("labels")
     with torch.no_grad():
         expected = oracle(model(**pack)[-1].numpy(), 0.5, 0, 1.0)
-    tokens = [answer[0] for answer in script.generate(model, [prompt] * 1000, 1, temperature=0.5)]
+    answers = generation.generate(model, [prompt] * 1000, 1, temperature=0.5)
+    tokens = [answer[0] for answer in answers]
     found = np.bincount(tokens, minlength=264) / 1000
     likely = np.argsort(-expected)[:5]
     assert np.abs(found - expected)[likely].max() < 4 * np.sqrt(0.25 / 1000)
@@ -212,7 +214,7 @@ def expected_answers(base, texts, tokens, adapter=None):
     """What the model says, from scratch."""
     model, _ = script.load_model(str(base), "cpu", torch.float32)
     if adapter:
-        script.load_adapter(model, adapter)
+        peft.load_adapter(model, adapter, folders.lora)
     chat = Chat.load(base)
     assert chat.stop_ids == {folders.IM_END, folders.END_OF_TEXT}
     return [chat.decode(greedy_from_scratch(
@@ -240,12 +242,12 @@ def test_compare_shows_base_and_adapter(capsys, base, adapter, monkeypatch):
     before = expected_answers(base, texts, 8)
     after = expected_answers(base, texts, 8, adapter)
     for text, left, right in zip(texts, before, after):
-        shown = script.side_by_side(f"BASE\n{left}", f"ADAPTER\n{right}", 120)
+        shown = terminal.side_by_side(f"BASE\n{left}", f"ADAPTER\n{right}", 120)
         assert f"> {text}\n{shown}\n" in out
 
 
 def test_side_by_side_wraps_both_columns():
-    text = script.side_by_side("one two three\n\nfour", "a\nbcdefghijklmnop", 23)
+    text = terminal.side_by_side("one two three\n\nfour", "a\nbcdefghijklmnop", 23)
     assert text.splitlines() == [
         "one two    | a", "three      | bcdefghijk", "           | lmnop", "four       |"]
 
@@ -257,7 +259,7 @@ def test_chat_remembers_and_ends_with_the_input(capsys, base, monkeypatch):
         said.append(chat.decode(ids, skip_special=False))
         return f"answer {len(said)}"
 
-    monkeypatch.setattr(script, "stream", fake)
+    monkeypatch.setattr(terminal, "stream", fake)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo <|im_end|>\ntwo\n"))
     script.main(["--model", str(base), "--chat", "--device", "cpu"])
     assert said == [
@@ -279,8 +281,8 @@ def test_streaming_waits_for_whole_characters(capsys, base, monkeypatch):
             pieces.append(capsys.readouterr().out)
         return [ids]
 
-    monkeypatch.setattr(script, "generate", fake)
-    text = script.stream(None, chat, [], {})
+    monkeypatch.setattr(terminal, "generate", fake)
+    text = terminal.stream(None, chat, [], {})
     assert [piece for piece in pieces if piece] == ["é", "€", " ", "😀", "!"]
     assert text == "é€ 😀!\ufffd" and capsys.readouterr().out == "\ufffd\n"
 

@@ -8,6 +8,8 @@ from checks import assert_resume_is_bitwise, training_lines
 from helpers import load, run_script
 from safetensors.torch import load_file
 
+from common.adapters import peft
+
 train = load("chapter-02/train.py")
 generate = load("chapter-02/generate.py")
 merge = load("chapter-02/merge.py")
@@ -54,7 +56,7 @@ def test_incidents_21_24_train_merge_generate(tmp_path, data, method, monkeypatc
     base, _ = generate.load_model("tiny", "cpu", torch.float32)
     before = logits(base, chat)
     adapted, _ = generate.load_model("tiny", "cpu", torch.float32)
-    generate.load_adapter(adapted, run / "final")
+    peft.load_adapter(adapted, run / "final", train.lora)
     after = logits(adapted, chat)
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(after, live[0], rtol=1e-5, atol=1e-4 if method == "pissa" else 1e-5)
@@ -62,7 +64,7 @@ def test_incidents_21_24_train_merge_generate(tmp_path, data, method, monkeypatc
     assert report["delta"] > 0
     merged, _ = generate.load_model(str(tmp_path / "merged"), "cpu", torch.float32)
     assert (logits(merged, chat) - after).abs().max() <= 1e-4
-    answers = [generate.generate(model, [chat.encode_prompt("Say one 1")], 8, chat.stop_ids)
+    answers = [train.generate(model, [chat.encode_prompt("Say one 1")], 8, chat.stop_ids)
                for model in (adapted, merged)]
     assert answers[0] == answers[1]
 

@@ -11,12 +11,12 @@ from helpers import GOLDENS, ROOT, load
 from safetensors.torch import load_file
 
 from common import hub, weights
+from common.asking.kv_cache import KVCache
 from common.errors import UserError
 
 llama = load("chapter-02/modeling_llama.py")
 qwen3 = load("chapter-01/modeling_qwen3.py")
 packing = load("chapter-02/packing.py")
-KVCache = load("chapter-02/kv_cache.py").KVCache
 
 SMALL = dict(
     model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

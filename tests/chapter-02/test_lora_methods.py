@@ -527,7 +527,7 @@ def test_on_a_quantised_base(method):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"method": "lorra"}, "--method 'lorra' does not exist, did you mean 'lora'.*delta-lora"),
+    ({"method": "lorra"}, "--method 'lorra' does not exist .did you mean lora.*delta-lora"),
     ({"rank": 0}, "--rank 0 is out of range"), ({"rank": 2.5}, "--rank 2.5 is not a whole number"),
     ({"rank": True}, "--rank True is not a whole number"), ({"alpha": 0}, "--alpha 0 is out of"),
     ({"alpha": math.inf}, "--alpha inf"), ({"alpha": math.nan}, "--alpha nan"),

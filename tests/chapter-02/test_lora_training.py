@@ -302,7 +302,8 @@ import sys, torch
 from safetensors.torch import save_file
 from common.ranks import full_tensor, is_main, shard, start_ranks, stop_ranks
 sys.path.insert(0, sys.argv[3])
-import lora, peft_files
+import lora
+from common.adapters import peft
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 
 def make():
@@ -347,7 +348,7 @@ def main(out, adapters):
             for name, layer in lora.adapter_modules(model):
                 results[f"{method}.{name}.merged"] = lora.merged_weight(layer)
         if method != "delta-lora":
-            peft_files.save_adapter(model, config, f"{adapters}/{method}", "base")
+            peft.save_adapter(model, config, f"{adapters}/{method}", "base", lora)
     if is_main():
         save_file({name: tensor.contiguous() for name, tensor in results.items()}, out)
     stop_ranks()

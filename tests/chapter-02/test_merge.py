@@ -10,13 +10,13 @@ from helpers import GOLDENS, load, run_script
 from safetensors.torch import load_file
 
 from common import weights
+from common.adapters import merging, peft
 from common.data.chat import Chat
 from common.errors import UserError
 from common.files import checkpoint
 
 script = load("chapter-02/merge.py")
 generate = load("chapter-02/generate.py")
-peft_files = load("chapter-02/peft_files.py")
 packing = load("chapter-02/packing.py")
 METHODS = ("lora", "rslora", "dora", "vera", "lora+", "lora-fa", "pissa")
 FAMILIES = {
@@ -29,7 +29,7 @@ FAMILIES = {
 def logits_of(folder, adapter=None, ids=None):
     model, _ = generate.load_model(str(folder), "cpu", torch.float32)
     if adapter:
-        peft_files.load_adapter(model, adapter)
+        peft.load_adapter(model, adapter, folders.lora)
     documents = [torch.arange(30) * 7 % 250, torch.arange(7)]
     if ids is not None:
         documents = [torch.tensor(ids)]
@@ -59,7 +59,7 @@ def test_adapters_made_by_peft_merge_to_pefts_logits(name):
     about = json.loads((GOLDENS / "peft" / "about.json").read_text())
     base = str(GOLDENS / "peft" / about["cases"][name])
     model, _ = generate.load_model(base, "cpu", torch.float32)
-    peft_files.load_adapter(model, GOLDENS / "peft" / name)
+    peft.load_adapter(model, GOLDENS / "peft" / name, folders.lora)
     script.merge_into(model, torch.float32)
     assert not list(folders.lora.adapter_modules(model))
     documents = [torch.tensor(ids) for ids in about["documents"]]
@@ -101,7 +101,7 @@ def test_the_sum_is_rounded_once_and_the_loss_is_reported(tmp_path, rounding):
     assert report["total"] == pytest.approx((errors / deltas).sqrt().item(), rel=1e-3)
     assert report["delta"] == pytest.approx(deltas.sqrt().item(), rel=1e-3)
     assert (0.02 if rounding == "bfloat16" else 0.002) < report["total"] < 1
-    ids = Chat.load(base).encode_prompt(script.SAMPLE)
+    ids = Chat.load(base).encode_prompt(merging.SAMPLE)
     before, after = logits_of(base, adapter, ids), logits_of(tmp_path / "merged", None, ids)
     difference = (after - before).abs().max().item()
     assert report["logit_difference"] == pytest.approx(difference, rel=1e-2)
@@ -146,7 +146,7 @@ def test_an_untrained_adapter_is_noticed(tmp_path, capsys):
     base = folders.write_model(tmp_path / "base", torch.bfloat16)
     adapter = folders.write_adapter(tmp_path / "adapter", base, scale=0.0)
     report = script.merge(str(adapter), tmp_path / "merged")
-    script.show(report)
+    merging.show(report, tmp_path / "merged")
     assert report["delta"] == 0 and "has this adapter been trained?" in capsys.readouterr().out
     for name, tensor in load_file(base / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[name], tensor)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from helpers import GOLDENS, load
 from safetensors.torch import load_file, save_file
 
 from common import weights
+from common.adapters import peft
 from common.errors import UserError
 from common.files.checkpoint import MARK
 
 llama = load("chapter-02/modeling_llama.py")
 lora = load("chapter-02/lora.py")
-peft_files = load("chapter-02/peft_files.py")
 
 PEFT = GOLDENS / "peft"
 ABOUT = json.loads((PEFT / "about.json").read_text())
@@ -66,7 +67,7 @@ def trained(method, **options):
 
 
 def save(model, config, path, **options):
-    peft_files.save_adapter(model, config, path, "some/model", **options)
+    peft.save_adapter(model, config, path, "some/model", lora, **options)
     return json.loads((path / "adapter_config.json").read_text()), load_file(
         path / "adapter_model.safetensors")
 
@@ -81,18 +82,18 @@ def test_the_base_models_agree(name, base):
 @pytest.mark.parametrize("case", CASES)
 def test_adapters_made_by_peft_give_its_logits(case, capsys):
     model = base_model(CASES[case])
-    config = peft_files.load_adapter(model, PEFT / case)
+    config = peft.load_adapter(model, PEFT / case, lora)
     assert config.method == METHODS[case]
     same(logits_of(model), LOGITS[case])
     assert (LOGITS[case] - LOGITS[CASES[case]]).abs().max() > 0.1  # the adapter does something
     assert capsys.readouterr().err == ""
-    assert peft_files.base_model_name(PEFT / case) == CASES[case]
+    assert peft.base_model_name(PEFT / case) == CASES[case]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_adapters_made_by_peft_merge_to_its_logits(case):
     model = base_model(CASES[case])
-    peft_files.load_adapter(model, PEFT / case)
+    peft.load_adapter(model, PEFT / case, lora)
     for name, layer in list(lora.adapter_modules(model)):
         parent, _, attribute = name.rpartition(".")
         layer.base.weight.data.copy_(lora.merged_weight(layer))
@@ -131,7 +132,7 @@ def copy_of(case, tmp_path, edit=None, tensors=None):
                    "save_projection": False, "projection_prng_key": 11})])
 def test_the_smallest_configs(case, options, tmp_path):
     model = base_model()
-    peft_files.load_adapter(model, copy_of(case, tmp_path, lambda _: options))
+    peft.load_adapter(model, copy_of(case, tmp_path, lambda _: options), lora)
     same(logits_of(model), LOGITS[case])
 
 
@@ -148,9 +149,9 @@ def test_veras_saved_matrices_win_over_the_seed(tmp_path):
     def double(tensors):
         tensors["base_model.vera_B"] *= 2
     model = base_model()
-    peft_files.load_adapter(model, copy_of("vera", tmp_path, tensors=double))
+    peft.load_adapter(model, copy_of("vera", tmp_path, tensors=double), lora)
     halved = base_model()
-    peft_files.load_adapter(halved, PEFT / "vera")
+    peft.load_adapter(halved, PEFT / "vera", lora)
     for _, layer in lora.adapter_modules(halved):
         layer.vera_lambda_b.data *= 2
     same(logits_of(model), logits_of(halved))
@@ -159,8 +160,8 @@ def test_veras_saved_matrices_win_over_the_seed(tmp_path):
 
 def test_tensors_in_16_bits_are_loaded_as_float32(tmp_path):
     model = base_model()
-    peft_files.load_adapter(model, copy_of("lora", tmp_path, tensors=lambda tensors: {
-        name: tensor.bfloat16() for name, tensor in tensors.items()}))
+    peft.load_adapter(model, copy_of("lora", tmp_path, tensors=lambda tensors: {
+        name: tensor.bfloat16() for name, tensor in tensors.items()}), lora)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     same(logits_of(model), LOGITS["lora"], 0.2)
 
@@ -179,7 +180,7 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
     folder = copy_of("lora", tmp_path, tensors=lambda t: (
         value if isinstance(value := change(t), dict) else None))
     with pytest.raises(UserError, match=message):
-        peft_files.load_adapter(base_model(), folder)
+        peft.load_adapter(base_model(), folder, lora)
 
 
 @pytest.mark.parametrize("option, value", [
@@ -196,17 +197,17 @@ def test_options_that_are_not_implemented_are_named(option, value, tmp_path):
     name = {"r": "--rank", "lora_alpha": "--alpha", "lora_dropout": "--dropout",
             "target_modules": "--target-modules"}.get(option, option)
     with pytest.raises(UserError, match=name):
-        peft_files.load_adapter(base_model(), folder)
+        peft.load_adapter(base_model(), folder, lora)
 
 
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
 
 
-@pytest.mark.parametrize("script", ["chapter-02", "chapter-03"])
-def test_pefts_copies_of_embedding_and_head_must_be_the_models(script, tmp_path):
+@pytest.mark.parametrize("chapter", ["chapter-02", "chapter-03"])
+def test_pefts_copies_of_embedding_and_head_must_be_the_models(chapter, tmp_path):
     """What PEFT 0.21 adds: `base_layer` where the head is a target, the others if asked to, or
     where the vocabulary was resized."""
-    files, model_file = load(f"{script}/peft_files.py"), load(f"{script}/modeling_llama.py")
+    model_file, methods = load(f"{chapter}/modeling_llama.py"), load(f"{chapter}/lora.py")
     own = load_file(PEFT / "qwen3" / "model.safetensors")
     own = {EMBEDDING: own["model.embed_tokens.weight"], HEAD: own["lm_head.weight"]}
     both = {f"{name}.weight": tensor for name, tensor in own.items()}
@@ -217,7 +218,7 @@ def test_pefts_copies_of_embedding_and_head_must_be_the_models(script, tmp_path)
         config = weights.read_config(PEFT / "qwen3")
         model = model_file.LlamaForCausalLM(model_file.LlamaConfig.from_dict(config)).to(dtype)
         weights.load_weights(model, PEFT / "qwen3")
-        files.load_adapter(model.eval(), folder)
+        peft.load_adapter(model.eval(), folder, methods)
         return model
 
     def folder_with(name, case="lora", **tensors):
@@ -240,19 +241,19 @@ def test_pefts_copies_of_embedding_and_head_must_be_the_models(script, tmp_path)
         resized = {f"{name}.weight": torch.ones(rows, 32) for name in own}
         resized[f"{HEAD}.lora_B.weight"] = torch.ones(rows, 2)
         folder = folder_with(rows, "head", **resized)
-        with pytest.raises(UserError, match=rf"embed_tokens.weight has shape \({rows}, 32\), the m"
-                           r".*\(64, 32\): .*resized, .*merge_and_unload.*--model"):
+        with pytest.raises(UserError, match=rf"embed_tokens.weight has shape \({rows}, 32\), not"
+                           r" \(64, 32\).*: .*resized, .*merge_and_unload.*--model"):
             load_into(torch.float32, folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pefts_copies_are_checked_on_a_base_of_four_bits(dtype, tmp_path):
-    files, llama3 = load("chapter-03/peft_files.py"), load("chapter-03/modeling_llama.py")
+    llama3, lora3 = load("chapter-03/modeling_llama.py"), load("chapter-03/lora.py")
     quantized_model = load("chapter-03/quantized_model.py").quantized_model
 
     def load_into(folder):
         config = llama3.LlamaConfig.from_dict(weights.read_config(PEFT / "qwen3"))
-        files.load_adapter(quantized_model(config, PEFT / "qwen3", dtype), folder)
+        peft.load_adapter(quantized_model(config, PEFT / "qwen3", dtype), folder, lora3)
 
     load_into(PEFT / "head")
     changed = copy_of("head", tmp_path, tensors=lambda tensors: {
@@ -265,16 +266,16 @@ def test_a_tied_models_head_is_copied_by_its_embedding_and_takes_no_adapter(tmp_
     config = weights.read_config(PEFT / "qwen3") | {"tie_word_embeddings": True}
     model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
     embedding = model.model.embed_tokens.weight.data
-    peft_files.load_adapter(model, copy_of("lora", tmp_path, tensors=lambda tensors: {
-        **tensors, f"{HEAD}.weight": embedding.clone(), f"{EMBEDDING}.weight": embedding.clone()}))
+    copies = {f"{name}.weight": embedding.clone() for name in (HEAD, EMBEDDING)}
+    peft.load_adapter(model, copy_of("lora", tmp_path, tensors=lambda t: {**t, **copies}), lora)
     model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
     with pytest.raises(UserError, match="adapter_config.json: .*lm_head cannot be adapted in this"):
-        peft_files.load_adapter(model, PEFT / "head")
+        peft.load_adapter(model, PEFT / "head", lora)
 
 
 def test_an_option_of_tomorrow_is_said_to_be_ignored(tmp_path, capsys):
     folder = copy_of("lora", tmp_path, lambda o: o.update(use_novelty=True, use_other=None))
-    peft_files.load_adapter(base_model(), folder)
+    peft.load_adapter(base_model(), folder, lora)
     assert "use_novelty=True is unknown here and ignored" in (err := capsys.readouterr().err)
     assert "use_other" not in err
 
@@ -283,29 +284,29 @@ def test_an_option_of_tomorrow_is_said_to_be_ignored(tmp_path, capsys):
 def test_an_adapter_of_zeros_is_said_to_be_one(case, name, tmp_path, capsys):
     folder = copy_of(case, tmp_path, tensors=lambda tensors: {
         key: tensor * (name not in key) for key, tensor in tensors.items()})
-    peft_files.load_adapter(base_model(), folder)
+    peft.load_adapter(base_model(), folder, lora)
     assert f"every {name} is zero" in capsys.readouterr().err
 
 
 def test_folders_that_are_no_adapters(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        peft_files.load_adapter(base_model(), tmp_path / "nowhere")
+        peft.load_adapter(base_model(), tmp_path / "nowhere", lora)
     with pytest.raises(UserError, match="no adapter_config.json here"):
-        peft_files.load_adapter(base_model(), PEFT / "qwen3")
+        peft.load_adapter(base_model(), PEFT / "qwen3", lora)
     copy_of("lora", tmp_path).rename(tmp_path / "final")
     with pytest.raises(UserError, match="did you mean .*final"):  # the run, not what it wrote
-        peft_files.load_adapter(base_model(), tmp_path)
+        peft.load_adapter(base_model(), tmp_path, lora)
     folder = copy_of("lora", tmp_path)
     (folder / "adapter_config.json").write_text('{"r": 4,\n"lora_alpha": }')
     with pytest.raises(UserError, match="adapter_config.json: line 2: not valid JSON"):
-        peft_files.load_adapter(base_model(), folder)
+        peft.load_adapter(base_model(), folder, lora)
 
 
 def test_a_pickle_is_never_read(tmp_path):
     folder = copy_of("lora", tmp_path)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match="only pickled weights here, which are never read"):
-        peft_files.load_adapter(base_model(), folder)
+        peft.load_adapter(base_model(), folder, lora)
 
 
 def test_damage_is_noticed(tmp_path):
@@ -313,26 +314,24 @@ def test_damage_is_noticed(tmp_path):
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        peft_files.load_adapter(base_model(), folder)
+        peft.load_adapter(base_model(), folder, lora)
     model, config = trained("lora")
     save(model, config, tmp_path / "marked", metadata=MARK)
     with pytest.raises(UserError, match="manifest.json: missing"):
-        peft_files.load_adapter(base_model(), tmp_path / "marked")
+        peft.load_adapter(base_model(), tmp_path / "marked", lora)
 
 
 # --- our files ---
 
-@pytest.mark.parametrize("options", [
-    {}, {"save_projections": False}, {"fold_rslora": True}])
 @pytest.mark.parametrize("method", [m for m in lora.METHODS if m not in ("full", "delta-lora")])
-def test_what_was_saved_reloads_to_the_live_logits(method, options, tmp_path):
+def test_what_was_saved_reloads_to_the_live_logits(method, tmp_path):
     model, config = trained(method)
-    _, tensors = save(model, config, tmp_path, **options)
+    _, tensors = save(model, config, tmp_path)
     assert all(tensor.any() and tensor.dtype == torch.float32 for tensor in tensors.values())
     fresh = base_model()
-    again = peft_files.load_adapter(fresh, tmp_path)
+    again = peft.load_adapter(fresh, tmp_path, lora)
     expected = logits_of(model)
-    if method == "pissa" or (method == "rslora" and options.get("fold_rslora")):
+    if method == "pissa":
         same(logits_of(fresh), expected)
         assert again.method == "lora"
     else:
@@ -350,16 +349,12 @@ def test_the_files_contents(tmp_path):
                       "init_lora_weights": True, "use_dora": False, "use_rslora": False}
     vera = common | {"peft_type": "VERA", "r": 4, "projection_prng_key": 3, "d_initial": 0.1,
                      "save_projection": True, "vera_dropout": 0.0}
-    for number, (method, options, expected) in enumerate((
-            ("lora", {}, plain), ("lora+", {}, plain), ("lora-fa", {}, plain),
-            ("rslora", {}, plain | {"use_rslora": True}),
-            ("rslora", {"fold_rslora": True}, plain | {"lora_alpha": 20}),
-            ("dora", {}, plain | {"use_dora": True}),
-            ("pissa", {}, plain | {"r": 8, "lora_alpha": 20}),
-            ("vera", {}, vera),
-            ("vera", {"save_projections": False}, vera | {"save_projection": False}))):
+    for method, expected in (
+            ("lora", plain), ("lora+", plain), ("lora-fa", plain),
+            ("rslora", plain | {"use_rslora": True}), ("dora", plain | {"use_dora": True}),
+            ("pissa", plain | {"r": 8, "lora_alpha": 20}), ("vera", vera)):
         model, config = trained(method)
-        written, tensors = save(model, config, tmp_path / str(number), **options)
+        written, tensors = save(model, config, tmp_path / method)
         assert written == expected, method
         names = {key.replace("base_model.model.model.layers.", "") for key in tensors}
         layers = [f"{i}.{part}" for i in (0, 1) for part in (
@@ -370,16 +365,21 @@ def test_the_files_contents(tmp_path):
                      method, ["lora_A.weight", "lora_B.weight"])
         shared = {"base_model.vera_A", "base_model.vera_B"}
         assert names == {f"{layer}.{part}" for layer in layers for part in parts} | (
-            shared if method == "vera" and not options else set())
+            shared if method == "vera" else set())
         if method != "vera":
             assert tensors[LORA].shape == (expected["r"], 32)
 
 
 def test_header_and_an_alpha_that_is_not_whole(tmp_path):
     from safetensors import safe_open
+    """Of rsLoRA written as the LoRA that it is, for programs that know only that."""
     model, config = trained("rslora", rank=3, alpha=5.0)
-    written, _ = save(model, config, tmp_path, fold_rslora=True)
-    assert written["lora_alpha"] == 5 * math.sqrt(3)
+    folded = replace(config, method="lora", alpha=5 * math.sqrt(3))
+    written, _ = save(model, folded, tmp_path)
+    assert written["lora_alpha"] == 5 * math.sqrt(3) and not written["use_rslora"]
+    fresh = base_model()
+    peft.load_adapter(fresh, tmp_path, lora)
+    same(logits_of(fresh), logits_of(model))
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -392,7 +392,7 @@ def test_target_modules_are_written_as_names(target_modules, written, tmp_path):
     model, config = trained("lora", target_modules=target_modules)
     assert save(model, config, tmp_path)[0]["target_modules"] == written
     fresh = base_model()
-    peft_files.load_adapter(fresh, tmp_path)
+    peft.load_adapter(fresh, tmp_path, lora)
     assert torch.equal(logits_of(fresh), logits_of(model))
 
 
@@ -405,8 +405,8 @@ def test_what_changes_the_base_is_no_adapter(method, tmp_path):
 def test_dora_with_rsloras_scale_and_pissa_with_it(tmp_path):
     """PEFT combines them; ours is the same with √r in alpha."""
     folder = copy_of("pissa-raw", tmp_path, lambda options: options.update(use_rslora=True))
-    config = peft_files.load_adapter(base_model(), folder)
+    config = peft.load_adapter(base_model(), folder, lora)
     assert (config.method, config.alpha) == ("pissa", 8 * 2.0)
     model = base_model("qwen2")
-    config = peft_files.load_adapter(model, PEFT / "dora-bias")
+    config = peft.load_adapter(model, PEFT / "dora-bias", lora)
     assert (config.method, config.alpha) == ("dora", 3 * math.sqrt(2))

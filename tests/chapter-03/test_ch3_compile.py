@@ -10,6 +10,7 @@ from ch3_models import build, inputs_of, llama, lora, loss_and_gradients, pack_o
 from helpers import load
 from torch._dynamo.utils import counters
 
+from common.asking.kv_cache import KVCache
 from common.errors import UserError
 
 compiling = load("chapter-03/compiling.py")
@@ -74,7 +75,7 @@ def test_evaluation_and_generation_beside_training(base, method, graphs):
                 model(**pack)
             model.train()
         with torch.no_grad():  # prompts of any length: not compiled
-            cache = load("chapter-03/kv_cache.py").KVCache(1, 64)
+            cache = KVCache(1, 64)
             model(**inputs_of(pack_of([5 + seed])), cache=cache)
     assert counters["stats"]["unique_graphs"] == 1 + graphs
 

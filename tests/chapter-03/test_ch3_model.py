@@ -8,9 +8,9 @@ from helpers import GOLDENS, load
 from safetensors.torch import load_file
 
 from common import weights
+from common.asking.kv_cache import KVCache
 
 two = load("chapter-02/modeling_llama.py")
-KVCache = load("chapter-03/kv_cache.py").KVCache
 NAMES = ["llama3_tied", "llama3_untied", "qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied"]
 
 

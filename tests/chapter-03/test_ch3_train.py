@@ -8,11 +8,11 @@ from checks import assert_resume_is_bitwise, training_lines
 from helpers import load, run_script
 from safetensors.torch import load_file
 
+from common.adapters import peft
+
 train = load("chapter-03/train.py")
-base_model = load("chapter-03/base_model.py")
 merge = load("chapter-03/merge.py")
 nf4 = load("chapter-03/nf4.py")
-peft_files = load("chapter-03/peft_files.py")
 quantized_model = load("chapter-03/quantized_model.py")
 UserError = train.UserError
 
@@ -32,9 +32,9 @@ def logits(model):
 
 
 def loaded(name, adapter=None, **how):
-    model, _ = base_model.load_model(name, "cpu", torch.float32, adapter, **how)
+    model, _ = quantized_model.load_model(name, "cpu", torch.float32, adapter, **how)
     if adapter:
-        peft_files.load_adapter(model, adapter)
+        peft.load_adapter(model, adapter, train.lora)
     return model
 
 
@@ -51,7 +51,7 @@ def run(data, tmp_path_factory):
 
 
 def test_chapter_2_says_that_an_adapter_learned_beside_four_bits(run, capsys):
-    load("chapter-02/base_model.py").load_model("tiny", "cpu", torch.float32, run[0] / "final")
+    load("chapter-02/generate.py").load_model("tiny", "cpu", torch.float32, run[0] / "final")
     assert "python chapter-03/generate.py" in capsys.readouterr().err
 
 
@@ -125,11 +125,11 @@ def test_merged_into_its_own_base_it_is_the_model_that_was_trained(run, tmp_path
 
 def resized(folder, out, size):
     """The run's adapter with each layer's change made `size` times as large as the weight."""
-    model, _ = base_model.load_model(None, "cpu", torch.float32, folder / "final")
-    config = peft_files.load_adapter(model, folder / "final")
+    model, _ = quantized_model.load_model(None, "cpu", torch.float32, folder / "final")
+    config = peft.load_adapter(model, folder / "final", train.lora)
     for _, module in merge.adapter_modules(model):
         module.lora_B.data *= size * module.base.weight.norm() / merge.delta_weight(module).norm()
-    peft_files.save_adapter(model, config, out, "tiny", metadata={"trained_on": "nf4-double"})
+    peft.save_adapter(model, config, out, "tiny", train.lora, {"trained_on": "nf4-double"})
     return out
 
 

@@ -13,6 +13,7 @@ import torch
 from helpers import GOLDENS, ROOT, load
 
 from common import hub, metrics, weights
+from common.adapters import peft
 from common.data import cache, datasets, encode
 from common.data.chat import Chat
 from common.errors import UserError, located
@@ -20,7 +21,7 @@ from common.files import checkpoint, manifest, state
 from common.options import TrainOptions, parse, save_options
 
 CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
-PEFT, NF4 = load("chapter-02/peft_files.py"), load("chapter-03/bnb_files.py")
+NF4 = load("chapter-03/bnb_files.py")
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do you do?"},
         {"role": "assistant", "content": "Well.\nAnd you?"}]
 
@@ -186,17 +187,18 @@ def prepare_adapter(folder):
         model = model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)
         config = lora.AdapterConfig(method=method, rank=2, alpha=4.0)
         lora.apply_adapter(model, config)
-        PEFT.save_adapter(model, config, folder / method, "tiny")
+        peft.save_adapter(model, config, folder / method, "tiny", CHAPTER_2.lora)
         names += [f"{method}/adapter_config.json", f"{method}/adapter_model.safetensors"]
     return names
 
 
 def read_adapter(folder, names):
-    def read(place):
-        PEFT.base_model_name(place)
-        PEFT.load_adapter(model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM), place)
+    def load_into_model(place):
+        model = model_of(CHAPTER_2.LlamaConfig, CHAPTER_2.LlamaForCausalLM)
+        peft.load_adapter(model, place, CHAPTER_2.lora)
 
-    each(*(lambda place=place: read(place) for place in folders(folder, names)))
+    each(*(lambda place=place, read=read: read(place) for place in folders(folder, names)
+           for read in (peft.base_model_name, peft.metadata, load_into_model)))
 
 
 # --- tokenizer and template ---
@@ -267,12 +269,12 @@ def prepare_run(folder):
 
 
 def read_run(folder, names):
-    def parse(*arguments):
+    def read(*arguments):
         return parse(TrainOptions, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
 
     readers = {
-        "train_config.json": lambda: parse("--resume", str(folder)),
-        "options.json": lambda: parse("--device", "cpu", "--config", str(folder / "options.json")),
+        "train_config.json": lambda: read("--resume", str(folder)),
+        "options.json": lambda: read("--device", "cpu", "--config", str(folder / "options.json")),
         "metrics.jsonl": lambda: metrics.Metrics(folder, 10, start_step=3).close()}
     each(*(readers[name] for name in names))
 

@@ -1,4 +1,3 @@
-# Copied from chapter-02/kv_cache.py (whole file)
 """The cache of keys and values, with which a document grows by a token at the cost of a token.
 
 Attention is the only part of the model that looks at earlier tokens, and all it needs of them is
@@ -9,16 +8,14 @@ work instead of the whole document's. Shapes as in modeling_llama.py; C is the t
 import torch
 import torch.nn.functional as F
 
-from modeling_llama import varlen_attention
-
 
 class KVCache:
     """Keys and values of all tokens so far, so that a forward pass computes only the new ones.
 
     Room for N = `documents` documents of up to C = `room` tokens. In each layer, document n is
     row n of keys and of values, (N, K, C, d), from its position 0 on. The first pass takes the
-    prompts, whole and of any lengths; every pass after it one token of each document. Not for
-    training: nothing here has gradients.
+    prompts, whole and of any lengths, and attends within them as ever; every pass after it takes
+    one token of each document. Not for training: nothing here has gradients.
     """
 
     def __init__(self, documents, room):
@@ -27,19 +24,20 @@ class KVCache:
 
     def begin(self, cu_seqlens, max_seqlen, position_ids):
         """Note where this pass's tokens belong; once per pass, from the model's forward."""
-        rows = torch.arange(self.documents, device=position_ids.device)
+        self.first_pass = not self.layers
         self.length = int(position_ids.max()) + 1  # of the longest document
         if len(cu_seqlens) != self.documents + 1 or self.length > self.room:
             raise ValueError(f"the cache is for {self.documents} documents of {self.room} tokens")
-        if max_seqlen > 1 and self.layers:
+        if max_seqlen > 1 and not self.first_pass:
             raise ValueError("after its first pass a cache takes one token of each document")
+        rows = torch.arange(self.documents, device=position_ids.device)
         self.where = rows.repeat_interleave(cu_seqlens.diff()), position_ids  # row, column
-        if max_seqlen == 1:
+        if not self.first_pass:
             columns = torch.arange(self.length, device=position_ids.device)
             self.visible = columns <= position_ids[:, None, None, None]  # (N, 1, 1, C)
 
-    def attention(self, layer, q, k, v, cu_seqlens, max_seqlen):
-        """`varlen_attention`, but over everything that is in the cache; stores k and v in it."""
+    def store(self, layer, k, v):
+        """Keep this pass's keys and values (T, K, d) of an attention layer."""
         if layer not in self.layers:
             # Zeros: a masked value is multiplied by zero, which memory as it is may not survive.
             shape = self.documents, k.shape[1], self.room, k.shape[2]
@@ -47,15 +45,16 @@ class KVCache:
         row, column = self.where
         keys, values = self.layers[layer]
         keys[row, :, column], values[row, :, column] = k, v
-        if max_seqlen > 1:
-            return varlen_attention(q, k, v, cu_seqlens, max_seqlen)
-        # One new token per document sees all of its own row. The query heads that share a
-        # key/value head stand where several tokens would: (N, K, H/K, d). Never is_causal here:
-        # it would line up the first query with the first key, not the last with the last.
-        output = F.scaled_dot_product_attention(
-            q.unflatten(1, (k.shape[1], -1)), keys[:, :, : self.length],
-            values[:, :, : self.length], attn_mask=self.visible)
-        return output.flatten(1, 2)  # (N, H, d)
+
+    def attention(self, layer, q):
+        """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row."""
+        keys, values = (x[:, :, : self.length] for x in self.layers[layer])
+        # The query heads that share a key/value head stand where several tokens would:
+        # (N, K, H/K, d). Never is_causal here: it would line up the first query with the first
+        # key, not the last with the last.
+        q = q.unflatten(1, (keys.shape[1], -1))
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=self.visible).flatten(1, 2)
 
     def keep(self, rows):
         """Go on with these documents only, `rows` being their row numbers in the new order."""

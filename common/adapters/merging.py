@@ -1,0 +1,111 @@
+"""Around a merge: its flags, a prompt to compare on, what was lost, the folder that is written."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from common import runs, weights
+from common.adapters.peft import tokenizer_folders
+from common.data.chat import Chat
+from common.errors import UserError
+from common.files.commit import commit
+from common.files.manifest import MARK
+from common.options import Parser
+
+SAMPLE = "List three colours, the days of the week, and what 12 plus 30 is."
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def flags(doc, *more_dtypes):
+    """The Parser of a merge.py with docstring `doc`: the flags that every chapter has."""
+    parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--adapter", required=True, help="the adapter's folder, or a Hub id")
+    parser.add_argument("--out", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--model", help="the base model (default: the one the adapter names)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES, *more_dtypes),
+                        help="what to store (default: as the base)")
+    return parser
+
+
+def check_new(out):
+    """Raise UserError if there is anything at path `out`."""
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already, and nothing is written over: choose another")
+
+
+def stored_dtype(name, base):
+    """The torch.dtype to store: `name`, or for "auto" that of the model in folder `base`."""
+    if name == "auto":
+        config = weights.read_config(base)
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise UserError(f"{base / 'config.json'}: dtype {name!r} is unknown here: give --dtype")
+    return getattr(torch, name)
+
+
+def sample(model, adapter, base):
+    """A prompt as a pack, on which the model is compared before and after."""
+    ids = Chat.load(tokenizer_folders(base, adapter)[-1]).encode_prompt(SAMPLE)
+    ids = torch.tensor(ids[: model.config.max_position_embeddings])
+    if ids.max() >= model.config.vocab_size:
+        raise UserError(f"{base}: the tokenizer gives token {ids.max()}, but the model's vocabulary"
+                        f" ends at {model.config.vocab_size - 1}")
+    return {"input_ids": ids, "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
+            "max_seqlen": len(ids), "position_ids": torch.arange(len(ids))}
+
+
+def report(dtype, norms, before, after):
+    """What a merge has cost, from the `norms` that `merge_into` gave and the sample's logits (T, V)
+    with the adapter (`before`) and of the merged model. A dict:
+
+    `dtype`; `layers`, by name the error of the realised ΔW relative to ΔW (0: all of it survived;
+    1: as far off as no adapter at all); `total`, the same over all layers; `delta`, the Frobenius
+    norm of all ΔW; `logit_difference`, the largest, beside `largest_logit`; and at how many of the
+    `tokens` the likeliest next token is another, `tokens_changed`.
+    """
+    def relative(pairs):
+        delta, error = (sum(column) for column in zip(*pairs))
+        return (error / delta) ** 0.5 if delta else 0.0
+
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": {name: relative([pair]) for name, pair in norms.items()},
+        "total": relative(norms.values()), "delta": sum(d for d, _ in norms.values()) ** 0.5,
+        "logit_difference": (after - before).abs().max().item(),
+        "largest_logit": before.abs().max().item(), "tokens": len(before),
+        "tokens_changed": int((before.argmax(-1) != after.argmax(-1)).sum())}
+
+
+def show(report, out, more=()):
+    """Print what the rounding has cost, by decoder layer and in all, `more` lines, and what the
+    folder `out` is."""
+    print(f"error of the merged ΔW after rounding to {report['dtype']}, relative to ΔW\n"
+          "(0: all of it survived, 1: as far off as without the adapter)")
+    groups = {}
+    for name, error in report["layers"].items():
+        group = f"layer {name.split('.')[2]}" if name.startswith("model.layers.") else name
+        groups[group] = max(groups.get(group, (0.0, "")), (error, name))
+    for group, (error, name) in groups.items():
+        print(f"  {group:<10} worst {error:9.2e}  {name}")
+    print(f"  all layers       {report['total']:9.2e}")
+    if not report["delta"]:
+        print("  every ΔW is zero: has this adapter been trained?")
+    print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
+          f"{report['logit_difference']:.2e}\n(largest logit {report['largest_logit']:.1f}), "
+          f"likeliest next token another at {report['tokens_changed']}")
+    print(*more, f"wrote {out}: a Hugging Face model folder", runs.how_to_ask("model", out),
+          sep="\n")
+
+
+def save(model, dtype, out, adapter, base, write_model=weights.save_weights):
+    """Commit folder `out`: the model in `dtype`, as `write_model` writes it, and its tokenizer."""
+    def write(folder):
+        write_model(model, weights.read_config(base), folder, dtype, MARK)
+        for source in tokenizer_folders(base, adapter):
+            weights.copy_tokenizer(source, folder)
+        Chat.load(source).save(folder)
+
+    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    size += sum(buffer.nbytes for buffer in model.buffers())
+    commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)

@@ -1,0 +1,248 @@
+"""Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors.
+
+What is written here loads with `peft.PeftModel.from_pretrained` and gives the same logits; what
+PEFT wrote loads here. PEFT itself only warns of tensors that are missing, and is silent on those
+that are too many. Here both are errors, as is every option that would change the result and is
+not implemented.
+
+A tensor's name is `base_model.model.`, the layer's name in the model, and ours of the parameter.
+`lora`, where a function asks for it, is the chapter's lora.py, as a module.
+"""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from common.adapters.targets import linear_layers
+from common.errors import UserError
+from common.files.json_files import read_json
+from common.files.manifest import verify
+from common.files.tensors import (
+    iter_tensors, open_file, save_tensors, tensor_headers, tensor_problems)
+from common.ranks import copy_into, full_tensor, is_main
+
+CONFIG, STEM = "adapter_config.json", "adapter_model"
+PREFIX = "base_model.model."
+
+# PEFT's options that change what an adapter computes and are not implemented, so must be unset;
+# `bias` may also be "none".
+REFUSED = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "exclude_modules",
+    "fan_in_fan_out", "kasa_config", "layer_replication", "layers_to_transform", "lora_bias",
+    "megatron_config", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_qalora")
+# Those that are used below, or that matter in training or to PEFT only.
+KNOWN = (
+    "auto_mapping", "base_model_name_or_path", "corda_config", "d_initial", "ensure_weight_tying",
+    "eva_config", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+    "peft_version", "projection_prng_key", "qalora_group_size", "r", "revision", "runtime_config",
+    "save_projection", "target_modules", "task_type", "use_dora", "use_rslora", "velora_config",
+    "vera_dropout")
+WAY_OUT = ("merge it in PEFT (merge_and_unload), save the whole model and its tokenizer, and give"
+           " that folder as --model")
+# First values of A and B that leave the base weight alone; others would subtract from it.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+# --- out ---
+
+def save_adapter(model, config, path, base_model_name, lora, metadata=None):
+    """Write the model's adapters into folder `path`, made if it is not there.
+
+    `config` is the AdapterConfig that they were made with, `base_model_name` the folder or Hub id
+    of the model without them. LoRA+ and LoRA-FA are written as the LoRA adapters that they are,
+    PiSSA as the LoRA adapter of twice the rank that fits the *original* weights. `metadata` is for
+    the header of the tensor file. Collective under FSDP2; rank 0 writes. Raises UserError for
+    Delta-LoRA, which has changed the base weights and is no adapter.
+    """
+    if config.method in ("full", "delta-lora"):
+        raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
+                        " not in an adapter: save the whole model, merged")
+    adapters = dict(lora.adapter_modules(model))
+    save_tensors(_tensors(adapters, config), path, metadata, stem=STEM)
+    if is_main():
+        options = _peft_options(config)
+        options["base_model_name_or_path"] = str(base_model_name)
+        last = {name.rpartition(".")[2] for name in adapters}  # "q_proj"…, if that names no others
+        others = {name.rpartition(".")[2] for name in linear_layers(model)}
+        options["target_modules"] = list(adapters) if last & others else sorted(last)
+        text = json.dumps(options, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (Path(path) / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _tensors(adapters, config):
+    """Iterate over (PEFT's name, tensor)."""
+    for key, (module, parameter) in _by_key(adapters, config.method == "vera").items():
+        tensor = full_tensor(parameter)
+        # W + s (B A - B₀ A₀) = W + s [B, -B₀] [A; A₀], W being the weight before PiSSA.
+        if config.method == "pissa" and key.endswith("lora_A.weight"):
+            tensor = torch.cat((tensor, module.initial_A), 0)
+        elif config.method == "pissa":
+            tensor = torch.cat((tensor, -module.initial_B), 1)
+        yield key, tensor
+
+
+def _by_key(adapters, projections):
+    """{PEFT's name: (adapter layer, parameter)}, if asked with VeRA's two random matrices."""
+    found = {}
+    for name, module in adapters.items():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            suffix = ".weight" * (attribute in ("lora_A", "lora_B"))
+            found[f"{PREFIX}{name}.{attribute}{suffix}"] = module, parameter
+    if projections:  # one pair for all layers
+        found |= {f"base_model.{name}": (module, matrix)
+                  for name, matrix in module.shared.named_buffers()}
+    return found
+
+
+def _peft_options(config):
+    """What adapter_config.json says of the method, as a dict."""
+    options = {"task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
+               "fan_in_fan_out": False, "modules_to_save": None}
+    if config.method == "vera":
+        return options | {
+            "peft_type": "VERA", "r": config.rank, "projection_prng_key": config.seed,
+            "d_initial": config.vera_d, "save_projection": True, "vera_dropout": config.dropout}
+    twice = 2 if config.method == "pissa" else 1
+    alpha = twice * config.alpha
+    return options | {
+        "peft_type": "LORA", "r": twice * config.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": config.dropout, "init_lora_weights": True,
+        "use_dora": config.method == "dora", "use_rslora": config.method == "rslora"}
+
+
+# --- in ---
+
+def base_model_name(path):
+    """The folder or Hub id of the model that the adapter in folder `path` was trained on."""
+    name = _read_options(path).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{Path(path) / CONFIG}: names no base model: give --model")
+    return name
+
+
+def metadata(path):
+    """The header's metadata of the adapter in folder `path`; {} if it has none."""
+    for file in sorted(Path(path).glob(f"{STEM}*.safetensors")):
+        with open_file(file) as tensors:
+            return tensors.metadata() or {}
+    return {}
+
+
+def tokenizer_folders(base, adapter=None):
+    """The folders with tokenizer files, the second over the first: an adapter's may know more
+    tokens, or another template."""
+    return [base, adapter] if adapter and (adapter / "tokenizer.json").is_file() else [base]
+
+
+def load_adapter(model, path, lora):
+    """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives the config.
+
+    Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
+    options that are not implemented. Copies of the base's embedding and head, which PEFT may add,
+    must be what the model has. Warns on stderr of an adapter that changes nothing. After an error
+    the model is not to be used.
+    """
+    path = Path(path)
+    options, file = _read_options(path), path / CONFIG
+    headers = tensor_headers(path, STEM)
+    try:
+        config = _adapter_config(options, model, lora)
+        lora.apply_adapter(model, config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    for name in sorted(options.keys() - {*REFUSED, *KNOWN}):
+        if options[name]:
+            print(f"warning: {file}: {name}={options[name]!r} is unknown here and ignored",
+                  file=sys.stderr)
+
+    projections = config.method == "vera" and options.get("save_projection", True)
+    wanted = {key: parameter for key, (_, parameter) in _by_key(
+        dict(lora.adapter_modules(model)), projections).items()}
+    copies = _copies(model, headers)
+    shapes = {key: tuple(tensor.shape) for key, tensor in (wanted | copies).items()}
+    if problems := tensor_problems(headers, shapes):
+        if any(headers[key][0] != shapes[key] for key in copies):
+            problems += (": the vocabulary of its base was resized, say for tokens that were added;"
+                         f" {WAY_OUT}")
+        raise UserError(f"{path}: the tensors do not fit {CONFIG} and the model: {problems}")
+    for key, tensor in iter_tensors(path, STEM):
+        if key in wanted:
+            copy_into(wanted[key], tensor)
+            continue
+        base = full_tensor(copies[key]).to("cpu")  # one of the two may be the other, rounded
+        if not (torch.equal(tensor.to(base.dtype), base)
+                or torch.equal(base.to(tensor.dtype), tensor)):
+            raise UserError(f"{path}: {key} is not the base model's: it was trained too, or on"
+                            " another base, or both were rounded (--dtype float32 tells); if this"
+                            f" is the base, {WAY_OUT}")
+    last = "vera_lambda_b" if config.method == "vera" else "lora_B"  # what starts at zero
+    if not any(tensor.any() for key, tensor in wanted.items() if last in key):
+        print(f"warning: {path}: every {last} is zero: this adapter was never trained, or not saved"
+              " rightly", file=sys.stderr)
+    return config
+
+
+def _copies(model, headers):
+    """{key: the model's parameter} of PEFT's copies of the base's embedding and head. It saves
+    them where the head has an adapter, where the embedding was resized, and if asked."""
+    own = dict(model.named_parameters())
+    embedding = own["model.embed_tokens.weight"]
+    head = own.get("lm_head.weight", own.get("lm_head.base.weight", embedding))
+    both = {"model.embed_tokens": embedding, "lm_head": head}
+    keys = {f"{PREFIX}{name}{part}.weight": base for name, base in both.items()
+            for part in ("", ".base_layer")}
+    return {key: base for key, base in keys.items() if key in headers}
+
+
+def _read_options(path):
+    """adapter_config.json as a dict, of a folder in which nothing has changed since."""
+    path = Path(path)
+    verify(path)  # or else a flipped bit would have another model loaded
+    if not (path / CONFIG).exists():
+        hint = f": did you mean {path / 'final'}?" if (path / "final" / CONFIG).exists() else ""
+        raise UserError(f"{path}: no {CONFIG} here, so no adapter{hint}")
+    return read_json(path / CONFIG)
+
+
+def _adapter_config(options, model, lora):
+    """PEFT's options as an AdapterConfig; UserError for those that are not implemented."""
+    for name in REFUSED:
+        if options.get(name) and (name, options[name]) != ("bias", "none"):
+            raise UserError(f"{name}={options[name]!r} is not implemented, and without it the"
+                            f" adapter would compute something else: {WAY_OUT}")
+    kind = str(options.get("peft_type")).upper()
+    if kind not in ("LORA", "VERA"):
+        raise UserError(f"peft_type={options.get('peft_type')!r} is not LORA or VERA")
+    # What is not said is PEFT's default; for our families that adapts q_proj and v_proj.
+    targets = options.get("target_modules") or ["q_proj", "v_proj"]
+    if isinstance(targets, list):  # it may name layers that only other families have
+        names = [name for name, _ in model.named_modules()]
+        targets = tuple(target for target in targets if target == "lm_head" or any(
+            f".{name}".endswith(f".{target}") for name in names)) or tuple(targets)
+    if kind == "VERA":
+        return lora.AdapterConfig(
+            "vera", options.get("r", 256), dropout=options.get("vera_dropout", 0.0),
+            target_modules=targets, seed=options.get("projection_prng_key", 0))
+
+    start, dora = options.get("init_lora_weights"), options.get("use_dora")
+    if start not in (*PLAIN_STARTS, "pissa"):
+        raise UserError(f"init_lora_weights={start!r} changes the base weights: export the adapter"
+                        " against the original ones (PEFT: path_initial_model_for_weight"
+                        "_conversion)")
+    if dora and start == "pissa":
+        raise UserError("use_dora with init_lora_weights='pissa' is not implemented")
+    method = "dora" if dora else "pissa" if start == "pissa" else "lora"
+    config = lora.AdapterConfig(method, options.get("r", 8), options.get("lora_alpha", 8),
+                                options.get("lora_dropout", 0.0), targets)
+    if not options.get("use_rslora"):
+        return config
+    if method == "lora":
+        return replace(config, method="rslora")
+    return replace(config, alpha=config.alpha * math.sqrt(config.rank))  # s = α/√r, folded into α
