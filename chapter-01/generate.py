@@ -16,7 +16,7 @@ import torch
 from common import hub, weights
 from common.data.chat import Chat
 from common.errors import UserError, located, run_main
-from common.files import checkpoint
+from common.files.manifest import verify
 from common.options import Parser, choose_device, choose_dtype
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 from packing import packed_sequence_collate_fn
@@ -80,7 +80,7 @@ def main(argv=None):
         raise UserError("--raw does without the chat template, so --no-thinking has no meaning")
 
     folder = hub.resolve(options.model)
-    checkpoint.verify(folder)
+    verify(folder)
     chat = Chat.load(folder)
     device = choose_device(options.device)
     with located(folder / "config.json"):

@@ -8,7 +8,7 @@ from peft_files import base_model_name
 
 from common import hub, weights
 from common.errors import UserError, located
-from common.files import checkpoint
+from common.files.manifest import verify
 from common.files.tensors import open_file
 
 
@@ -18,7 +18,7 @@ def load_model(name, device, dtype, adapter=None):
     Without a `name` it is the model that the adapter in folder `adapter` was trained on.
     """
     folder = hub.resolve(name or base_of(adapter))
-    checkpoint.verify(folder)
+    verify(folder)
     if adapter and "nf4" in read_mark(adapter).get("trained_on", ""):
         print(f"warning: {adapter} has learned beside the errors of a base of four bits, which this"
               " base does not have: python chapter-03/generate.py asks it as it was trained",

@@ -18,7 +18,8 @@ import torch
 from common import hub, runs, weights
 from common.data.chat import Chat
 from common.errors import UserError, run_main
-from common.files import checkpoint
+from common.files.commit import commit
+from common.files.manifest import MARK
 from common.options import Parser
 from base_model import load_model
 from lora import adapter_modules, delta_weight, merged_weight
@@ -110,13 +111,13 @@ def sample(network, adapter, base):
 def save(network, dtype, out, adapter, base):
     """Commit folder `out`: the model in `dtype`, and the tokenizer's files."""
     def write(folder):
-        weights.save_weights(network, weights.read_config(base), folder, dtype, checkpoint.MARK)
+        weights.save_weights(network, weights.read_config(base), folder, dtype, MARK)
         for source in tokenizer_folders(adapter, base):  # the second over the first
             weights.copy_tokenizer(source, folder)
         Chat.load(source).save(folder)
 
     size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
-    checkpoint.commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)
+    commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)
 
 
 def main(argv=None):

@@ -12,7 +12,7 @@ from quantized_model import quantized_model
 
 from common import hub, weights
 from common.errors import UserError, located
-from common.files import checkpoint
+from common.files.manifest import MARK, verify
 from common.files.tensors import open_file
 
 BASES = ("none", "nf4", "nf4-double")
@@ -28,7 +28,7 @@ def load_model(name, device, dtype, adapter=None, trained_on="auto"):
     quantised already is taken as it is.
     """
     folder = hub.resolve(name or base_of(adapter))
-    checkpoint.verify(folder)
+    verify(folder)
     config_json = weights.read_config(folder)
     said = read_mark(adapter) if adapter else {}
     if trained_on == "auto":
@@ -61,7 +61,7 @@ def base_of(adapter):
 
 def mark(options):
     """What the header of an adapter's file says: the manifest, and the base it was trained on."""
-    return {**checkpoint.MARK, "trained_on": options.quantize + "-double" * options.double_quant,
+    return {**MARK, "trained_on": options.quantize + "-double" * options.double_quant,
             "dtype": options.dtype}
 
 

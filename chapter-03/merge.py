@@ -21,7 +21,8 @@ from torch import nn
 from common import hub, runs, weights
 from common.data.chat import Chat
 from common.errors import UserError, run_main
-from common.files import checkpoint
+from common.files.commit import commit
+from common.files.manifest import MARK
 from common.options import Parser
 from base_model import BASES, load_model
 from bnb_files import is_bnb, save_bnb
@@ -192,14 +193,14 @@ def save(network, dtype, out, adapter, base):
     def write(folder):
         quantised = any(isinstance(layer, NF4Linear) for layer in network.modules())
         write_model = save_bnb if quantised else weights.save_weights
-        write_model(network, weights.read_config(base), folder, dtype, checkpoint.MARK)
+        write_model(network, weights.read_config(base), folder, dtype, MARK)
         for source in tokenizer_folders(adapter, base):  # the second over the first
             weights.copy_tokenizer(source, folder)
         Chat.load(source).save(folder)
 
     size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
     size += sum(buffer.nbytes for buffer in network.buffers())
-    checkpoint.commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)
+    commit(Path(out), write, extra={"merged_from": str(adapter)}, bytes_needed=size)
 
 
 # Changed from chapter-02: the base that is merged into.

@@ -7,16 +7,14 @@ import signal
 import sys
 from contextlib import contextmanager
 
-import torch
-
 LONGEST = 2000  # characters of a message
 
 
 class UserError(Exception):
     """Wrong input of any kind. Its text is one line that says where, what, and what to do.
 
-    Scripts print it as `error: ...` and end with exit code 2 (see `common.options.run`). Whatever of a
-    hostile file is quoted in it, it stays one line that cannot command a terminal.
+    Scripts print it as `error: ...` and end with exit code 2 (see `run_main`). Whatever of a hostile
+    file is quoted in it, it stays one line that cannot command a terminal.
     """
 
     def __str__(self):
@@ -31,8 +29,7 @@ def printable(text, limit):
 
 def one_line(error, limit=200):
     """An exception, or any value, as one printable line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return printable(text, limit)
+    return printable(" ".join(str(error).split()) or type(error).__name__, limit)
 
 
 def nearest(word, candidates):
@@ -65,17 +62,15 @@ def located(place):
 def out_of_memory(error):
     """True if this exception is one of those by which Python, PyTorch, CUDA and its libraries
     (cuBLAS for its workspace, NCCL) say so."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
     words = "out of memory|_ALLOC_FAILED|can't allocate memory"  # the last one on a CPU
-    return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None)
 
 
 def show_any_text():
     """Have print spell out what the terminal's encoding lacks, rather than fail in mid-run."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")
 
 
 def run_main(main):

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from common.errors import UserError, out_of_memory
+from common.errors import UserError, located, out_of_memory
 
 # How long a rank waits for the others. Rank 0 writes checkpoints while they wait, so not seconds.
 TIMEOUT_SECONDS = 1800
@@ -40,12 +40,12 @@ class Ranks:
 
 def world_size():
     """How many processes torchrun started for this run; 1 without it."""
-    return _whole_number("WORLD_SIZE", 1)
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def this_rank():
     """The number of this process among them, from 0; known before `start_ranks` too."""
-    return 0 if world_size() == 1 else _whole_number("RANK")
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def is_main():
@@ -67,14 +67,11 @@ def start_ranks(device, timeout_seconds=None):
     BARELOOP_TIMEOUT_SECONDS in the environment, else 1800). Raises UserError where the
     environment is incomplete or a node has more ranks than GPUs.
     """
-    device = torch.device(device)
+    device, rank = torch.device(device), this_rank()
     if world_size() == 1:
         return Ranks(0, 1, device)
-    rank, local_rank = _whole_number("RANK"), _whole_number("LOCAL_RANK")
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(f"WORLD_SIZE is {world_size()}, {name} is not set: start with torchrun")
     if device.type == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"rank {rank} wants GPU {local_rank} but this node has {torch.cuda.device_count()}:"
@@ -84,11 +81,10 @@ def start_ranks(device, timeout_seconds=None):
     elif device.type != "cpu":
         raise UserError(f"several ranks need --device cpu or cuda, not {device.type}")
     if timeout_seconds is None:
-        timeout_seconds = _whole_number("BARELOOP_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
-    with _plain_words("joining the other ranks"):
+        timeout_seconds = int(os.environ.get("BARELOOP_TIMEOUT_SECONDS", TIMEOUT_SECONDS))
+    with located("start with torchrun"), _plain_words("joining the other ranks"):
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=rank, world_size=world_size(), timeout=timedelta(seconds=timeout_seconds),
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None)
     return Ranks(rank, world_size(), device)
 
@@ -111,9 +107,12 @@ def shard(model, ranks, dtype):
     """
     if ranks.world_size == 1:
         return
-    with _plain_words("handing out rank 0's weights"):
+    with _plain_words("handing out rank 0's weights"), torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            _copy_from_rank_0(tensor, ranks.device)
+            if not tensor.is_meta:
+                values = tensor.detach().to(ranks.device).contiguous()
+                dist.broadcast(values, src=0)
+                tensor.copy_(values)
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     # FSDP would also cast what goes into a layer: the rotary tables must stay float32.
     policy = MixedPrecisionPolicy(
@@ -162,32 +161,28 @@ def copy_into(parameter, tensor):
 
 def all_sum(tensor):
     """Replace `tensor` by its sum over the ranks, in place; gives it back. Collective."""
-    if not dist.is_initialized():
-        return tensor
-    with _plain_words("adding up over the ranks"):
-        # NCCL reduces GPU tensors only, and a token count may well live on the CPU.
-        on_device = tensor.to(_device())
-        dist.all_reduce(on_device)
-        if on_device is not tensor:
-            tensor.copy_(on_device)
-    return tensor
+    return _reduce(tensor, dist.ReduceOp.SUM)
 
 
 def least(number):
     """The smallest of the ranks' whole numbers. Collective."""
+    return int(_reduce(torch.tensor(number), dist.ReduceOp.MIN))
+
+
+def _reduce(tensor, operation):
     if not dist.is_initialized():
-        return number
-    with _plain_words("comparing the ranks"):
-        tensor = torch.tensor(number, device=_device())
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-    return int(tensor)
+        return tensor
+    with _plain_words("adding up over the ranks"):
+        # NCCL reduces GPU tensors only, and a token count may well live on the CPU.
+        cuda = dist.get_backend() == "nccl"
+        on_device = tensor.to(torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu")
+        dist.all_reduce(on_device, operation)
+        return tensor.copy_(on_device)
 
 
 def any_rank(flag):
     """True on every rank if `flag` is true on any, say "a signal arrived". Collective."""
-    if not dist.is_initialized():
-        return bool(flag)
-    return bool(all_sum(torch.tensor(int(bool(flag)), dtype=torch.int32)).item() > 0)
+    return bool(all_sum(torch.tensor(int(bool(flag)))))
 
 
 def on_all_ranks(action):
@@ -202,9 +197,11 @@ def on_all_ranks(action):
     return answer
 
 
-def barrier():
-    """Wait until every rank has come here."""
-    any_rank(False)  # a barrier that needs no device argument and times out like the rest
+def on_main(action):
+    """On every rank the whole number (None: 0) that `action()` gives on the main rank, which alone
+    runs it; where it fails, all raise."""
+    number = on_all_ranks(lambda: action() if is_main() else 0)
+    return int(all_sum(torch.tensor(number or 0)))
 
 
 def stop_ranks():
@@ -216,35 +213,6 @@ def stop_ranks():
             # Gloo's threads live on with the sharded model and drop the last collective's tensor a
             # moment later, for which they need the interpreter: if it is gone, the process aborts.
             time.sleep(0.2)
-
-
-def _device():
-    """The device that this process's collectives work on."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def _copy_from_rank_0(tensor, device):
-    """Broadcast one whole parameter or buffer; one without values yet (meta) is left alone."""
-    if tensor.is_meta:
-        return
-    values = tensor.detach()
-    moved = values.to(device).contiguous()
-    dist.broadcast(moved, src=0)
-    if moved.data_ptr() != values.data_ptr() or moved.device != values.device:
-        values.copy_(moved)
-
-
-def _whole_number(name, default=None):
-    """An environment variable as an int."""
-    text = os.environ.get(name, default)
-    if text is None:
-        raise UserError(f"WORLD_SIZE is set but {name} is not: start with torchrun")
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"environment variable {name} must be a whole number, not {text!r}")
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ sys.path.append(str(ROOT / "tests" / "long"))
 import flip
 
 from common import weights
-from common.files import checkpoint
-from common.files.checkpoint import CheckpointError
+from common.files import checkpoint, manifest
+from common.files.manifest import CheckpointError, verify
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_name_of_the_base_is_checked_before_it_is_followed(folders):
                 load(script).main(arguments)
     finally:
         config.write_text(text)
-    checkpoint.verify(folders.adapter)
+    verify(folders.adapter)
 
 
 def test_the_functions_notice_without_the_scripts(folders):
@@ -58,15 +58,17 @@ def test_the_functions_notice_without_the_scripts(folders):
             pytest.fail(what)
         assert all(map(torch.equal, before, model.parameters())), what
     with pytest.MonkeyPatch.context() as patch:
-        checkpoint.verify(folders.model)
-        patch.setattr(checkpoint.manifest, "fingerprint", None)
+        verify(folders.model)
+        patch.setattr(manifest, "fingerprint", None)
         weights.load_weights(model, folders.model)
     assert not all(map(torch.equal, before, model.parameters()))
 
 
 def test_the_test_notices_a_loader_that_does_not_look(folders, monkeypatch):
     """If `verify` believed every folder, the trials above would fail."""
-    for module in (checkpoint, weights, load("chapter-02/peft_files.py")):
+    for module in (checkpoint, weights, load("chapter-02/peft_files.py"), *(
+            load(script) for script in (
+                "chapter-01/generate.py", "chapter-01/train.py", "chapter-02/base_model.py"))):
         monkeypatch.setattr(module, "verify", lambda folder: {"files": {}})
     with pytest.raises(AssertionError):
         flip.trials(folders, 40, seed=5)

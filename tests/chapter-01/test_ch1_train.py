@@ -22,7 +22,7 @@ def metrics(run, evaluations=False):
     return [line for line in lines if ("grad_norm" in line) != evaluations]
 
 
-def run_main(tmp_path, name, *arguments):
+def trained(tmp_path, name, *arguments):
     """train.main in this process; returns the run folder."""
     run = tmp_path / name
     assert train.main([*arguments, "--out", str(run)]) == 0
@@ -52,9 +52,9 @@ def test_incidents_1_and_2_accumulated_packs_equal_one_large_pack(tmp_path, dtyp
         options_for(common), ROOT / "common/tiny", tiny_config(), "base").train[i][0])
         for i in range(4))
     assert lengths[0] + lengths[1] > lengths[-1]  # so each is a pack of its own below
-    one = run_main(tmp_path, "one", *common, "--batch-tokens", str(sum(lengths)))
-    four = run_main(tmp_path, "four", *common, "--batch-tokens", str(lengths[-1]),
-                    "--grad-accum", "4")
+    one = trained(tmp_path, "one", *common, "--batch-tokens", str(sum(lengths)))
+    four = trained(tmp_path, "four", *common, "--batch-tokens", str(lengths[-1]),
+                   "--grad-accum", "4")
     (a,), (b,) = metrics(one), metrics(four)
     assert a["tokens"] == b["tokens"] == sum(lengths)
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
@@ -81,7 +81,7 @@ def test_the_embedded_model_on_other_data_starts_pretrained_at_its_own_learning_
     options = options_for(["--model", "tiny", "--data", "my.jsonl", "--device", "cpu"])
     assert (options.init, options.steps, options.epochs) == ("pretrained", None, 1)
     assert (options.lr, options.dtype) == (train.TINY["lr"], "float32")
-    with pytest.raises(UserError, match=r"--dtype floaty is none of .*did you mean float32"):
+    with pytest.raises(UserError, match=r"--dtype: floaty is none of .*did you mean float32"):
         options_for(["--dtype", "floaty"])
 
 
@@ -131,7 +131,7 @@ def test_incidents_12_13_15_n_plus_n_steps_equal_2n_bitwise(tmp_path):
 
 
 def test_resume_reports_changes_and_wants_permission(tmp_path, capsys):
-    run = run_main(tmp_path, "run", *TINY, "--steps", "2", "--batch-tokens", "256",
+    run = trained(tmp_path, "run", *TINY, "--steps", "2", "--batch-tokens", "256",
                    "--save-every", "1", "--eval-every", "0")
     with pytest.raises(train.prepare.UserError, match="lr, packs per step.*--allow-changes"):
         train.main(["--resume", str(run), "--lr", "1e-4", "--grad-accum", "2"])
@@ -144,7 +144,7 @@ def test_resume_wants_the_documents_that_the_run_began_with(tmp_path):
     common = ["--model", "tiny", "--data", str(data), "--device", "cpu", "--dtype", "float32",
               "--batch-tokens", "128", "--save-every", "1", "--eval-every", "0", "--steps", "1",
               "--schedule", "constant"]
-    run = run_main(tmp_path, "run", *common)
+    run = trained(tmp_path, "run", *common)
     assert train.main(["--resume", str(run), "--steps", "2"]) == 0
     write_documents(data, [60, 70, 80])
     with pytest.raises(train.prepare.UserError, match="documents are others than when .* --allow-c"):
@@ -168,7 +168,7 @@ def test_bf16_compute_on_float32_masters_follows_float32(tmp_path):
     """lr 3e-4, 20-step means over 200 steps within 2 %; pure-bf16 AdamW is off by 5 % or more."""
     losses = {}
     for name, dtype in (("float32", "float32"), ("masters", "bfloat16")):
-        run = run_main(tmp_path, name, *TINY, "--init", "random", "--dtype", dtype, "--lr", "3e-4",
+        run = trained(tmp_path, name, *TINY, "--init", "random", "--dtype", dtype, "--lr", "3e-4",
                        "--warmup", "0", "--schedule", "constant", "--steps", "200",
                        "--batch-tokens", "512", "--eval-every", "0", "--save-every", "0")
         losses[name] = [line["loss"] for line in metrics(run)]
@@ -208,7 +208,7 @@ def pure_bf16(tmp_path):
 
 def test_the_embedded_model_learns(tmp_path):
     """A third of the default run. The bound has margin: see the chapter's README for the rest."""
-    run = run_main(tmp_path, "run", *TINY, "--steps", "200", "--save-every", "0")
+    run = trained(tmp_path, "run", *TINY, "--steps", "200", "--save-every", "0")
     losses = [line["loss"] for line in metrics(run)]
     scores = metrics(run, evaluations=True)
     assert sum(losses[:5]) / 5 > 4

@@ -6,7 +6,6 @@ import sys
 import types
 
 import pytest
-import torch
 from faults import Faults, disk_full, end_process, forked
 
 from common import metrics
@@ -25,7 +24,7 @@ def log(report, *steps):
 
 def test_fields_are_exactly_those(tmp_path):
     report = Metrics(tmp_path, 10)
-    report.log_step(1, torch.tensor(2.0), 1e-3, torch.tensor(0.5), torch.tensor(1000), 0.25, 7)
+    report.log_step(1, 2.0, 1e-3, 0.5, 1000, 0.25, 7)
     report.log_step(2, float("nan"), 1e-3, float("inf"), 1000, 0.0)
     report.log_eval(2, eval_loss=1.5, exact_match=0.25)
     report.close()
