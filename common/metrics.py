@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from common.errors import UserError, writing
 from common.ranks import is_main
 
@@ -78,7 +80,7 @@ class Metrics:
                 _number(line["lr"], ".2e"), _number(line["grad_norm"], ".3f"),
                 _number(line["tokens_per_second"], ",.0f"),
                 readable_bytes(line["peak_memory_bytes"]), _number(line["mfu"], ".1%"),
-                readable_time(pace * (self.total_steps - step)))), flush=True)
+                tqdm.format_interval(pace * (self.total_steps - step)))), flush=True)
 
     def log_eval(self, step, **scores):
         """Report an evaluation, say log_eval(200, eval_loss=1.2, exact_match=0.9)."""
@@ -127,13 +129,6 @@ def readable_bytes(count):
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def readable_time(seconds):
-    """3723 -> "1:02:03", 83 -> "1:23"."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _row(cells):

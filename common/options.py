@@ -1,7 +1,5 @@
 """The options of a run: flags, a --config file, presets and --resume put together.
 
-One dataclass, from which come the flags, the JSON file and the checks.
-
 An option has the same name everywhere: `--batch-tokens` on the command line, `batch_tokens` in
 code, in a `--config` file and in a run's `train_config.json`. What a person typed wins over the
 file, the file over the run that is resumed, and that over the preset.
@@ -15,6 +13,7 @@ import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ GPU_MEMORY = 16e9  # bytes of GPU memory from which `auto` chooses the real mode
 
 
 def option(default, text, *, choices=None, least=None, result=True):
-    """A dataclass field that is also a flag; its type is that of the field, `list` for several words.
+    """A dataclass field that is also a flag, of the field's type (`list`: one or more words).
 
     `default=None` leaves the value to the preset; `least` is the smallest legal number;
     `result=False` marks what may change on --resume without changing the weights that come out.
@@ -113,17 +112,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; --help explains every option")
 
 
-def _parser(options_class, description):
-    """A Parser with a flag for each option; options that are not typed are absent in the result."""
+def read_flags(options_class, description, argv):
+    """What was typed, as a dict; options that were not typed are absent."""
     follows = "Where no default stands, it follows from model and data: --dry-run prints it."
-    runs = issubclass(options_class, TrainOptions)
     width = min(100, shutil.get_terminal_size().columns)  # no wider than a person reads easily
     parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
-                    epilog=follows if runs else None, argument_default=argparse.SUPPRESS,
-                    formatter_class=lambda prog: argparse.HelpFormatter(
-                        prog, max_help_position=26, width=width))
+                    epilog=follows if issubclass(options_class, TrainOptions) else None,
+                    argument_default=argparse.SUPPRESS, formatter_class=partial(
+                        argparse.HelpFormatter, max_help_position=26, width=width))
     for one in fields(options_class):
-        text, choices = one.metadata["text"], one.metadata["choices"]
+        flag, text, choices = _flag(one.name), one.metadata["text"], one.metadata["choices"]
         if choices:
             text += f" [{' | '.join(choices)}]"
         if one.default not in (None, False) and "default" not in text:
@@ -131,41 +129,32 @@ def _parser(options_class, description):
             text += f" (default: {default})"
         if one.type is bool:
             action = argparse.BooleanOptionalAction if one.default else "store_true"
-            parser.add_argument(flag(one.name), action=action, help=text)
+            parser.add_argument(flag, action=action, help=text)
         else:
-            parser.add_argument(flag(one.name), type=_checked(one), help=text,
+            parser.add_argument(flag, type=partial(_value, one), help=text,
                                 nargs="+" if one.type is list else None,
                                 metavar={int: "N", float: "X"}.get(one.type, "TEXT"))
-    return parser
+    return vars(parser.parse_args(argv))
 
 
-def flag(name):
-    """"batch_tokens" -> "--batch-tokens"."""
+def _flag(name):
     return "--" + name.replace("_", "-")
 
 
-def _checked(one):
-    """The function that makes of a word the value of an option, or says what is wrong with it."""
-    kind = str if one.type is list else one.type
+def _value(one, word):
+    """The value of an option that this word stands for; ArgumentTypeError where there is none."""
     choices, least = one.metadata["choices"], one.metadata["least"]
-
-    def convert(text):
-        value = kind(text)
-        if choices and value not in choices:
-            raise argparse.ArgumentTypeError(
-                f"{text} is none of {', '.join(choices)}{nearest(text, choices)}")
-        if least is not None and not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(
-                f"{text}: the least is {least}, and it must be a finite number")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse says "invalid int value"
-    return convert
-
-
-def read_flags(options_class, description, argv):
-    """What was typed, as a dict; options that were not typed are absent."""
-    return vars(_parser(options_class, description).parse_args(argv))
+    try:
+        value = word if one.type is list else one.type(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word} is not {one.type.__name__}")
+    if choices and value not in choices:
+        raise argparse.ArgumentTypeError(
+            f"{word} is none of {', '.join(choices)}{nearest(word, choices)}")
+    if least is not None and not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{word}: the least is {least}, and it must be a finite number")
+    return value
 
 
 def _read_values(options_class, path, values):
@@ -176,11 +165,11 @@ def _read_values(options_class, path, values):
             raise UserError(f"{path}: unknown option {name!r}{nearest(name, options)}")
         one = options[name]
         if one.type is bool and type(value) is bool:
-            words += [flag(name)] * value + [flag(f"no_{name}")] * (one.default and not value)
+            words += [_flag(name)] * value + [_flag(f"no_{name}")] * (one.default and not value)
         elif one.type is list and isinstance(value, list) and set(map(type, value)) == {str}:
-            words += [flag(name), *value]
+            words += [_flag(name), *value]
         elif type(value) in (str, int, float):
-            words.append(f"{flag(name)}={value}")
+            words.append(f"{_flag(name)}={value}")
         elif value is not None or one.default is not None:
             raise UserError(f"{path}: {name} may not be {json.dumps(value)}")
     try:
@@ -220,8 +209,7 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
     values: for the embedded model (`init` and `steps` only on the embedded data), and for every
     other; a value that depends on --method is itself a dict, with a "default". Prints what `auto`
-    chose. Raises
-    UserError on anything wrong, before any file of the model is touched.
+    chose. Raises UserError on anything wrong, before any file of the model is touched.
     """
     given = read_flags(options_class, description, argv)
     if "config" in given:
@@ -233,10 +221,10 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     options.data = list(options.data)
     device = choose_device(options.device)
     for name, value in _choose_model_and_data(options, device, tiny, real).items():
+        if isinstance(value, dict):
+            value = value.get(options.method, value["default"])
         if name not in given:
-            by_method = isinstance(value, dict)
-            setattr(options, name, value.get(options.method, value["default"]) if by_method else
-                    value)
+            setattr(options, name, value)
     if options.steps is None and options.epochs is None:
         options.epochs = 1
     options.device = device.type
@@ -339,29 +327,26 @@ def _resumed(options_class, chapter, given):
         raise UserError(f"{path}: a run of chapter {record.get('chapter')!r}, not of {chapter!r}; "
                         "go on with it there")
     saved, ranks = record.get("options"), record.get("world_size")
-    if not isinstance(saved, dict) or type(ranks) is not int or ranks < 1:
+    if not isinstance(saved, dict) or type(ranks) is not int:
         raise UserError(f"{path}: options or world_size is missing")
-    values = _read_values(options_class, path, saved)
-    for name in ("lr", "warmup", "batch_tokens", "init", "eval_every", "save_every"):
-        if values.get(name) is None:
-            raise UserError(f"{path}: {name} is missing")
-    old = options_class(**values)
-    options = options_class(**{**values, "dry_run": False, "allow_changes": False, **given})
+    saved = _read_values(options_class, path, saved)
+    old = options_class(**saved)
+    options = options_class(**{**saved, "dry_run": False, "allow_changes": False, **given})
     altering = []
-    for f in fields(options_class):
-        before, after = getattr(old, f.name), getattr(options, f.name)
-        if f.name in ("resume", "allow_changes", "config") or before == after:
+    for one in fields(options_class):
+        before, after = getattr(old, one.name), getattr(options, one.name)
+        if before == after or one.name in ("resume", "allow_changes", "config"):
             continue
-        longer = (f.name == "steps" and options.schedule == "constant" and before is not None
-                  and after is not None and after > before)
-        say(f"changed since the run began: {f.name} {before!r} -> {after!r}")
-        if f.metadata["result"] and f.name != "grad_accum" and not longer:
-            altering.append(f.name)
-    packs_before, packs_now = old.grad_accum * ranks, options.grad_accum * world_size()
+        say(f"changed since the run began: {one.name} {before!r} -> {after!r}")
+        longer = (one.name == "steps" and options.schedule == "constant" and before
+                  and after > before)
+        if one.metadata["result"] and one.name != "grad_accum" and not longer:
+            altering.append(one.name)
+    packs, packs_now = old.grad_accum * ranks, options.grad_accum * world_size()
     if ranks != world_size():
         say(f"ranks {ranks} -> {world_size()}")
-    if packs_before != packs_now:
-        say(f"packs per step {packs_before} -> {packs_now} (ranks x --grad-accum)")
+    if packs != packs_now:
+        say(f"packs per step {packs} -> {packs_now} (ranks x --grad-accum)")
         altering.append("packs per step")
     if altering and not options.allow_changes:
         raise UserError(f"--resume {run}: changing {', '.join(altering)} alters the result: leave"

@@ -3,12 +3,10 @@
     python chapter-01/train.py ...                          one process, no process group at all
     torchrun --nproc-per-node 8 chapter-01/train.py ...     8 ranks; several nodes work the same
 
-Every function here also works in a single process, where it does nothing or next to nothing, so
-that a training loop reads the same either way. What must hold is that N ranks give the loss, the
-gradient and the clip norm of one process: a loss here is a sum over the labelled tokens, divided
-by the labelled tokens of the whole step, so gradients are *summed* over ranks, never averaged.
-
-Ranks exchange tensors, never objects: PyTorch's object collectives unpickle what they receive.
+Every function here also works in a single process, where it does next to nothing. N ranks give the
+loss, the gradient and the clip norm of one process: a loss is a sum over the labelled tokens,
+divided by those of the whole step, so gradients are *summed* over ranks, never averaged. Ranks
+exchange tensors, never objects: PyTorch's object collectives unpickle what they receive.
 """
 
 import contextlib
@@ -21,12 +19,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from common.errors import UserError, located, out_of_memory
+from common.errors import UserError, located, one_line, out_of_memory
 
-# How long a rank waits for the others. Rank 0 writes checkpoints while they wait, so not seconds.
-TIMEOUT_SECONDS = 1800
+TIMEOUT_SECONDS = 1800  # how long a rank waits for the others, also while rank 0 writes
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,14 @@ def shard(model, ranks, dtype):
     """Spread the model's parameters over the ranks, in place (FSDP2); nothing for a single process.
 
     Each decoder layer, then what remains (embeddings, last norm, head), becomes one group: gathered
-    in `dtype` (None: as they are) when its forward or backward begins. Parameters keep their
-    own dtype between steps (float32 masters), gradients arrive in float32, summed over the ranks.
-    Frozen parameters are gathered but have no gradient; buffers (an NF4 base is one) are not
-    sharded: every rank keeps them whole, as splitting rows would cut across quantisation blocks.
-
-    All ranks begin from rank 0's values, whatever each had. Tensors go to `ranks.device` one
-    group at a time, so no GPU ever holds the whole model.
+    in `dtype` (None: as they are) when its forward or backward begins. Parameters keep their own
+    dtype between steps (float32 masters), gradients arrive in float32, summed over the ranks.
+    Buffers (an NF4 base is one) are not sharded: rows would cut across quantisation blocks. All
+    ranks begin from rank 0's values, and no GPU ever holds the whole model.
 
     Call it after adapters are in place and before the optimizer is made. Afterwards only the
-    model's own forward sees whole parameters: compute nothing on one outside of it but through
-    `full_tensor`. (Zhao et al. 2023, arXiv:2304.11277; FSDP2 shards each parameter by rows.)
+    model's own forward sees whole parameters: compute on one elsewhere through `full_tensor` only.
+    (Zhao et al. 2023, arXiv:2304.11277; FSDP2 shards each parameter by rows.)
     """
     if ranks.world_size == 1:
         return
@@ -128,8 +122,7 @@ def full_tensor(tensor):
     """The whole of a sharded parameter, gradient or norm, detached; any other tensor as it is.
 
     Collective: every rank must call it, in the same order. The result is a new tensor for a
-    sharded one and shares memory otherwise. So the clip norm is the same on any number of ranks:
-    `full_tensor(torch.nn.utils.clip_grad_norm_(parameters, limit))`.
+    sharded one and shares memory otherwise.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
@@ -150,13 +143,10 @@ def copy_into(parameter, tensor):
     if not isinstance(parameter, DTensor):
         parameter.copy_(tensor)
         return
-    if parameter.placements != (Shard(0),):
-        raise ValueError(f"copy_into knows parameters sharded by rows, not {parameter.placements}")
-    # The rows are cut as torch.chunk cuts them: equal pieces but the last, which may be empty.
     mesh = parameter.device_mesh
-    rows = -(-tensor.shape[0] // mesh.size())
-    first = min(mesh.get_local_rank() * rows, tensor.shape[0])
-    parameter.to_local().copy_(tensor[first:first + rows])
+    rows = tensor.chunk(mesh.size())  # as FSDP2 cuts them; the last ranks may have none
+    if mesh.get_local_rank() < len(rows):
+        parameter.to_local().copy_(rows[mesh.get_local_rank()])
 
 
 def all_sum(tensor):
@@ -223,8 +213,6 @@ def _plain_words(doing):
     except RuntimeError as error:  # torch.distributed.DistError is one
         if out_of_memory(error):  # the caller's to explain
             raise
-        rank = os.environ.get("RANK", "?")
         raise UserError(
-            f"rank {rank}: another rank has ended or does not answer ({doing}); its own message,"
-            f" above or in its log, says why. PyTorch says: {str(error).splitlines()[0]}"
-        ) from error
+            f"rank {this_rank()}: another rank has ended or does not answer ({doing}); its own"
+            f" message, above or in its log, says why. PyTorch says: {one_line(error)}") from error

@@ -14,7 +14,7 @@ import torch
 
 from common.errors import UserError, writing
 from common.files.config import read_config, write_config
-from common.files.manifest import is_verified, verify
+from common.files.manifest import verify
 from common.files.tensors import (
     iter_tensors, open_file, plain_file, save_tensors, tensor_headers, tensor_problems)
 from common.ranks import copy_into, full_tensor, is_main
@@ -37,8 +37,7 @@ def load_weights(model, path):
     sharded by FSDP2.
     """
     path = Path(path)
-    if not is_verified(path):  # a script has verified the folder when it began
-        verify(path)
+    verify(path)
     wanted = dict(model.named_parameters())  # name in the checkpoint -> parameter
     if any(parameter.is_meta for parameter in wanted.values()):
         raise ValueError("the model has parameters on the meta device: call to_empty first")

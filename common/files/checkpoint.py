@@ -8,8 +8,6 @@ all get its answer, and where it fails all raise.
 """
 
 import argparse
-import contextlib
-import itertools
 import os
 import re
 import sys
@@ -18,7 +16,7 @@ from pathlib import Path
 from common.errors import UserError, run_main
 from common.files.commit import in_run, remove
 from common.files.manifest import (
-    CheckpointError, MANIFEST, is_verified, recover, seal, sibling, verify)
+    CheckpointError, MANIFEST, recover, seal, sibling, verify)
 from common.ranks import on_main
 
 
@@ -40,10 +38,9 @@ def new_run_folder(chapter, out=None):
             if out is not None:
                 return 0
             taken = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-            for number in itertools.count(max(taken, default=0) + 1):
-                with contextlib.suppress(FileExistsError):  # another run that starts has it
-                    (folder / f"{number:03d}").mkdir()
-                    return number
+            number = max(taken, default=0) + 1
+            (folder / f"{number:03d}").mkdir()
+            return number
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another place"
                             " with --out") from error
@@ -64,11 +61,7 @@ def _is_run(folder):
 
 def _steps(run):
     """Every step-N/ of the run, newest first; whether they are whole is open."""
-    try:
-        names = os.listdir(run)
-    except OSError as error:
-        raise UserError(f"{run}: not a run folder: {error.strerror}") from error
-    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{6,12}", name)]
+    steps = [int(name[5:]) for name in os.listdir(run) if re.fullmatch("step-[0-9]{6,12}", name)]
     return [step_folder(run, step) for step in sorted(steps, reverse=True)]
 
 
@@ -92,7 +85,7 @@ def prune(run, keep, best=None):
         whole = 0
         for folder in _steps(run):
             if whole < max(keep, 1):
-                whole += is_verified(folder) or _is_whole(folder)
+                whole += _is_whole(folder)
             elif best is None or folder.name != Path(best).name:
                 _delete(folder)
 

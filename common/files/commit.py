@@ -19,7 +19,7 @@ import torch
 
 from common.errors import UserError
 from common.files.manifest import (
-    MANIFEST, fingerprint, is_ours, mark_verified, recover, sibling, write_manifest)
+    MANIFEST, fingerprint, is_ours, recover, sibling, write_manifest)
 from common.metrics import readable_bytes
 from common.ranks import is_main, on_all_ranks, on_main, world_size
 
@@ -29,11 +29,10 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def commit(folder, write, extra=None, bytes_needed=0):
     """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
 
-    `extra` (JSON; say step and config_hash) goes into the manifest, beside world_size and versions.
-    A `folder` that is there is replaced: what a stop leaves is the old one or the new one. Raises
-    UserError where space (`bytes_needed`) or permission lacks, or where what is there is not ours:
-    then nothing half-written stays, and what was there before does. All ranks call `write`, which
-    may gather tensors; rank 0's files count.
+    `extra` (JSON, say the step) goes into the manifest. A `folder` that is there is replaced: what
+    a stop leaves is the old one or the new one. Raises UserError where space (`bytes_needed`) or
+    permission lacks, or where what is there is not ours: then nothing half-written stays, and what
+    was there before does. All ranks call `write`, which may gather tensors; rank 0's files count.
     """
     folder = Path(os.path.abspath(folder))
     tmp = sibling(folder, ".tmp")
@@ -51,9 +50,9 @@ def commit(folder, write, extra=None, bytes_needed=0):
             recover(folder)
         except OSError as second:
             print(f"{tmp}: could not be cleaned up: {second}", file=sys.stderr)
-        if message is None:
-            raise
-        raise UserError(message) from error
+        if message:
+            raise UserError(message) from error
+        raise
 
 
 def _free(path):
@@ -94,7 +93,6 @@ def _publish(folder, tmp, extra):
         os.rename(folder, old)
     os.rename(tmp, folder)
     flush_names(folder.parent)
-    mark_verified(folder)
     if old.exists():
         remove(old)
 
@@ -126,7 +124,7 @@ def flush_names(folder):
 
 
 def _in_plain_words(error, folder, tmp, bytes_needed):
-    """The message for a write that failed, or None where `error` is of another kind."""
+    """The message for a write that failed, "" where `error` is of another kind."""
     # By its words, as safetensors' own error has no number.
     full = next((os.strerror(one) for one in FULL if os.strerror(one) in str(error)), None)
     if full:
@@ -138,4 +136,4 @@ def _in_plain_words(error, folder, tmp, bytes_needed):
                 " some space or lower --keep, then go on with --resume")
     if isinstance(error, OSError):
         return f"{folder}: not written: {error.strerror}: {error.filename or tmp}"
-    return None
+    return ""

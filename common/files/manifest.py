@@ -1,11 +1,9 @@
 """manifest.json: the size and SHA-256 of every file of a folder that we wrote.
 
 Neither safetensors nor JSON notices a flipped byte inside a number. A folder written by
-`common.files.commit` therefore carries a manifest, and the headers of its safetensors say so
-(`MARK`), so that a lost manifest shows as well. A folder from elsewhere has neither and passes.
-
-The manifest guards itself: it holds a hash of its own content, in the one form of JSON text that
-we write. Whatever byte of it changes, the text no longer equals what its content gives.
+`common.files.commit` therefore carries a manifest, which holds a hash of its own content too, and
+the headers of its safetensors say so (`MARK`), so that a lost manifest shows as well. A folder from
+elsewhere has neither and passes.
 """
 
 import contextlib
@@ -14,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from common.errors import UserError, writing
@@ -24,7 +23,7 @@ NEW = MANIFEST + ".new"  # while it is being written
 MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
 LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
 LARGEST = 16 * 2**20  # no manifest of ours comes near; a larger file is not read into memory
-_verified = {}  # folder -> what `_looks` gave when this process knew it to be whole
+_known = {}  # (device, inode, size, time) of a file -> its fingerprint
 
 
 class CheckpointError(UserError):
@@ -36,10 +35,10 @@ class CheckpointError(UserError):
 def verify(folder):
     """The manifest of `folder`, after checking every file against it.
 
-    It is a dict: `files` (name -> size and sha256) and `extra` (step, config_hash, world_size,
-    versions and what else the commit was given). A folder that we did not write gives {}. Raises
-    CheckpointError, naming the file, for anything missing, resized, changed or added. A
-    replacement that was cut short is put right first.
+    It is a dict: `files` (name -> size and sha256) and `extra` (world_size, versions and what else
+    the commit was given). A folder that we did not write gives {}. Raises CheckpointError, naming
+    the file, for anything missing, changed or added. A replacement that was cut short is put right
+    first.
     """
     folder = Path(folder)
     recover(folder)
@@ -54,7 +53,6 @@ def verify(folder):
             raise CheckpointError(
                 f"{problem}; copy the folder again, or use another one; if you changed it yourself,"
                 f" seal it: python -m common.files.checkpoint seal {folder}")
-        mark_verified(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     return manifest
@@ -93,11 +91,9 @@ def sibling(folder, suffix):
 def is_ours(folder):
     """True if a manifest.json of ours, whole, damaged or still empty, or a mark in the header of a
     safetensors file says that we wrote this folder."""
-    if (folder / MANIFEST).is_file():
-        with open(folder / MANIFEST, "rb") as file:
-            text = file.read(LARGEST)
-        if not text or b'"bareloop"' in text:
-            return True
+    text = _text(folder)
+    if text is not None and (not text or b'"bareloop"' in text):
+        return True
     for path in folder.glob("*.safetensors"):
         with contextlib.suppress(UserError):  # who loads a file without a header says what is wrong
             with open_file(path) as tensors:
@@ -106,36 +102,22 @@ def is_ours(folder):
     return False
 
 
-def mark_verified(folder):
-    """Note that `folder` is whole as it is now."""
-    _verified[os.path.abspath(folder)] = _looks(folder)
-
-
-def is_verified(folder):
-    """True if `folder` was whole once in this process and nobody has touched it since."""
-    return os.path.isdir(folder) and _verified.get(os.path.abspath(folder)) == _looks(folder)
-
-
-def _looks(folder):
-    """Name, inode, size and time of each file: equal while nobody has touched them."""
-    stats = [(path.name, path.stat()) for path in sorted(Path(folder).iterdir())]
-    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
 # --- read and written ---
 
 def read_manifest(folder):
     """The manifest of `folder` if it is undamaged, else None. The other files are not looked at."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file() or path.stat().st_size > LARGEST:
-        return None
-    data = path.read_bytes()
+    text = _text(folder)
     try:
-        manifest = json.loads(data)
-        whole = encoded(manifest["files"], manifest["extra"]) == data
+        manifest = json.loads(text)
+        whole = encoded(manifest["files"], manifest["extra"]) == text
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
     return manifest if whole and isinstance(manifest["files"], dict) else None
+
+
+def _text(folder):
+    path = folder / MANIFEST
+    return path.read_bytes() if path.is_file() and path.stat().st_size <= LARGEST else None
 
 
 def write_manifest(folder, files, extra):
@@ -159,14 +141,24 @@ def encoded(files, extra):
 
 
 def fingerprint(path, flush=False):
-    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards."""
-    digest = hashlib.sha256()
+    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards.
+
+    A process does not read again what it has read and nobody has touched since.
+    """
     with open(path, "rb") as file:
         if flush:
             os.fsync(file.fileno())
+        stat = os.fstat(file.fileno())
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key in _known:
+            return _known[key]
+        digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)
-        return {"size": file.tell(), "sha256": digest.hexdigest()}
+    found = {"size": stat.st_size, "sha256": digest.hexdigest()}
+    if time.time() - stat.st_mtime > 2:  # a file of this moment may change again at the same time
+        _known[key] = found
+    return found
 
 
 def seal(folder):
@@ -175,13 +167,12 @@ def seal(folder):
     Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
     """
     folder = Path(folder)
+    for path in folder.glob("*.safetensors"):
+        with open_file(path):
+            pass
     with writing(folder / MANIFEST):
-        paths = [path for path in folder.iterdir()
-                 if path.is_file() and path.name not in (MANIFEST, NEW)]
-        for path in paths:
-            if path.suffix == ".safetensors":
-                with open_file(path):
-                    pass
+        files = {path.name: fingerprint(path) for path in folder.iterdir()
+                 if path.is_file() and path.name not in (MANIFEST, NEW)}
         before = read_manifest(folder) or {"extra": {}}
-        write_manifest(folder, {path.name: fingerprint(path) for path in paths}, before["extra"])
-    return len(paths)
+        write_manifest(folder, files, before["extra"])
+    return len(files)

@@ -1,5 +1,6 @@
 """Commits that are killed, fail or run out of space; damaged folders; latest, prune, new runs."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import runpy
 import shutil
 import sys
+import time
 import warnings
 
 import pytest
@@ -313,8 +315,6 @@ def test_latest_skips_damaged_ones_loudly(tmp_path, capfd):
 
 def test_latest_of_nothing(tmp_path):
     assert checkpoint.latest(tmp_path) is None
-    with pytest.raises(UserError, match="not a run folder"):
-        checkpoint.latest(tmp_path / "nothing")
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
@@ -333,18 +333,23 @@ def test_prune_never_deletes_the_only_whole_one(tmp_path, forget):
     for step in (3, 4):
         (step_folder(tmp_path, step) / "state.json").write_text('{"value": 0}')
     if forget:
-        manifest._verified.clear()
+        manifest._known.clear()
     checkpoint.prune(tmp_path, keep=1)
     assert steps(tmp_path) == [2, 3, 4]
     assert checkpoint.latest(tmp_path) == step_folder(tmp_path, 2)
 
 
 def test_prune_does_not_read_again_what_nobody_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + 5)
     for step in range(1, 4):
         save(step_folder(tmp_path, step), step)
-    monkeypatch.setattr(manifest, "fingerprint", None)
+    real = hashlib.sha256  # of a manifest's own text, not of a file
+    monkeypatch.setattr(hashlib, "sha256", lambda *text: real(*text) if text else pytest.fail())
     checkpoint.prune(tmp_path, keep=2)
     assert steps(tmp_path) == [2, 3]
+    (step_folder(tmp_path, 3) / "state.json").write_text('{"value": 3}')
+    with pytest.raises(pytest.fail.Exception):
+        checkpoint.latest(tmp_path)
 
 
 # --- run folders ---
