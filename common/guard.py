@@ -1,8 +1,4 @@
-"""What a run does when things go wrong: signals, non-finite steps, loss spikes, memory.
-
-The loop asks at its step boundaries; nothing here saves or stops by itself, but for an error that
-says why.
-"""
+"""What a run does when things go wrong: signals, non-finite steps, loss spikes, memory."""
 
 import contextlib
 import math

@@ -28,9 +28,8 @@ class Metrics:
 
     With `start_step` (a resume) lines of later steps go from metrics.jsonl first, so that there is
     no gap and no repeat; so write what belongs to a step before saving that step's checkpoint. An
-    evaluation that comes after it and is there already is not written twice.
-    Only the main rank reports: on the others every method does nothing. Raises UserError where
-    TensorBoard is asked for and missing, or the folder cannot be written.
+    evaluation that comes after it and is there already is not written twice. Only the main rank
+    reports. Raises UserError where TensorBoard is missing, or the folder cannot be written.
     """
 
     def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0):
@@ -48,20 +47,17 @@ class Metrics:
                 raise UserError("--tensorboard needs it: pip install tensorboard") from error
             self.board = SummaryWriter(str(self.path.with_name("tensorboard")),
                                        purge_step=start_step + 1 if start_step else None)
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"{self.path}: not a regular file")
         with writing(self.path):
             if self.path.exists():
-                if not self.path.is_file():
-                    raise UserError(f"{self.path}: not a regular file")
                 self.evaluated = _cut(self.path, start_step)
             self.file = open(self.path, "a", encoding="ascii")
 
     def log_step(self, step, loss, lr, grad_norm, tokens, step_seconds, peak_memory_bytes=None,
                  mfu=None):
-        """Report one optimizer step: `tokens` are those of this step, `mfu` is a fraction of 1.
-
-        Every call writes a line to metrics.jsonl; each `log_every`th step, the first and the last
-        go to the screen.
-        """
+        """Report one optimizer step of `tokens` tokens; `mfu` is a fraction of 1. Every `log_every`th
+        step, the first and the last go to the screen."""
         if self.file is None:
             return
         speed = tokens / step_seconds if step_seconds > 0 else None

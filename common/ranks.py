@@ -59,10 +59,9 @@ def say(*words):
 def start_ranks(device, timeout_seconds=None):
     """Join the other ranks, if torchrun started any; gives a `Ranks`.
 
-    `device` is "cpu", "cuda", "mps" or a torch.device. On CUDA the rank takes the GPU numbered
-    LOCAL_RANK. A wait for the other ranks ends with an error after `timeout_seconds` (default:
-    BARELOOP_TIMEOUT_SECONDS in the environment, else 1800). Raises UserError where the
-    environment is incomplete or a node has more ranks than GPUs.
+    On CUDA the rank takes the GPU numbered LOCAL_RANK. A wait for the other ranks ends with an
+    error after `timeout_seconds` (default: BARELOOP_TIMEOUT_SECONDS in the environment, else 1800).
+    Raises UserError where the environment is incomplete or a node has more ranks than GPUs.
     """
     device, rank = torch.device(device), this_rank()
     if world_size() == 1:
@@ -119,11 +118,8 @@ def shard(model, ranks, dtype):
 
 
 def full_tensor(tensor):
-    """The whole of a sharded parameter, gradient or norm, detached; any other tensor as it is.
-
-    Collective: every rank must call it, in the same order. The result is a new tensor for a
-    sharded one and shares memory otherwise.
-    """
+    """The whole of a sharded parameter, gradient or norm, as a new tensor; any other one as it is,
+    detached. Collective: every rank must call it, in the same order."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
@@ -133,11 +129,8 @@ def full_tensor(tensor):
 
 @torch.no_grad()
 def copy_into(parameter, tensor):
-    """Copy a whole `tensor` into a parameter, which may be sharded: each rank takes its own rows.
-
-    `tensor` may be on any device and of any dtype; only this rank's rows are moved and cast, and
-    nothing is communicated. Raises ValueError if the shapes differ.
-    """
+    """Copy a whole `tensor` of any device and dtype into a parameter; if that is sharded, each rank
+    takes its own rows, with no communication. Raises ValueError if the shapes differ."""
     if parameter.shape != tensor.shape:
         raise ValueError(f"cannot copy {tuple(tensor.shape)} into {tuple(parameter.shape)}")
     if not isinstance(parameter, DTensor):

@@ -21,12 +21,11 @@ def save_step(run, model, optimizer, state, options, names=None):
 
     `names` are the parameters to save (default: all). N is state["step"]. Collective.
     """
-    parameters = [p for n, p in model.named_parameters() if names is None or n in names]
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    needed = 4 * sum(p.numel() for p in parameters) + 8 * trained  # masters and two moments
+    saved = [p for n, p in model.named_parameters() if names is None or n in names]
+    needed = sum(p.numel() * (12 if p.requires_grad else 4) for p in saved)  # with two moments
     decides = [(one.name, getattr(options, one.name)) for one in fields(options)
-               if one.metadata["result"]]
-    extra = {"step": state["step"],  # the same hash, the same weights
+               if one.metadata["result"]]  # the same hash, the same weights
+    extra = {"step": state["step"],
              "config_hash": hashlib.sha256(json.dumps(decides).encode()).hexdigest()}
     folder = step_folder(run, state["step"])
     commit(folder, lambda temporary: save_state(temporary, model, optimizer, state, names),

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from common.errors import UserError, run_main
 from common.files.commit import in_run, remove
-from common.files.manifest import (
-    CheckpointError, MANIFEST, recover, seal, sibling, verify)
+from common.files.manifest import CheckpointError, MANIFEST, recover, seal, sibling, verify
 from common.ranks import on_main
 
 
@@ -77,27 +76,22 @@ def latest(run):
 
 
 def prune(run, keep, best=None):
-    """Delete the step folders older than the newest `keep` (at least 1) whole ones.
-
-    The folder `best` always stays. Damaged ones do not count. Call it after a commit.
-    """
+    """Delete the step folders older than the newest `keep` (at least 1) whole ones, but for `best`.
+    Damaged ones do not count. Call it after a commit."""
     def delete():
         whole = 0
         for folder in _steps(run):
             if whole < max(keep, 1):
                 whole += _is_whole(folder)
-            elif best is None or folder.name != Path(best).name:
-                _delete(folder)
+            elif best is None or folder.name != best.name:
+                leftover = sibling(folder, ".tmp")  # if the deleting is stopped midway
+                try:
+                    os.rename(folder, leftover)
+                    remove(leftover)
+                except OSError as error:  # no reason to end a run
+                    print(f"{folder}: old, but cannot be deleted: {error}", file=sys.stderr)
 
     on_main(delete)
-
-
-def _delete(folder):
-    try:
-        os.rename(folder, sibling(folder, ".tmp"))  # stopped midway, it is a leftover
-        remove(sibling(folder, ".tmp"))
-    except OSError as error:  # no reason to end a run
-        print(f"{folder}: an old checkpoint that cannot be deleted: {error}", file=sys.stderr)
 
 
 def _is_whole(folder):
@@ -113,14 +107,14 @@ def _is_whole(folder):
 def main():
     parser = argparse.ArgumentParser(prog="python -m common.files.checkpoint")
     parser.add_argument("action", choices=("verify", "seal"))
-    parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    if arguments.action == "seal":
-        print(f"{arguments.folder}: {seal(arguments.folder)} files sealed")
+    parser.add_argument("folder")
+    chosen = parser.parse_args()
+    if chosen.action == "seal":
+        print(f"{chosen.folder}: {seal(chosen.folder)} files sealed")
+    elif found := verify(chosen.folder):
+        print(f"{chosen.folder}: {len(found['files'])} files, all as written")
     else:
-        found = verify(arguments.folder)
-        print(f"{arguments.folder}: " + (f"{len(found['files'])} files, all as written" if found
-                                         else "no manifest: not written by bareloop"))
+        print(f"{chosen.folder}: no manifest: not written by bareloop")
 
 
 if __name__ == "__main__":

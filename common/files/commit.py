@@ -18,8 +18,7 @@ import safetensors
 import torch
 
 from common.errors import UserError
-from common.files.manifest import (
-    MANIFEST, fingerprint, is_ours, recover, sibling, write_manifest)
+from common.files.manifest import MANIFEST, fingerprint, is_ours, recover, sibling, write_manifest
 from common.metrics import readable_bytes
 from common.ranks import is_main, on_all_ranks, on_main, world_size
 

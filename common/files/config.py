@@ -28,10 +28,9 @@ def read_config(path):
 
     It always has `rope_theta` (float) and `rope_scaling` (None, or a dict with `rope_type` and
     without theta), never `rope_parameters`. Where they are absent, `head_dim`,
-    `num_key_value_heads` (null: all heads) and `max_position_embeddings` are by the family's rule:
-    say, Qwen3's head_dim is 128, of the others hidden_size / num_attention_heads. Every other key
-    is as in the file. Raises UserError for a file that is missing or broken. What type a value has,
-    the model's own config checks.
+    `num_key_value_heads` (null: all heads) and `max_position_embeddings` are by the family's rule.
+    Every other key is as in the file. Raises UserError for a file that is missing or broken; what
+    type a value has is for the model's own config to check.
     """
     file = Path(path) / "config.json"
     if not file.exists():

@@ -18,8 +18,7 @@ import torch
 
 from common.files.json_files import read_json
 from common.files.manifest import CheckpointError, MARK
-from common.files.tensors import (
-    iter_tensors, listing, save_tensors, tensor_headers, tensor_problems)
+from common.files.tensors import iter_tensors, save_tensors, tensor_headers, tensor_problems
 from common.ranks import all_sum, copy_into, full_tensor, is_main, this_rank, world_size
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -33,7 +32,7 @@ def save_state(folder, model, optimizer, state, names=None):
     change, as the rest comes from the base model again. `state` is a dict that JSON holds exactly
     (no NaN, no tuples, only text as keys). Collective; rank 0 writes.
     """
-    parameters = _parameters(model, names)
+    parameters = _named(model, names)
     kept = {name: optimizer.state.get(parameter, {})
             for name, (parameter, _) in _optimized(model, optimizer).items()}
     contents = {**state, STATELESS: sorted(name for name, entries in kept.items() if not entries)}
@@ -56,10 +55,9 @@ def load_state(folder, model, optimizer, names=None):
 
     Strict: parameters and moments that are missing, unexpected, or of another shape or dtype raise
     CheckpointError by name, before anything is changed. `folder` should have been verified, as
-    `latest` does. On another number of ranks the random generators go on as they are, said on
-    stderr.
+    `latest` does. On another number of ranks the random generators go on as they are, as it says.
     """
-    parameters, optimized = _parameters(model, names), _optimized(model, optimizer)
+    parameters, optimized = _named(model, names), _optimized(model, optimizer)
     state = read_json(Path(folder) / "state.json")
     stateless = state.pop(STATELESS, None)
     if not isinstance(stateless, list):
@@ -90,19 +88,10 @@ def load_state(folder, model, optimizer, names=None):
     return state
 
 
-def _named(model):
-    """{name: parameter}, without the parts that torch.compile puts into the names."""
-    return {name.replace("_orig_mod.", ""): value for name, value in model.named_parameters()}
-
-
-def _parameters(model, names):
-    parameters = _named(model)
-    if names is None:
-        return parameters
-    unknown = set(names) - set(parameters)
-    if unknown:
-        raise ValueError(f"the model has no parameter {listing(unknown)}")
-    return {name: parameters[name] for name in parameters if name in set(names)}
+def _named(model, names=None):
+    """{name: parameter}, all or these, without the parts that torch.compile puts into a name."""
+    every = {name.replace("_orig_mod.", ""): value for name, value in model.named_parameters()}
+    return {name: value for name, value in every.items() if names is None or name in names}
 
 
 def _optimized(model, optimizer):

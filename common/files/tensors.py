@@ -49,8 +49,7 @@ def tensor_headers(path, stem="model"):
 
 def tensor_problems(headers, wanted, loadable=FLOATING):
     """What keeps the tensors of `headers` (see `tensor_headers`) from being those that are `wanted`
-    ({name: shape}), each of one of the dtypes `loadable`: at most four things, or "" for nothing.
-    """
+    ({name: shape}), each of one of the dtypes `loadable`: at most four things, or "" for nothing."""
     problems = [f"{what} {listing(names)}" for what, names in (
         ("missing", wanted.keys() - headers.keys()),
         ("unexpected", headers.keys() - wanted.keys())) if names]
@@ -136,9 +135,8 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
     One file `<stem>.safetensors`; if that would pass `max_shard_bytes`, several
     `<stem>-00001-of-0000N.safetensors` with an index, as transformers has them. Holds one shard
     in memory at a time. Files of an earlier save under this stem are replaced. `metadata` (text to
-    text) goes into every file's header. Where there are several ranks all must call it, since the
-    iterator may gather; rank 0 writes, and if it cannot, all raise. The same tensors give the same
-    bytes.
+    text) goes into every file's header. The same tensors give the same bytes. Collective, since
+    the iterator may gather; rank 0 writes, and if it cannot, all raise.
     """
     tensors = iter(tensors)
 
@@ -147,17 +145,11 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
             if is_main():
                 with writing(path):
                     _write(tensors, Path(path), metadata or {}, max_shard_bytes, stem)
-        except Exception:
-            _exhaust(tensors)  # the other ranks go on gathering: keep step with them
-            raise
-        _exhaust(tensors)
+        finally:
+            for _ in tensors:  # the other ranks go on gathering: keep step with them
+                pass
 
     on_all_ranks(write)
-
-
-def _exhaust(tensors):
-    for _ in tensors:
-        pass
 
 
 def _write(tensors, path, metadata, max_shard_bytes, stem):
