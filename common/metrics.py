@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, writing
+from common.files.json_files import write_whole
 from common.ranks import is_main
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
@@ -153,10 +154,5 @@ def _cut(path, start_step):
             kept.append(line)
             if content["step"] == start_step:
                 last.add((start_step, *sorted(content)))
-    new = path.with_name(path.name + ".tmp")
-    with open(new, "wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    write_whole(path, b"".join(kept))
     return last

@@ -20,7 +20,7 @@ import torch
 
 from common import hub
 from common.errors import UserError, nearest, writing
-from common.files.json_files import read_json
+from common.files.json_files import read_json, write_whole
 from common.ranks import is_main, say, world_size
 
 GPU_MODEL, GPU_DATA = "Qwen/Qwen3-0.6B", "yahma/alpaca-cleaned"
@@ -306,10 +306,8 @@ def save_options(options, chapter, run, data):
     record = {"chapter": chapter, "options": asdict(options), "world_size": world_size(),
               "data": data.digest(),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
-    temporary = run / "train_config.json.tmp"
     with writing(run / "train_config.json"):
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, run / "train_config.json")
+        write_whole(run / "train_config.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _resumed(options_class, chapter, given):

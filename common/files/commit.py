@@ -18,7 +18,8 @@ import safetensors
 import torch
 
 from common.errors import UserError
-from common.files.manifest import MANIFEST, fingerprint, is_ours, recover, sibling, write_manifest
+from common.files.json_files import write_whole
+from common.files.manifest import MANIFEST, encoded, fingerprint, is_ours, recover, sibling
 from common.metrics import readable_bytes
 from common.ranks import is_main, on_all_ranks, on_main, world_size
 
@@ -84,8 +85,9 @@ def _publish(folder, tmp, extra):
     paths = sorted(path for path in tmp.iterdir() if path.name != MANIFEST)
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "safetensors": safetensors.__version__}
-    write_manifest(tmp, {path.name: fingerprint(path, flush=True) for path in paths},
-                   {"world_size": world_size(), "versions": versions, **extra})
+    files = {path.name: fingerprint(path, flush=True) for path in paths}
+    extra = {"world_size": world_size(), "versions": versions, **extra}
+    write_whole(tmp / MANIFEST, encoded(files, extra))
     flush_names(tmp)
     old = sibling(folder, ".replaced")
     if folder.exists():

@@ -1,6 +1,7 @@
-"""JSON files: read within bounds."""
+"""JSON and other small files: read within bounds, written at once and whole."""
 
 import json
+import os
 from pathlib import Path
 
 from common.errors import UserError
@@ -27,3 +28,13 @@ def read_json(file):
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def write_whole(file, data):
+    """Have these bytes on the disk as `file`; who reads it at any time has the old ones or these."""
+    new = Path(f"{file}.new")
+    with open(new, "wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(new, file)

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 from common.errors import UserError, writing
+from common.files.json_files import write_whole
 from common.files.tensors import open_file
 
 MANIFEST = "manifest.json"
-NEW = MANIFEST + ".new"  # while it is being written
 MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
 LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
 LARGEST = 16 * 2**20  # no manifest of ours comes near; a larger file is not read into memory
@@ -120,20 +120,9 @@ def _text(folder):
     return path.read_bytes() if path.is_file() and path.stat().st_size <= LARGEST else None
 
 
-def write_manifest(folder, files, extra):
-    """Write manifest.json into `folder`, flushed; one that is there is replaced in one step.
-
-    `files` is {name: its `fingerprint`}, `extra` what else is to be known, as JSON.
-    """
-    with open(folder / NEW, "wb") as file:
-        file.write(encoded(files, extra))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / NEW, folder / MANIFEST)
-
-
 def encoded(files, extra):
-    """The bytes of the manifest that says this: the only form in which it is accepted."""
+    """The bytes of the manifest that says this, the only form in which it is accepted: `files` is
+    {name: its `fingerprint`}, `extra` what else is to be known, as JSON."""
     dumps = functools.partial(json.dumps, indent=1, sort_keys=True, allow_nan=False)
     body = {"bareloop": 1, "files": files, "extra": extra}
     body["sha256"] = hashlib.sha256(dumps(body).encode()).hexdigest()
@@ -172,7 +161,7 @@ def seal(folder):
             pass
     with writing(folder / MANIFEST):
         files = {path.name: fingerprint(path) for path in folder.iterdir()
-                 if path.is_file() and path.name not in (MANIFEST, NEW)}
+                 if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".new")}
         before = read_manifest(folder) or {"extra": {}}
-        write_manifest(folder, files, before["extra"])
+        write_whole(folder / MANIFEST, encoded(files, before["extra"]))
     return len(files)

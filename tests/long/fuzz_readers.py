@@ -270,12 +270,12 @@ def prepare_run(folder):
 
 
 def read_run(folder, names):
-    def parse(*arguments):
+    def parsed(*arguments):
         return parse(TrainOptions, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
 
     readers = {
-        "train_config.json": lambda: parse("--resume", str(folder)),
-        "options.json": lambda: parse("--device", "cpu", "--config", str(folder / "options.json")),
+        "train_config.json": lambda: parsed("--resume", str(folder)),
+        "options.json": lambda: parsed("--device", "cpu", "--config", str(folder / "options.json")),
         "metrics.jsonl": lambda: metrics.Metrics(folder, 10, start_step=3).close()}
     each(*(readers[name] for name in names))
 
@@ -290,7 +290,7 @@ def read_manifest(folder, names):
     checkpoint.latest(folder)
     for place in folders(folder, names):
         manifest.read_manifest(place)
-        manifest.claims(place)
+        manifest.is_ours(place)
     each(*(lambda place=place: verify(place) for place in folders(folder, names)))
 
 
