@@ -19,7 +19,9 @@ import torch.nn.functional as F
 
 from common import guard, hub, memory, predict, prepare, runs, weights
 from common.errors import located, run_main
-from common.files import checkpoint
+from common.files.checkpoint import latest, new_run_folder
+from common.files.manifest import verify
+from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, parse, save_options
 from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
@@ -86,7 +88,7 @@ def main(argv=None):
 
     # --- model files and data ---
     source = hub.resolve(options.model)
-    checkpoint.verify(source)
+    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = Qwen3Config.from_dict(config_json)
@@ -135,12 +137,12 @@ def main(argv=None):
              "eval_loss": None}
     if options.resume:
         run = Path(options.resume)
-        saved = checkpoint.latest(run)
+        saved = latest(run)
         if saved is not None:
-            state = checkpoint.load_state(saved, model, optimizer)
+            state = load_state(saved, model, optimizer)
         say(f"resuming {run} after step {state['step']}")
     else:
-        run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
+        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
     save_options(options, CHAPTER, run, data)
     metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
 
@@ -158,7 +160,7 @@ def main(argv=None):
     spikes = guard.LossSpikes()
     memory.keep_freed(device)
     model.train()
-    with guard.Signals() as signals, runs.memory_advice(options, predicted):
+    with guard.Signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
 

@@ -22,7 +22,9 @@ from common import guard, hub, memory, predict, prepare, runs, weights
 from common.adapters.peft import save_adapter
 from common.asking.generation import generate
 from common.errors import UserError, located, run_main
-from common.files import checkpoint
+from common.files.checkpoint import latest, new_run_folder
+from common.files.manifest import verify
+from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, option, parse, save_options
 from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
@@ -50,25 +52,25 @@ class Options(TrainOptions):
     """Chapter 2's options, and how the base is kept and the step computed."""
 
     method: str = option("lora", "what is trained", choices=tuple(METHODS))
-    rank: int = option(None, "r, the rank of an adapter", int, least=1)
+    rank: int = option(None, "r, the rank of an adapter", least=1)
     alpha: float = option(None, "α; the adapter's product is scaled by α/r, rsLoRA's by α/√r",
-                              float, least=0)
-    dropout: float = option(0.0, "share of the adapter's input that is dropped", float, least=0)
+                              least=0)
+    dropout: float = option(0.0, "share of the adapter's input that is dropped", least=0)
     target_modules: str = option("all-linear", "which linear layers are adapted: all-linear, "
                                      "names such as q_proj,v_proj, or a regular expression")
-    lr_ratio: float = option(16.0, "lora+: B's learning rate over A's", float, least=0)
+    lr_ratio: float = option(16.0, "lora+: B's learning rate over A's", least=0)
     project_gradient: bool = option(True, "lora-fa: B's gradient as the second version of the "
-                                        "paper has it", bool)
+                                        "paper has it")
     delta_ratio: float = option(1.0, "delta-lora: λ, the share of the product's change that "
-                                    "goes into W", float, least=0)
-    delta_start: int = option(100, "delta-lora: steps before W begins to move", int, least=0)
-    vera_d: float = option(0.1, "vera: first value of the vector d", float)
+                                    "goes into W", least=0)
+    delta_start: int = option(100, "delta-lora: steps before W begins to move", least=0)
+    vera_d: float = option(0.1, "vera: first value of the vector d")
     quantize: str = option("nf4", "how the frozen base is kept: in 4 bits, or in --dtype",
                                choices=("nf4", "none"))
     double_quant: bool = option(False, "quantise the scales of NF4 too: 4.13 bits per weight "
-                                    "instead of 4.5", bool)
+                                    "instead of 4.5")
     compile: bool = option(False, "compile the layers; every pack is then filled up to "
-                               "--batch-tokens", bool)
+                               "--batch-tokens")
     activation_checkpointing: str = option(
         "none", "what the backward computes again instead of keeping it; selective: all but "
         "matrix products and attention", choices=("none", "full", "selective"))
@@ -126,7 +128,7 @@ def main(argv=None):
 
     # --- model files and data --- Changed from chapter-02: a folder that is quantised already.
     source = hub.resolve(options.model)
-    checkpoint.verify(source)
+    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))
@@ -168,12 +170,12 @@ def main(argv=None):
              "eval_loss": None}
     if options.resume:
         run = Path(options.resume)
-        saved = checkpoint.latest(run)
+        saved = latest(run)
         if saved is not None:
-            state = checkpoint.load_state(saved, model, optimizer, names)
+            state = load_state(saved, model, optimizer, names)
         say(f"resuming {run} after step {state['step']}")
     else:
-        run = checkpoint.new_run_folder(f"chapter-{CHAPTER}", options.out)
+        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
     save_options(options, CHAPTER, run, data)
     metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
 
@@ -209,7 +211,7 @@ def main(argv=None):
     spikes = guard.LossSpikes()
     memory.keep_freed(device)
     model.train()
-    with guard.Signals() as signals, runs.memory_advice(options, predicted):
+    with guard.Signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
 

@@ -7,20 +7,16 @@ import signal
 import sys
 from contextlib import contextmanager
 
-import torch
-
-LONGEST = 2000  # characters of a message
-
 
 class UserError(Exception):
     """Wrong input of any kind. Its text is one line that says where, what, and what to do.
 
-    Scripts print it as `error: ...` and end with exit code 2 (see `common.options.run`). Whatever of a
-    hostile file is quoted in it, it stays one line that cannot command a terminal.
+    Scripts print it as `error: ...` and end with exit code 2 (`run_main`). Whatever of a hostile
+    file is quoted in it, it stays one line that cannot command a terminal.
     """
 
     def __str__(self):
-        return printable(super().__str__(), LONGEST)
+        return printable(super().__str__(), 2000)
 
 
 def printable(text, limit):
@@ -31,8 +27,7 @@ def printable(text, limit):
 
 def one_line(error, limit=200):
     """An exception, or any value, as one printable line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return printable(text, limit)
+    return printable(" ".join(str(error).split()) or type(error).__name__, limit)
 
 
 def nearest(word, candidates):
@@ -52,10 +47,8 @@ def writing(file):
 
 @contextmanager
 def located(place):
-    """Give a ValueError from inside the block the place that it speaks of, as a UserError.
-
-    A model file knows nothing of files or users; it raises ValueError by field name.
-    """
+    """Give a ValueError from inside the block, say of a model's config, as a UserError that names
+    the place it speaks of."""
     try:
         yield
     except ValueError as error:
@@ -65,17 +58,9 @@ def located(place):
 def out_of_memory(error):
     """True if this exception is one of those by which Python, PyTorch, CUDA and its libraries
     (cuBLAS for its workspace, NCCL) say so."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
     words = "out of memory|_ALLOC_FAILED|can't allocate memory"  # the last one on a CPU
-    return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
-
-
-def show_any_text():
-    """Have print spell out what the terminal's encoding lacks, rather than fail in mid-run."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None)
 
 
 def run_main(main):
@@ -88,7 +73,8 @@ def run_main(main):
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGTERM, terminated)
-    show_any_text()
+    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is spelled out
+        stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
@@ -97,7 +83,7 @@ def run_main(main):
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"error: out of memory: {printable(str(error), 300)}", file=sys.stderr)
+        print(f"error: out of memory: {one_line(error, 300)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -1,8 +1,4 @@
-"""What a run does when things go wrong: signals, non-finite steps, loss spikes, memory.
-
-The loop asks at its step boundaries; nothing here saves or stops by itself, but for an error that
-says why.
-"""
+"""What a run does when things go wrong: signals, non-finite steps, loss spikes, memory."""
 
 import contextlib
 import math
@@ -10,9 +6,9 @@ import os
 import signal
 import time
 
-from common.errors import UserError
+from common.errors import UserError, one_line, out_of_memory
 from common.metrics import readable_bytes
-from common.ranks import is_main
+from common.ranks import say
 
 
 class Signals:
@@ -23,8 +19,7 @@ class Signals:
     KeyboardInterrupt at once. The handlers before come back at the end. Main thread only.
     """
 
-    def __init__(self, quiet=False):
-        self.quiet = quiet
+    def __init__(self):
         self.requested = None
         self.interrupted = None  # when the first Ctrl-C came
         self.before = {}
@@ -38,7 +33,7 @@ class Signals:
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, handler)
 
     def _handle(self, number, frame):
         # It may run between any two bytecodes, also inside print: so flags, and one bare write.
@@ -48,9 +43,8 @@ class Signals:
         now = time.monotonic()
         if self.interrupted is None:
             self.interrupted = now
-            if not self.quiet:
-                with contextlib.suppress(OSError):  # a closed terminal is no reason not to save
-                    os.write(2, b"\nCtrl-C: saving at the next step; once more to stop at once\n")
+            with contextlib.suppress(OSError):  # a closed terminal is no reason not to save
+                os.write(2, b"\nCtrl-C: saving at the next step; once more to stop at once\n")
         elif now - self.interrupted >= self.echo_seconds:
             raise KeyboardInterrupt
 
@@ -72,24 +66,21 @@ class NonFinite:
         `checkpoint` is the last good one, named when it is time to stop. With several ranks give
         the loss and norm of all, so that all decide alike.
         """
-        loss, grad_norm = float(loss), float(grad_norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
         self.skipped += 1
         self.in_a_row += 1
-        shown = ", ".join(map(str, list(documents)[:8]))
-        shown = (shown + (" ..." if len(documents) > 8 else "")) or "not known"
-        message = f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}; documents: {shown}"
+        shown = ", ".join(map(str, list(documents)[:8])) + " ..." * (len(documents) > 8)
+        message = (f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}; documents: "
+                   + (shown or "not known"))
         if self.in_a_row >= self.limit:
             back = (f"the last good checkpoint is {checkpoint}" if checkpoint
                     else "no checkpoint was saved before")
             raise UserError(
                 f"{self.in_a_row} steps in a row were not finite, the last one {message}; {back};"
                 " try a lower --lr or --clip, a longer --warmup, or --dtype float32")
-        if is_main():
-            print(f"{message}: skipped ({self.in_a_row} in a row, {self.skipped} in all)",
-                  flush=True)
+        say(f"{message}: skipped ({self.in_a_row} in a row, {self.skipped} in all)")
         return False
 
 
@@ -107,16 +98,14 @@ class LossSpikes:
 
     def check(self, loss, step):
         """True, after printing one line, if this step's loss is a spike. Steps come in order."""
-        loss = float(loss)
         if not math.isfinite(loss):
             return False  # NonFinite speaks of these
         # A spread of at least 1 % of the mean: noise on a flat loss is no news.
         limit = self.mean + self.sigmas * max(math.sqrt(self.variance), 0.01 * abs(self.mean))
         spike = self.seen >= self.window and loss > limit
         if spike:
-            if is_main():
-                print(f"step {step}: loss {loss:.4f} stands out from {self.mean:.4f} before; if"
-                      " this repeats, try a lower --lr or --clip", flush=True)
+            say(f"step {step}: loss {loss:.4f} stands out from {self.mean:.4f} before; if this"
+                " repeats, try a lower --lr or --clip")
             loss = limit  # so that one spike does not hide the next
         self.seen += 1
         share = max(1 / self.seen, 1 / self.window)
@@ -126,33 +115,28 @@ class LossSpikes:
         return spike
 
 
-def out_of_memory_advice(error, options, predicted=None):
-    """The message, one line, for an out-of-memory `error`: what was predicted, what to try next.
+@contextlib.contextmanager
+def memory_advice(options, predicted):
+    """Turn running out of memory into a UserError: what was predicted, and the next flags to try.
 
-    `options` has batch_tokens, grad_accum and max_seq_len. `predicted` is bytes by category (or
-    their sum), None if not known.
+    `options` has batch_tokens, grad_accum and max_seq_len; `predicted` is bytes by category.
     """
-    parts = [f"out of memory: {_first_sentence(error)}"]
-    if predicted is not None:
-        by_size = sorted(predicted.items(), key=lambda item: -item[1]) if isinstance(
-            predicted, dict) else []
-        total = sum(size for _, size in by_size) if by_size else predicted
-        shares = ", ".join(f"{name} {readable_bytes(size)}" for name, size in by_size[:3] if size)
-        parts.append(f"predicted peak {readable_bytes(total)}" + (f" ({shares})" if shares else ""))
-    smaller = options.batch_tokens // 2
-    if smaller >= 128:
-        advice = f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum}"
-        advice += " (as many tokens in a step)"
-        if options.max_seq_len and options.max_seq_len > smaller:
-            advice += f"; documents over {smaller} tokens are then cut"
-        parts.append(advice)
-    else:
-        parts.append("--batch-tokens is small already: take a smaller model, or chapter 3 with"
-                     " --quantize nf4 and --activation-checkpointing")
-    return "; ".join(parts)
-
-
-def _first_sentence(error):
-    """PyTorch's message goes on for a paragraph about its allocator."""
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". GPU")[0].rstrip(".")[:200] if lines else type(error).__name__
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        largest = sorted(predicted.items(), key=lambda item: -item[1])[:3]
+        shares = ", ".join(f"{name} {readable_bytes(size)}" for name, size in largest if size)
+        smaller = options.batch_tokens // 2
+        advice = ("--batch-tokens is small already: take a smaller model, or chapter 3 with"
+                  " --quantize nf4 and --activation-checkpointing")
+        if smaller >= 128:
+            advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
+                      " tokens in a step)")
+            if options.max_seq_len > smaller:
+                advice += f"; documents over {smaller} tokens are then cut"
+        # PyTorch's message goes on for a paragraph about its allocator.
+        raise UserError(f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak"
+                        f" {readable_bytes(sum(predicted.values()))} ({shares}); {advice}"
+                        ) from error

@@ -1,7 +1,5 @@
 """The options of a run: flags, a --config file, presets and --resume put together.
 
-One dataclass, from which come the flags, the JSON file and the checks.
-
 An option has the same name everywhere: `--batch-tokens` on the command line, `batch_tokens` in
 code, in a `--config` file and in a run's `train_config.json`. What a person typed wins over the
 file, the file over the run that is resumed, and that over the preset.
@@ -9,32 +7,34 @@ file, the file over the run that is resumed, and that over the preset.
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from common import hub
 from common.errors import UserError, nearest, writing
-from common.files.json_files import read_json
+from common.files.json_files import read_json, write_whole
 from common.ranks import is_main, say, world_size
 
 GPU_MODEL, GPU_DATA = "Qwen/Qwen3-0.6B", "yahma/alpaca-cleaned"
 GPU_MEMORY = 16e9  # bytes of GPU memory from which `auto` chooses the real model
 
 
-def option(default, text, kind=str, choices=None, least=None, many=False, result=True):
-    """A dataclass field that is also a flag.
+def option(default, text, *, choices=None, least=None, result=True):
+    """A dataclass field that is also a flag, of the field's type (`list`: one or more words).
 
-    `default=None` leaves the value to the preset; `least` is the smallest legal number; `many`
-    takes several values; `result=False` marks what may change on --resume without changing the
-    weights that come out.
+    `default=None` leaves the value to the preset; `least` is the smallest legal number;
+    `result=False` marks what may change on --resume without changing the weights that come out.
     """
-    keys = {"text": text, "kind": kind, "choices": choices, "least": least, "many": many}
-    return field(default=default, metadata={**keys, "result": result})
+    return field(default=default, metadata={
+        "text": text, "choices": choices, "least": least, "result": result})
 
 
 @dataclass
@@ -44,19 +44,18 @@ class TrainOptions:
 
     # --- what ---
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
-    init: str = option(None, "weights to start from",
-                       choices=("pretrained", "random"))
+    init: str = option(None, "weights to start from", choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
-                        "folders, or a Hub dataset as owner/name[:split or file]", many=True)
+                        "folders, or a Hub dataset as owner/name[:split or file]")
     columns: str = option(None, "rename a dataset's keys, e.g. prompt=question,completion=answer")
     eval_data: str = option(None, "held-out data, written as --data is (default: 2 %% of the data, "
                             "1 to 200 examples)", result=False)
     chat_template: str = option(None, "a file with a chat template, in the place of the model's; "
                                 "it is copied into what the run leaves")
     strict_template: bool = option(False, "stop where the chat template leaves out something that "
-                                   "an example says, rather than count it", bool)
+                                   "an example says, rather than count it")
     rendered: bool = option(False, "each \"text\" of the data is a conversation as a chat template "
-                            "has rendered it, control tokens and all", bool)
+                            "has rendered it, control tokens and all")
     # --- where ---
     out: str = option(None, "the run's folder (default: runs/chapter-0N/ and the next number)",
                       result=False)
@@ -64,139 +63,127 @@ class TrainOptions:
     config: str = option(None, "a JSON file with any of these options, as {\"lr\": 1e-4}",
                          result=False)
     dry_run: bool = option(False, "print the resolved options, the parameter counts and the "
-                           "predicted memory, then stop", bool, result=False)
+                           "predicted memory, then stop", result=False)
     # --- how long, how much ---
-    steps: int = option(None, "optimizer steps", int, least=1)
-    epochs: int = option(None, "passes over the data, when --steps is not given", int, least=1)
+    steps: int = option(None, "optimizer steps", least=1)
+    epochs: int = option(None, "passes over the data, when --steps is not given", least=1)
     batch_tokens: int = option(None, "token budget of one pack, per micro-batch and rank (default "
-                               "on a GPU: what its memory has room for, up to 16384)", int, least=2)
-    grad_accum: int = option(1, "packs per optimizer step and rank", int, least=1)
+                               "on a GPU: what its memory has room for, up to 16384)", least=2)
+    grad_accum: int = option(1, "packs per optimizer step and rank", least=1)
     max_seq_len: int = option(2048, "longest document in tokens; also bounded by --batch-tokens "
-                              "and the model's max_position_embeddings", int, least=2)
+                              "and the model's max_position_embeddings", least=2)
     too_long: str = option("truncate", "what to do with a longer document",
                            choices=("truncate", "drop", "error"))
     # --- optimization ---
-    lr: float = option(None, "highest learning rate", float, least=0)
-    min_lr: float = option(0.0, "learning rate at the end of the schedule", float, least=0)
-    warmup: int = option(None, "steps over which the learning rate rises linearly", int, least=0)
+    lr: float = option(None, "highest learning rate", least=0)
+    min_lr: float = option(0.0, "learning rate at the end of the schedule", least=0)
+    warmup: int = option(None, "steps over which the learning rate rises linearly", least=0)
     schedule: str = option("cosine", "how it goes on after the warm-up; wsd stays constant, then "
                            "falls linearly over the last fifth",
                            choices=("cosine", "linear", "constant", "wsd"))
-    weight_decay: float = option(0.1, "AdamW's, on matrices only", float, least=0)
-    clip: float = option(1.0, "largest gradient norm; 0 switches clipping off", float, least=0)
+    weight_decay: float = option(0.1, "AdamW's, on matrices only", least=0)
+    clip: float = option(1.0, "largest gradient norm; 0 switches clipping off", least=0)
     # --- machine ---
     dtype: str = option("auto", "of the computation (weights that are trained stay float32); "
                         "auto takes bfloat16 where the hardware has it",
                         choices=("auto", "bfloat16", "float32"))
     device: str = option("auto", "where to compute; auto takes a GPU if there is one",
                         choices=("auto", "cpu", "cuda", "mps"))
-    seed: int = option(0, "fixes the initial weights, the order of the data and dropout", int,
-                       least=0)
+    seed: int = option(0, "fixes the initial weights, the order of the data and dropout", least=0)
     # --- reports and checkpoints ---
-    eval_every: int = option(None, "steps between evaluations; 0 for none", int, least=0,
+    eval_every: int = option(None, "steps between evaluations; 0 for none", least=0, result=False)
+    save_every: int = option(None, "steps between checkpoints; 0 for none", least=0, result=False)
+    keep: int = option(2, "how many checkpoints to keep", least=1, result=False)
+    keep_best: bool = option(False, "also keep the checkpoint of the lowest evaluation loss",
                              result=False)
-    save_every: int = option(None, "steps between checkpoints; 0 for none", int, least=0,
-                             result=False)
-    keep: int = option(2, "how many checkpoints to keep", int, least=1, result=False)
-    keep_best: bool = option(False, "also keep the checkpoint of the lowest evaluation loss", bool,
-                             result=False)
-    log_every: int = option(10, "steps between lines on the screen", int, least=1, result=False)
-    tensorboard: bool = option(False, "write TensorBoard files too", bool, result=False)
-    allow_changes: bool = option(False, "on --resume, accept options that change the result", bool,
+    log_every: int = option(10, "steps between lines on the screen", least=1, result=False)
+    tensorboard: bool = option(False, "write TensorBoard files too", result=False)
+    allow_changes: bool = option(False, "on --resume, accept options that change the result",
                                  result=False)
 
 
-NAMES = {int: "N", float: "X"}  # what --help calls a value
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, exit code 2."""
+    """argparse whose errors are ours: one line, exit code 2, and the nearest flag."""
 
     def error(self, message):
-        raise UserError(f"{message}; --help explains every option")
-
-
-def check(options_class, name, value, source):
-    """`value` of option `name` as its type, or a UserError that names `source`."""
-    field = {f.name: f for f in fields(options_class)}[name]
-    meta = field.metadata
-    typed = source == "command line"
-    where = f"--{name.replace('_', '-')} {value}" if typed else f"{source}: {name}={value!r}"
-    if value is None:
-        if field.default is not None:
-            raise UserError(f"{source}: {name} may not be null")
-        return None
-    if meta["many"]:
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, (list, tuple)) or not values:
-            raise UserError(f"{where} is not a list of words")
-        if not all(isinstance(v, str) for v in values):
-            raise UserError(f"{where} is not a list of words")
-        return list(values)
-    kind = meta["kind"]
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{where} is not {'true or false' if kind is bool else kind.__name__}")
-    if meta["choices"] and value not in meta["choices"]:
-        known = ", ".join(meta["choices"])
-        raise UserError(f"{where} is none of {known}{nearest(str(value), meta['choices'])}")
-    if meta["least"] is not None and not (meta["least"] <= value < float("inf")):
-        raise UserError(f"{where}: the least is {meta['least']}, and it must be a finite number")
-    return value
-
-
-def help_formatter(prog):
-    """Help in two columns, no wider than a person reads easily."""
-    width = min(100, shutil.get_terminal_size().columns)
-    return argparse.HelpFormatter(prog, max_help_position=26, width=width)
+        wrong = re.match(r"unrecognized arguments: (\S+)", message)
+        if wrong:
+            message = f"{wrong[1]} is not an option{nearest(wrong[1], self._option_string_actions)}"
+        raise UserError(f"{message.removeprefix('argument ')}; --help explains every option")
 
 
 def read_flags(options_class, description, argv):
     """What was typed, as a dict; options that were not typed are absent."""
     follows = "Where no default stands, it follows from model and data: --dry-run prints it."
-    runs = any(f.name == "dry_run" for f in fields(options_class))
+    width = min(100, shutil.get_terminal_size().columns)  # no wider than a person reads easily
     parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
-                    epilog=follows if runs else None, argument_default=argparse.SUPPRESS,
-                    formatter_class=help_formatter)
-    for f in fields(options_class):
-        meta, flag = f.metadata, "--" + f.name.replace("_", "-")
-        text = meta["text"]
-        if meta["choices"]:
-            text += f" [{' | '.join(meta['choices'])}]"
-        if f.default not in (None, False) and "default" not in text:
-            default = " ".join(f.default) if meta["many"] else f.default
+                    epilog=follows if issubclass(options_class, TrainOptions) else None,
+                    argument_default=argparse.SUPPRESS, formatter_class=partial(
+                        argparse.HelpFormatter, max_help_position=26, width=width))
+    for one in fields(options_class):
+        flag, text, choices = _flag(one.name), one.metadata["text"], one.metadata["choices"]
+        if choices:
+            text += f" [{' | '.join(choices)}]"
+        if one.default not in (None, False) and "default" not in text:
+            default = " ".join(one.default) if one.type is list else one.default
             text += f" (default: {default})"
-        if meta["kind"] is bool:
-            action = argparse.BooleanOptionalAction if f.default else "store_true"
+        if one.type is bool:
+            action = argparse.BooleanOptionalAction if one.default else "store_true"
             parser.add_argument(flag, action=action, help=text)
         else:
-            parser.add_argument(flag, type=meta["kind"], nargs="+" if meta["many"] else None,
-                                metavar=NAMES.get(meta["kind"], "TEXT"), help=text)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [name for name in parser._option_string_actions if name.startswith("--")]
-        raise UserError(f"{unknown[0]} is not an option{nearest(unknown[0], flags)}; --help lists "
-                        "them all")
-    return {name: check(options_class, name, value, "command line")
-            for name, value in vars(known).items()}
+            parser.add_argument(flag, type=partial(_value, one), help=text,
+                                nargs="+" if one.type is list else None,
+                                metavar={int: "N", float: "X"}.get(one.type, "TEXT"))
+    return vars(parser.parse_args(argv))
 
 
-def read_options_file(options_class, path, values):
-    """Options from JSON, each checked; an unknown key is an error, with the nearest real one."""
-    names = [f.name for f in fields(options_class)]
-    for name in values:
-        if name not in names:
-            raise UserError(f"{path}: unknown option {name!r}{nearest(name, names)}")
-    return {name: check(options_class, name, value, path) for name, value in values.items()}
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def _value(one, word):
+    """The value of an option that this word stands for; ArgumentTypeError where there is none."""
+    choices, least = one.metadata["choices"], one.metadata["least"]
+    try:
+        value = word if one.type is list else one.type(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word} is not {one.type.__name__}")
+    if choices and value not in choices:
+        raise argparse.ArgumentTypeError(
+            f"{word} is none of {', '.join(choices)}{nearest(word, choices)}")
+    if least is not None and not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{word}: the least is {least}, and it must be a finite number")
+    return value
+
+
+def _read_values(options_class, path, values):
+    """As `read_flags`, of the values in a JSON file: taken as if they had been typed."""
+    options, words = {one.name: one for one in fields(options_class)}, []
+    for name, value in values.items():
+        if name not in options:
+            raise UserError(f"{path}: unknown option {name!r}{nearest(name, options)}")
+        one = options[name]
+        if one.type is bool and type(value) is bool:
+            words += [_flag(name)] * value + [_flag(f"no_{name}")] * (one.default and not value)
+        elif one.type is list and isinstance(value, list) and set(map(type, value)) == {str}:
+            words += [_flag(name), *value]
+        elif type(value) in (str, int, float):
+            words.append(f"{_flag(name)}={value}")
+        elif value is not None or one.default is not None:
+            raise UserError(f"{path}: {name} may not be {json.dumps(value)}")
+    try:
+        return read_flags(options_class, None, words)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def choose_device(name):
     """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+        name = next(kind for kind in available if available[kind])
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device cpu")
     names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # read when the first memory is taken
@@ -208,7 +195,7 @@ def choose_device(name):
 def choose_dtype(name, device):
     """The torch.dtype for --dtype: auto takes bfloat16 where the hardware multiplies it."""
     if name == "auto":
-        cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        cpu = torch.cpu.get_capabilities()
         fast_cpu = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
         fast = device.type == "cuda" or (device.type == "cpu" and fast_cpu)
         name = "bfloat16" if fast else "float32"
@@ -222,31 +209,24 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
     values: for the embedded model (`init` and `steps` only on the embedded data), and for every
     other; a value that depends on --method is itself a dict, with a "default". Prints what `auto`
-    chose. Raises
-    UserError on anything wrong, before any file of the model is touched.
+    chose. Raises UserError on anything wrong, before any file of the model is touched.
     """
-    typed = read_flags(options_class, description, argv)
-    given = {}
-    if "config" in typed:
-        values = read_json(typed["config"])
-        given = read_options_file(options_class, typed["config"], values)
-    given.update(typed)
+    given = read_flags(options_class, description, argv)
+    if "config" in given:
+        path = given["config"]
+        given = {**_read_values(options_class, path, read_json(path)), **given}
     if "resume" in given:
         return _resumed(options_class, chapter, _with_whole_names(given))
     options = options_class(**given)
+    options.data = list(options.data)
     device = choose_device(options.device)
-    preset = _choose_model_and_data(options, device, tiny, real)
-    for name, value in preset.items():
+    for name, value in _choose_model_and_data(options, device, tiny, real).items():
         if isinstance(value, dict):
             value = value.get(options.method, value["default"])
-        if getattr(options, name) is None or (name not in given and name not in ("model", "data")):
+        if name not in given:
             setattr(options, name, value)
     if options.steps is None and options.epochs is None:
         options.epochs = 1
-    for name in ("eval_every", "save_every"):
-        if getattr(options, name) is None:
-            setattr(options, name, 200)
-    options.data = list(options.data)
     options.device = device.type
     options.dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
     if options.lr < options.min_lr:
@@ -275,43 +255,43 @@ def _summary(options):
             shown["batch_tokens"] = "what the GPU has room for, with more --grad-accum: see below"
         return "\n".join(f"{name:<22} {value}" for name, value in shown.items())
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
-    steps = f"{count} {unit}{'s' * (count > 1)}"
     packs = (f"up to {options.grad_accum} x {options.batch_tokens} tokens"
              if options.batch_tokens else "packs as large as the GPU has room for")
     return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}, "
-            f"{options.dtype} on {options.device}:\n{steps} of {packs}, lr {options.lr:g}")
+            f"{options.dtype} on {options.device}:\n{count} {unit}{'s' * (count > 1)} of {packs}, "
+            f"lr {options.lr:g}")
 
 
 def _choose_model_and_data(options, device, tiny, real):
     """Fill in `auto` for the model and the data, say so, and give the preset's other values."""
     on_gpu = device.type == "cuda"
     big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= GPU_MEMORY
-    auto_model, auto_data = options.model == "auto", list(options.data) == ["auto"]
-    if auto_data and not auto_model and options.model != "tiny":
-        raise UserError(f"--model {options.model} needs --data: your own file, or --data virtual "
+    model, data = options.model, " ".join(options.data)
+    if data == "auto" and model not in ("auto", "tiny"):
+        raise UserError(f"--model {model} needs --data: your own file, or --data virtual "
                         "for random tokens")
-    if auto_model and not auto_data and list(options.data) != ["tiny"] and not big:
-        raise UserError(f"--data {' '.join(options.data)} needs --model: tiny, a folder or a Hub "
-                        f"id such as {GPU_MODEL}")
-    use_gpu_default = big and list(options.data) != ["tiny"] and options.model != "tiny"
-    if auto_model:
+    if model == "auto" and data not in ("auto", "tiny") and not big:
+        raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id such as "
+                        f"{GPU_MODEL}")
+    use_gpu_default = big and data != "tiny" and model != "tiny"
+    if model == "auto":
         options.model = GPU_MODEL if use_gpu_default else "tiny"
-    if auto_data:
+    if data == "auto":
         options.data = [GPU_DATA] if use_gpu_default else ["tiny"]
-    if auto_model and auto_data:
+    if model == data == "auto":
         why = "a GPU is here" if big else "no GPU of 16 GB or more is here"
         other = ("for the small one add --model tiny" if big else
                  f"for the real thing add --model {GPU_MODEL} --data my.jsonl")
         say(f"auto: {why}, so --model {options.model} --data {options.data[0]};\n      {other}")
-    preset = dict(tiny if options.model == "tiny" else real)
-    if list(options.data) != ["tiny"]:  # the embedded model on other data: trained on, an epoch
+    preset = {"init": "pretrained", "eval_every": 200, "save_every": 200,
+              **(tiny if options.model == "tiny" else real)}
+    if options.data != ["tiny"]:  # the embedded model on other data: trained on, an epoch
+        preset["init"] = "pretrained"
         preset.pop("steps", None)
-        preset.pop("init", None)
-    preset.setdefault("init", "pretrained")
-    if options.model != "tiny" or list(options.data) != ["tiny"]:
+    if options.model != "tiny" or options.data != ["tiny"]:
         if not on_gpu:  # there `predict.fit_batch` chooses, once the model's shapes are known
             preset.setdefault("batch_tokens", 2048)
-        if list(options.data) == ["virtual"] and options.epochs is None:
+        if options.data == ["virtual"]:
             preset.setdefault("steps", 20)
     if options.epochs is not None:
         preset.pop("steps", None)
@@ -326,10 +306,8 @@ def save_options(options, chapter, run, data):
     record = {"chapter": chapter, "options": asdict(options), "world_size": world_size(),
               "data": data.digest(),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
-    temporary = run / "train_config.json.tmp"
     with writing(run / "train_config.json"):
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, run / "train_config.json")
+        write_whole(run / "train_config.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _resumed(options_class, chapter, given):
@@ -347,29 +325,26 @@ def _resumed(options_class, chapter, given):
         raise UserError(f"{path}: a run of chapter {record.get('chapter')!r}, not of {chapter!r}; "
                         "go on with it there")
     saved, ranks = record.get("options"), record.get("world_size")
-    if not isinstance(saved, dict) or type(ranks) is not int or ranks < 1:
+    if not isinstance(saved, dict) or type(ranks) is not int:
         raise UserError(f"{path}: options or world_size is missing")
-    values = read_options_file(options_class, path, saved)
-    for name in ("lr", "warmup", "batch_tokens", "init", "eval_every", "save_every"):
-        if values.get(name) is None:
-            raise UserError(f"{path}: {name} is missing")
-    old = options_class(**values)
-    options = options_class(**{**values, "dry_run": False, "allow_changes": False, **given})
+    saved = _read_values(options_class, path, saved)
+    old = options_class(**saved)
+    options = options_class(**{**saved, "dry_run": False, "allow_changes": False, **given})
     altering = []
-    for f in fields(options_class):
-        before, after = getattr(old, f.name), getattr(options, f.name)
-        if f.name in ("resume", "allow_changes", "config") or before == after:
+    for one in fields(options_class):
+        before, after = getattr(old, one.name), getattr(options, one.name)
+        if before == after or one.name in ("resume", "allow_changes", "config"):
             continue
-        longer = (f.name == "steps" and options.schedule == "constant" and before is not None
-                  and after is not None and after > before)
-        say(f"changed since the run began: {f.name} {before!r} -> {after!r}")
-        if f.metadata["result"] and f.name != "grad_accum" and not longer:
-            altering.append(f.name)
-    packs_before, packs_now = old.grad_accum * ranks, options.grad_accum * world_size()
+        say(f"changed since the run began: {one.name} {before!r} -> {after!r}")
+        longer = (one.name == "steps" and options.schedule == "constant" and before
+                  and after > before)
+        if one.metadata["result"] and one.name != "grad_accum" and not longer:
+            altering.append(one.name)
+    packs, packs_now = old.grad_accum * ranks, options.grad_accum * world_size()
     if ranks != world_size():
         say(f"ranks {ranks} -> {world_size()}")
-    if packs_before != packs_now:
-        say(f"packs per step {packs_before} -> {packs_now} (ranks x --grad-accum)")
+    if packs != packs_now:
+        say(f"packs per step {packs} -> {packs_now} (ranks x --grad-accum)")
         altering.append("packs per step")
     if altering and not options.allow_changes:
         raise UserError(f"--resume {run}: changing {', '.join(altering)} alters the result: leave"

@@ -1,27 +1,19 @@
 """A run's own steps that are not the loop: saving a step, leaving the result, stopping early."""
 
-import contextlib
 import hashlib
 import json
 import shlex
 import signal
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
-
-from common import guard, weights
-from common.errors import UserError, out_of_memory
-from common.files import checkpoint
+from common import weights
+from common.files.checkpoint import prune, step_folder
+from common.files.commit import commit
 from common.files.manifest import MARK
+from common.files.state import save_state
 from common.ranks import is_main, say, stop_ranks
-
-
-def config_hash(options):
-    """SHA-256 of the options that determine the result: the same hash, the same weights."""
-    values = asdict(options)
-    names = [field.name for field in fields(options) if field.metadata["result"]]
-    return hashlib.sha256(json.dumps([(n, values[n]) for n in names]).encode()).hexdigest()
 
 
 def save_step(run, model, optimizer, state, options, names=None):
@@ -29,16 +21,17 @@ def save_step(run, model, optimizer, state, options, names=None):
 
     `names` are the parameters to save (default: all). N is state["step"]. Collective.
     """
-    parameters = [p for n, p in model.named_parameters() if names is None or n in names]
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    needed = 4 * sum(p.numel() for p in parameters) + 8 * trained  # masters and two moments
-    folder = checkpoint.step_folder(run, state["step"])
-    checkpoint.commit(
-        folder,
-        lambda folder: checkpoint.save_state(folder, model, optimizer, state, names),
-        extra={"step": state["step"], "config_hash": config_hash(options)}, bytes_needed=needed)
+    saved = [p for n, p in model.named_parameters() if names is None or n in names]
+    needed = sum(p.numel() * (12 if p.requires_grad else 4) for p in saved)  # with two moments
+    decides = [(one.name, getattr(options, one.name)) for one in fields(options)
+               if one.metadata["result"]]  # the same hash, the same weights
+    extra = {"step": state["step"],
+             "config_hash": hashlib.sha256(json.dumps(decides).encode()).hexdigest()}
+    folder = step_folder(run, state["step"])
+    commit(folder, lambda temporary: save_state(temporary, model, optimizer, state, names),
+           extra, needed)
     best = state["best_step"] if options.keep_best else None
-    checkpoint.prune(run, options.keep, best and checkpoint.step_folder(run, best))
+    prune(run, options.keep, best and step_folder(run, best))
     return folder
 
 
@@ -59,7 +52,7 @@ def save_files(folder, write_files, data, size=0):
             if data.chat is not None:
                 data.chat.save(temporary)
 
-    checkpoint.commit(folder, write, bytes_needed=size)
+    commit(folder, write, bytes_needed=size)
 
 
 def how_to_ask(kind, folder):
@@ -74,15 +67,4 @@ def stopped(run, state, signals):
     say(f"\nstopped by {name} after step {state['step']}, which is saved. Go on with:\n"
         f"  python {shlex.join(sys.argv[:1])} --resume {shlex.quote(str(run))}")
     stop_ranks()
-    return 128 + (signal.Signals[signals.requested] if signals.requested else signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def memory_advice(options, predicted):
-    """Turn running out of memory into a UserError with the prediction and the next flags to try."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(guard.out_of_memory_advice(error, options, predicted)) from error
+    return 128 + signal.Signals[signals.requested or "SIGTERM"]

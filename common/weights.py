@@ -3,8 +3,8 @@
 Reading is strict. A tensor that is missing, unexpected or of another shape is an error that
 names it, never a warning: a model with a few random layers trains without complaint. Tensors
 are read one at a time, so loading needs the model's memory and one tensor more. How config.json
-is read and written is in `model_config.py`, how safetensors files are in `tensor_files.py`; the
-functions of both are to be had from here.
+is read and written is in `common/files/config.py`, how safetensors files are in
+`common/files/tensors.py`.
 """
 
 import shutil
@@ -13,36 +13,31 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError, writing
-from common.files.commit import is_verified
 from common.files.config import read_config, write_config
 from common.files.manifest import verify
 from common.files.tensors import (
-    HEAD, iter_tensors, listing, open_file, plain_file, save_tensors, tensor_headers)
+    iter_tensors, open_file, plain_file, save_tensors, tensor_headers, tensor_problems)
 from common.ranks import copy_into, full_tensor, is_main
 
-__all__ = [
-    "read_config", "write_config", "iter_tensors", "tensor_headers", "load_weights",
-    "save_weights", "save_tensors", "copy_tokenizer", "plain_file"]
+__all__ = ["copy_tokenizer", "load_weights", "read_config", "save_weights"]
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "generation_config.json", "tokenizer.model", "merges.txt", "vocab.json")
-EMBEDDING = "model.embed_tokens.weight"
-LOADABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_weights(model, path):
     """Copy the checkpoint in folder `path` into the model's parameters, which keep their dtype.
 
     Strict: raises UserError that names what is missing, unexpected, mis-shaped or not a floating
-    point tensor, or a file that is not as we wrote it, before anything is copied.
-    For a tied model (without a parameter `lm_head.weight`)
-    the checkpoint may hold a duplicate of the embedding under that name, if it is equal, or the
-    embedding under that name alone. Parameters may be sharded by FSDP2.
+    point tensor, or a file that is not as we wrote it, before anything is copied. For a tied model
+    (without a parameter `lm_head.weight`) the checkpoint may hold a duplicate of the embedding
+    under that name, if it is equal, or the embedding under that name alone. Parameters may be
+    sharded by FSDP2.
     """
     path = Path(path)
-    if not is_verified(path):  # a script has verified the folder when it began
-        verify(path)
+    verify(path)
     wanted = dict(model.named_parameters())  # name in the checkpoint -> parameter
     if any(parameter.is_meta for parameter in wanted.values()):
         raise ValueError("the model has parameters on the meta device: call to_empty first")
@@ -54,22 +49,9 @@ def load_weights(model, path):
             del headers[HEAD]
         else:
             wanted[HEAD] = wanted.pop(EMBEDDING)
-
-    problems = []
-    for how, names in (("missing", wanted.keys() - headers.keys()),
-                       ("unexpected", headers.keys() - wanted.keys())):
-        problems += [f"{how} {listing(names)}"] if names else []
-    for name in sorted(wanted.keys() & headers.keys()):
-        shape, dtype, _ = headers[name]
-        if shape != tuple(wanted[name].shape):
-            problems.append(f"{name} has shape {shape}, the model {tuple(wanted[name].shape)}")
-        elif dtype not in LOADABLE:
-            problems.append(f"{name} is {dtype}: a quantised checkpoint is not loaded here")
+    problems = tensor_problems(headers, {name: value.shape for name, value in wanted.items()})
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(
-            f"{path}: the tensors do not fit config.json: {'; '.join(problems[:4])}{more}")
-
+        raise UserError(f"{path}: the tensors do not fit config.json: {problems}")
     for name, tensor in iter_tensors(path):
         if name in wanted:
             copy_into(wanted[name], tensor)
@@ -99,7 +81,6 @@ def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes
     if tied == (HEAD in parameters):
         raise ValueError(f"tie_word_embeddings is {tied}, but the model has {HEAD}: {not tied}")
     dtype = dtype or parameters[EMBEDDING].dtype
-    path = Path(path)
     tensors = ((name, full_tensor(value).to(dtype)) for name, value in parameters.items())
     save_tensors(tensors, path, metadata, max_shard_bytes)
     if is_main():
@@ -116,8 +97,6 @@ def copy_tokenizer(source, target):
     source, target = Path(source), Path(target)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).exists() and source.resolve() != target.resolve():
-            file = plain_file(source, name)
-            with writing(f"{target / name}, a copy of {file}"):
-                shutil.copyfile(file, target / name)
+        for name in TOKENIZER_FILES:
+            if (source / name).exists() and source.resolve() != target.resolve():
+                shutil.copyfile(plain_file(source, name), target / name)

@@ -18,12 +18,12 @@ from unittest import mock
 import torch
 
 from common.errors import UserError
-from common.files import commit, tensors as tensor_files
+from common.files import tensors as tensor_files
 
 KILLED = 77  # exit code of a process that ended at a fault
 PATCHED = [(os, name) for name in (
     "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open")] + [
-    (tensor_files, "save_file"), (commit, "_exchange")]
+    (tensor_files, "save_file")]
 
 
 class Faults:

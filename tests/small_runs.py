@@ -18,6 +18,7 @@ from helpers import ROOT, load
 
 from common import prepare
 from common.files import checkpoint
+from common.files.manifest import verify
 
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes", "mfu")
 CONFIG = dict(
@@ -120,7 +121,7 @@ def metrics(run):
 
 def files(folder):
     """{name: bytes} of a folder, without the manifest; final.tmp and the like must not be there."""
-    checkpoint.verify(folder)
+    verify(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()
             if path.name != "manifest.json"}
 
@@ -129,7 +130,7 @@ def whole_steps(run):
     """The steps that `run` has a checkpoint of; each must be whole, as its name says so."""
     steps = [int(path.name[5:]) for path in run.glob("step-*") if not path.suffix]
     for step in steps:
-        checkpoint.verify(checkpoint.step_folder(run, step))
+        verify(checkpoint.step_folder(run, step))
     return sorted(steps)
 
 

@@ -19,6 +19,7 @@ import kill
 
 from common.errors import UserError
 from common.files import checkpoint
+from common.files.manifest import verify
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_incident_19_a_disk_that_fills_up_at_any_size_of_any_file(sweep, tmp_pat
             resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
         assert code == 2 and "File too large" in line and "\n" not in line, (limit, line)
         assert not list(run.glob("*.tmp*")) or "step-" not in line, (limit, line)
-        assert checkpoint.verify(whole)["extra"]["step"] == 4, limit
+        assert verify(whole)["extra"]["step"] == 4, limit
         if "step-" in line or "final" in line:
             assert "needed" in line and "free" in line and "intact" in line, (limit, line)
         said.append(line)

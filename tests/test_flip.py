@@ -1,7 +1,9 @@
 """A seeded part of `tests/long/flip.py`: damage to what we wrote is noticed by all that load it."""
 
+import hashlib
 import random
 import sys
+import time
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import flip
 from common import weights
 from common.adapters import peft
 from common.files import checkpoint
-from common.files.checkpoint import CheckpointError
+from common.files.manifest import CheckpointError, verify
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_the_name_of_the_base_is_checked_before_it_is_followed(folders):
                 load(script).main(arguments)
     finally:
         config.write_text(text)
-    checkpoint.verify(folders.adapter)
+    verify(folders.adapter)
 
 
 def test_the_functions_notice_without_the_scripts(folders):
@@ -59,15 +61,18 @@ def test_the_functions_notice_without_the_scripts(folders):
             pytest.fail(what)
         assert all(map(torch.equal, before, model.parameters())), what
     with pytest.MonkeyPatch.context() as patch:
-        checkpoint.verify(folders.model)
-        patch.setattr(checkpoint.manifest, "fingerprint", None)
+        patch.setattr(time, "time", lambda real=time.time: real() + 5)
+        verify(folders.model)
+        real = hashlib.sha256  # of a manifest's own text, not of a file
+        patch.setattr(hashlib, "sha256", lambda *text: real(*text) if text else pytest.fail())
         weights.load_weights(model, folders.model)
     assert not all(map(torch.equal, before, model.parameters()))
 
 
 def test_the_test_notices_a_loader_that_does_not_look(folders, monkeypatch):
     """If `verify` believed every folder, the trials above would fail."""
-    for module in (checkpoint, weights, peft):
+    scripts = "chapter-01/generate.py", "chapter-01/train.py", "chapter-02/generate.py"
+    for module in (checkpoint, weights, peft, *map(load, scripts)):
         monkeypatch.setattr(module, "verify", lambda folder: {"files": {}})
     with pytest.raises(AssertionError):
         flip.trials(folders, 40, seed=5)

@@ -22,6 +22,9 @@ from common.adapters import peft
 from common.data.chat import Chat
 from common.errors import UserError, run_main
 from common.files import checkpoint
+from common.files.config import write_config
+from common.files.manifest import verify
+from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, parse
 
@@ -116,7 +119,7 @@ def test_json_beyond_the_limits_of_python(tmp_path, text):
     ("config.json", weights.read_config), ("tokenizer.json", Chat.load),
     ("metrics.jsonl", lambda folder: Metrics(folder, 1)),
     ("train_config.json", lambda folder: resume(folder)),
-    ("manifest.json", checkpoint.verify)])
+    ("manifest.json", verify)])
 def test_a_link_to_a_file_without_end_is_not_read(tmp_path, name, read):
     (tmp_path / name).symlink_to("/dev/zero")
     try:
@@ -159,7 +162,7 @@ def test_a_config_of_a_million_layers_or_of_odd_text(tmp_path):
     with pytest.raises(UserError, match="num_hidden_layers must be at most"):
         weights.read_config(tmp_path)
     config = {**small_runs.CONFIG, "\ud800": "é"}
-    weights.write_config(config, tmp_path, torch.float32)
+    write_config(config, tmp_path, torch.float32)
     assert weights.read_config(tmp_path)["\ud800"] == "é"
 
 
@@ -237,7 +240,7 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path, kind, capfd):
             assert checkpoint.latest(run) is None
             with pytest.raises(UserError):
                 network = torch.nn.Linear(1, 1)
-                checkpoint.load_state(step, network, torch.optim.AdamW(network.parameters()))
+                load_state(step, network, torch.optim.AdamW(network.parameters()))
     assert PAYLOADS == []
     pickle.loads(pickle.dumps(Payload()))
     assert PAYLOADS == ["unpickled"]  # it would have been seen

@@ -24,11 +24,11 @@ import ch2_folders
 import ch3_models
 import small_runs
 
-from common import weights
 from common.adapters import peft
 from common.data import datasets, encode
 from common.data.chat import Chat
 from common.errors import UserError
+from common.files import tensors as tensor_files
 
 
 HERE, CH1, CH2 = "test_incidents.py", "chapter-01/", "chapter-02/"
@@ -281,19 +281,19 @@ def test_incident_22_an_adapter_on_the_head_stays_on_the_head(tmp_path, method):
     the merged embedding is untouched; tied, it is refused with the reason."""
     base = ch2_folders.write_model(tmp_path / "base", tie_word_embeddings=False)
     adapter = ch2_folders.write_adapter(tmp_path / "adapter", base, method, targets="lm_head,q_proj")
-    assert any("lm_head" in name for name, _ in weights.iter_tensors(adapter, "adapter_model"))
+    assert any("lm_head" in name for name, _ in tensor_files.iter_tensors(adapter, "adapter_model"))
     merge, generate = load("chapter-02/merge.py"), load("chapter-02/generate.py")
     live, _ = generate.load_model(base, "cpu", torch.float32)
     peft.load_adapter(live, adapter, ch2_folders.lora)
     merge.merge(adapter, tmp_path / "merged", dtype="float32")
     merged, _ = generate.load_model(tmp_path / "merged", "cpu", torch.float32)
-    original = dict(weights.iter_tensors(base))
+    original = dict(tensor_files.iter_tensors(base))
     assert torch.equal(merged.model.embed_tokens.weight, original["model.embed_tokens.weight"])
     assert not torch.equal(merged.lm_head.weight, original["lm_head.weight"])
     torch.testing.assert_close(logits(merged), logits(live), rtol=1e-5, atol=1e-5)
 
     tied = ch2_folders.write_model(tmp_path / "tied")
-    assert "lm_head.weight" not in dict(weights.iter_tensors(tied))
+    assert "lm_head.weight" not in dict(tensor_files.iter_tensors(tied))
     with pytest.raises(UserError, match="are one tensor"):
         ch2_folders.write_adapter(tmp_path / "none", tied, method, targets="lm_head,q_proj")
     inner = ch2_folders.write_adapter(tmp_path / "inner", tied, method)
@@ -344,16 +344,16 @@ def test_incident_25_weight_map_cannot_leave_its_folder(tmp_path, entry):
     """transformers#47176, #46913: `..`, an absolute path, a folder, a link out."""
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
-    weights.save_tensors({"a": torch.ones(2)}.items(), tmp_path)
+    tensor_files.save_tensors({"a": torch.ones(2)}.items(), tmp_path)
     for place in (folder / "model-1.safetensors", folder / "sub/model.safetensors"):
         shutil.copyfile(tmp_path / "model.safetensors", place)
     (folder / "link.safetensors").symlink_to(tmp_path / "model.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    assert len(list(weights.iter_tensors(folder))) == 1
+    assert len(list(tensor_files.iter_tensors(folder))) == 1
     index.write_text(json.dumps({"weight_map": {"a": entry}}))
     with pytest.raises(UserError, match="refused|not a .safetensors file"):
-        list(weights.iter_tensors(folder))
+        list(tensor_files.iter_tensors(folder))
 
 
 def test_incident_26_a_token_beyond_the_embedding_is_refused_up_front(tmp_path, monkeypatch):

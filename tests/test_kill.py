@@ -15,6 +15,8 @@ import kill
 import small_runs
 import soak
 
+from common.files.manifest import seal
+
 DROPOUT = ("--dropout", "0.2", "--rank", "2")
 SCORED = ("--data", "tiny", "--eval-every", "6")
 
@@ -79,7 +81,7 @@ def test_the_comparison_sees_one_bit(tmp_path):
     data = bytearray((state / "optimizer.safetensors").read_bytes())
     data[-1] ^= 1
     (state / "optimizer.safetensors").write_bytes(data)
-    small_runs.checkpoint.seal(state)
+    seal(state)
     with pytest.raises(AssertionError, match="optimizer.safetensors differs"):
         small_runs.assert_equal(sweep.run, sweep.undisturbed)
 

@@ -18,6 +18,7 @@ from common.data import cache, encode
 from common.data.chat import Chat
 from common.errors import run_main
 from common.files import checkpoint, state
+from common.files.manifest import verify
 
 SIGNALS = [("SIGTERM", 143), ("SIGINT", 130)]
 
@@ -89,9 +90,9 @@ def test_it_saves_at_the_next_step_boundary(
     ("data preparation", lambda: (encode, "encode"), 1),
     ("data preparation", lambda: (Chat, "finish"), 5),  # in the midst of the documents
     ("data preparation", lambda: (cache.os, "replace"), 1),  # as they are kept
-    ("before the first step", lambda: (prepare, "ask"), 1),
+    ("before the first step", lambda: (prepare, "answer_questions"), 1),
     ("saving final/", lambda: (weights, "save_weights"), 1),
-    ("after the last step", lambda: (prepare, "ask"), 2),
+    ("after the last step", lambda: (prepare, "answer_questions"), 2),
 ])
 def test_outside_of_the_steps_it_stops_and_nothing_is_lost(
         tmp_path, undisturbed, monkeypatch, name, code, phase, where, call):
@@ -110,7 +111,7 @@ def test_outside_of_the_steps_it_stops_and_nothing_is_lost(
         end = "interrupted" if name == "SIGINT" else f"stopped by {name}"
         assert text.splitlines()[-1] == end and text.count("\n\n") == 1, text
     if "last" in phase or "final" in phase:
-        checkpoint.verify(run / "final")
+        verify(run / "final")
     got, text, after = small_runs.go_on(options, run)
     assert got == 0 and after == (small_runs.STEPS if (run / "final").exists() and (
         "last" in phase or "final" in phase) else 0), text
@@ -164,6 +165,7 @@ def test_a_signal_from_outside_to_a_script(tmp_path, undisturbed):
 
 TWO_RANKS = """
 import os, signal, sys
+from common.errors import run_main
 from helpers import load
 train = load("chapter-01/train.py")
 real, calls = train.learning_rate, []
@@ -197,7 +199,7 @@ def test_under_torchrun_all_ranks_agree_on_the_step_and_one_process_goes_on(
     assert text.count("Traceback (most recent call last)") <= text.count("torch/distributed/run"), text
     saved = checkpoint.latest(run)
     assert saved == checkpoint.step_folder(run, 3)
-    assert checkpoint.verify(saved)["extra"]["world_size"] == 2
+    assert verify(saved)["extra"]["world_size"] == 2
     code, text = small_runs.start(["--resume", run])
     assert code == 2 and "packs per step 2 -> 1" in text and "--allow-changes" in text, text
     code, text = small_runs.start(["--resume", run, "--grad-accum", "2"])

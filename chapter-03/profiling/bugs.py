@@ -22,7 +22,7 @@ from ceilings import wait
 from common import hub, weights
 from common.data import encode
 from common.errors import run_main
-from common.files import checkpoint
+from common.files.checkpoint import new_run_folder
 from common.options import choose_device, option, read_flags
 from lora import AdapterConfig
 from modeling_llama import LlamaConfig, LlamaForCausalLM
@@ -37,11 +37,11 @@ SHOWN = 12  # operators
 class BugOptions:
     """Which bug, where."""
 
-    bug_1: bool = option(False, "the first bug", bool)
-    bug_2: bool = option(False, "the second bug", bool)
-    bug_3: bool = option(False, "the third bug", bool)
-    steps: int = option(6, "steps, of which the last is profiled", int, least=2)
-    batch_tokens: int = option(1024, "tokens of a step", int, least=64)
+    bug_1: bool = option(False, "the first bug")
+    bug_2: bool = option(False, "the second bug")
+    bug_3: bool = option(False, "the third bug")
+    steps: int = option(6, "steps, of which the last is profiled", least=2)
+    batch_tokens: int = option(1024, "tokens of a step", least=64)
     backend: str = option("aot_eager", "torch.compile's backend: aot_eager needs no compiler, "
                               "inductor is what training uses", choices=("aot_eager", "inductor"))
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -118,7 +118,7 @@ def main(argv=None):
     waits = sum(event.name == "aten::item" and "::" not in getattr(event.cpu_parent, "name", "")
                 for event in profiler.events())
     print(f"\nmatrix products {rows['aten::mm'].count}, numbers that Python has waited for {waits}")
-    out = checkpoint.new_run_folder(f"chapter-{CHAPTER}-bugs", options.out)
+    out = new_run_folder(f"chapter-{CHAPTER}-bugs", options.out)
     profiler.export_chrome_trace(str(out / "trace.json.gz"))
     print(f"\n{out / 'trace.json.gz'}: the timeline; open it at https://ui.perfetto.dev")
     return 0

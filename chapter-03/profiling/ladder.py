@@ -66,12 +66,12 @@ class LadderOptions:
     """The ladder's own options."""
 
     size: str = option("mid", "which model", choices=tuple(SIZES))
-    steps: int = option(3, "timed steps of each rung", int, least=1)
+    steps: int = option(3, "timed steps of each rung", least=1)
     first: str = option("naive", "the rung to begin with", choices=tuple(RUNGS))
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda",
                                                                        "mps"))
-    compile: bool = option(True, "climb the rung that compiles", bool)
-    seed: int = option(0, "fixes documents and weights", int, least=0)
+    compile: bool = option(True, "climb the rung that compiles")
+    seed: int = option(0, "fixes documents and weights", least=0)
     out: str = option(None, "the folder of the results (default: runs/chapter-03-ladder/SIZE)")
 
 

@@ -26,7 +26,8 @@ import ceilings
 import operators
 from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
-from common.files import checkpoint
+from common.files.checkpoint import new_run_folder
+from common.files.manifest import verify
 from common.memory import keep_freed
 from common.options import option, parse
 from common.ranks import start_ranks, stop_ranks, world_size
@@ -43,7 +44,7 @@ class ProfileOptions(Options):
     """The options of train.py, and one more."""
 
     snapshot: bool = option(False, "on CUDA: leave snapshot.pickle, a record of every "
-                                "allocation", bool)
+                                "allocation")
 
 
 def step_of(model, optimizer, pack, adapter, clip, finish=None):
@@ -79,7 +80,7 @@ def main(argv=None):
     device = start_ranks(options.device).device
     keep_freed(device)
     source = hub.resolve(options.model)
-    checkpoint.verify(source)
+    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))
@@ -116,7 +117,7 @@ def main(argv=None):
     step = step_of(model, optimizer, pack, adapter, options.clip)
     step()  # makes the optimizer's moments, and compiles
     plain = ceilings.duration(step, device, repeats=3)
-    out = checkpoint.new_run_folder(f"chapter-{CHAPTER}-profile", options.out)
+    out = new_run_folder(f"chapter-{CHAPTER}-profile", options.out)
     seconds = buckets.measure(step, device, out / "trace.json.gz")
     found = anatomy.measured(step, model, optimizer, device)
 

@@ -1,6 +1,7 @@
-"""JSON files: read within bounds."""
+"""JSON and other small files: read within bounds, written at once and whole."""
 
 import json
+import os
 from pathlib import Path
 
 from common.errors import UserError
@@ -13,18 +14,27 @@ def read_json(file):
 
     Anything else is a UserError that says where.
     """
+    file = Path(file)
     try:
-        if Path(file).exists() and not Path(file).is_file():  # say, a link to a device
+        if file.exists() and not file.is_file():  # say, a link to a device
             raise UserError(f"{file}: not a regular file")
-        if Path(file).stat().st_size > LARGEST:
+        if file.stat().st_size > LARGEST:
             raise UserError(f"{file}: larger than {LARGEST >> 20} MiB; is it the right file?")
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8; numbers, nesting beyond all limits
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # its text says on which line
         raise UserError(f"{file}: not valid JSON: {error}") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def write_whole(file, data):
+    """Have these bytes on the disk as `file`; who reads it at any time has the old ones or these."""
+    new = Path(f"{file}.new")
+    with open(new, "wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(new, file)

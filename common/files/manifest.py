@@ -1,59 +1,153 @@
 """manifest.json: the size and SHA-256 of every file of a folder that we wrote.
 
 Neither safetensors nor JSON notices a flipped byte inside a number. A folder written by
-`common.files.checkpoint.commit` therefore carries a manifest, and the headers of its safetensors say so
-(`MARK`), so that a lost manifest shows as well. A folder from elsewhere has neither and passes.
-
-The manifest guards itself: it holds a hash of its own content, in the one form of JSON text that
-we write. Whatever byte of it changes, the text no longer equals what its content gives.
+`common.files.commit` therefore carries a manifest, which holds a hash of its own content too, and
+the headers of its safetensors say so (`MARK`), so that a lost manifest shows as well. A folder from
+elsewhere has neither and passes.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import sys
+import time
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, writing
+from common.files.json_files import write_whole
 from common.files.tensors import open_file
 
 MANIFEST = "manifest.json"
-NEW = MANIFEST + ".new"  # while it is being written
 MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
 LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
 LARGEST = 16 * 2**20  # no manifest of ours comes near; a larger file is not read into memory
+_known = {}  # (device, inode, size, time) of a file -> its fingerprint
 
 
 class CheckpointError(UserError):
     """A folder that is damaged, incomplete, or does not fit the model."""
 
 
+# --- checked ---
+
 def verify(folder):
     """The manifest of `folder`, after checking every file against it.
 
-    It is a dict: `files` (name -> size and sha256) and `extra` (step, config_hash, world_size,
-    versions and what else the commit was given). A folder that we did not write gives {}. Raises
-    CheckpointError, naming the file, for anything missing, resized, changed or added.
+    It is a dict: `files` (name -> size and sha256) and `extra` (world_size, versions and what else
+    the commit was given). A folder that we did not write gives {}. Raises CheckpointError, naming
+    the file, for anything missing, changed or added. A replacement that was cut short is put right
+    first.
     """
     folder = Path(folder)
+    recover(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     try:
         manifest = read_manifest(folder)
-        if manifest is None:
-            if not _was_ours(folder):
-                return {}
-            state = "damaged" if (folder / MANIFEST).exists() else "missing"
-            raise CheckpointError(f"{folder / MANIFEST}: {state}; {_advice(folder)}")
-        for name, expected in manifest["files"].items():
-            _check(folder, name, expected)
-        for path in sorted(folder.iterdir()):
-            known = path.name == MANIFEST or path.name in manifest["files"]
-            if path.suffix in LOADABLE and not known:
-                raise CheckpointError(
-                    f"{path}: was not there when the folder was written; {_advice(folder)}")
+        if manifest is None and not is_ours(folder):
+            return {}
+        problem = _problem(folder, manifest)
+        if problem:
+            raise CheckpointError(
+                f"{problem}; copy the folder again, or use another one; if you changed it yourself,"
+                f" seal it: python -m common.files.checkpoint seal {folder}")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     return manifest
+
+
+def _problem(folder, manifest):
+    """The first file of `folder` that is not as `manifest` says, and why; "" if all are."""
+    if manifest is None:
+        lost = not (folder / MANIFEST).exists()
+        return f"{folder / MANIFEST}: {'missing' if lost else 'damaged'}"
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name or not (folder / name).is_file():
+            return f"{folder / name}: missing"
+        if fingerprint(folder / name) != expected:
+            return f"{folder / name}: its content has changed"
+    for path in sorted(folder.iterdir()):
+        if path.suffix in LOADABLE and path.name not in (MANIFEST, *manifest["files"]):
+            return f"{path}: was not there when the folder was written"
+    return ""
+
+
+def recover(folder):
+    """Put `folder` back where a commit was cut short between its two renames."""
+    folder = Path(os.path.abspath(folder))
+    old = sibling(folder, ".replaced")
+    if not folder.exists() and is_ours(old):
+        os.rename(old, folder)
+        print(f"{folder}: put back after a replacement that was cut short", file=sys.stderr)
+
+
+def sibling(folder, suffix):
+    """`runs/x/final` and ".tmp" give `runs/x/final.tmp`."""
+    return folder.with_name(folder.name + suffix)
+
+
+def is_ours(folder):
+    """True if a manifest.json of ours, whole, damaged or still empty, or a mark in the header of a
+    safetensors file says that we wrote this folder."""
+    text = _text(folder)
+    if text is not None and (not text or b'"bareloop"' in text):
+        return True
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(UserError):  # who loads a file without a header says what is wrong
+            with open_file(path) as tensors:
+                if "bareloop" in (tensors.metadata() or {}):
+                    return True
+    return False
+
+
+# --- read and written ---
+
+def read_manifest(folder):
+    """The manifest of `folder` if it is undamaged, else None. The other files are not looked at."""
+    text = _text(folder)
+    try:
+        manifest = json.loads(text)
+        whole = encoded(manifest["files"], manifest["extra"]) == text
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return manifest if whole and isinstance(manifest["files"], dict) else None
+
+
+def _text(folder):
+    path = folder / MANIFEST
+    return path.read_bytes() if path.is_file() and path.stat().st_size <= LARGEST else None
+
+
+def encoded(files, extra):
+    """The bytes of the manifest that says this, the only form in which it is accepted: `files` is
+    {name: its `fingerprint`}, `extra` what else is to be known, as JSON."""
+    dumps = functools.partial(json.dumps, indent=1, sort_keys=True, allow_nan=False)
+    body = {"bareloop": 1, "files": files, "extra": extra}
+    body["sha256"] = hashlib.sha256(dumps(body).encode()).hexdigest()
+    return dumps(body).encode() + b"\n"
+
+
+def fingerprint(path, flush=False):
+    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards.
+
+    A process does not read again what it has read and nobody has touched since.
+    """
+    with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        stat = os.fstat(file.fileno())
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key in _known:
+            return _known[key]
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    found = {"size": stat.st_size, "sha256": digest.hexdigest()}
+    if time.time() - stat.st_mtime > 2:  # a file of this moment may change again at the same time
+        _known[key] = found
+    return found
 
 
 def seal(folder):
@@ -62,109 +156,12 @@ def seal(folder):
     Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    try:
-        extra = json.loads((folder / MANIFEST).read_bytes())["extra"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        extra = {}  # it was lost or damaged: perhaps the very reason for sealing
-    paths = [path for path in sorted(folder.iterdir())
-             if path.is_file() and path.name not in (MANIFEST, NEW)]
-    for path in paths:
-        if path.suffix == ".safetensors":
-            with open_file(path):
-                pass
-    try:
-        write_manifest(folder, {path.name: fingerprint(path) for path in paths}, extra)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be sealed: {error}") from error
-    return len(paths)
-
-
-def read_manifest(folder):
-    """The manifest of `folder` if it is undamaged, else None. The other files are not looked at."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file() or path.stat().st_size > LARGEST:
-        return None
-    data = path.read_bytes()
-    try:
-        manifest = json.loads(data)
-        whole = encoded(manifest["files"], manifest["extra"]) == data
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return None
-    return manifest if whole and isinstance(manifest["files"], dict) else None
-
-
-def write_manifest(folder, files, extra):
-    """Write manifest.json into `folder`, flushed; one that is there is replaced in one step."""
-    new = Path(folder) / NEW
-    with open(new, "wb") as file:
-        file.write(encoded(files, extra))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, Path(folder) / MANIFEST)
-
-
-def encoded(files, extra):
-    """The bytes of the manifest that says this: the only form in which it is accepted."""
-    body = {"bareloop": 1, "files": files, "extra": extra}
-    body["sha256"] = hashlib.sha256(_text(body)).hexdigest()
-    return _text(body) + b"\n"
-
-
-def _text(body):
-    return json.dumps(body, indent=1, sort_keys=True, allow_nan=False).encode("ascii")
-
-
-def fingerprint(path, flush=False):
-    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        if flush:
-            os.fsync(file.fileno())
-        while block := file.read(2**20):
-            digest.update(block)
-            size += len(block)
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _check(folder, name, expected):
-    """Raise CheckpointError unless the file `name` is what the manifest says."""
-    path = folder / name
-    if Path(name).name != name or not path.is_file():
-        raise CheckpointError(f"{path}: missing; {_advice(folder)}")
-    size = path.stat().st_size
-    if not isinstance(expected, dict) or size != expected.get("size"):
-        raise CheckpointError(
-            f"{path}: has {size} bytes, not those that were written; {_advice(folder)}")
-    if fingerprint(path) != expected:
-        raise CheckpointError(f"{path}: its content has changed; {_advice(folder)}")
-
-
-def claims(folder):
-    """True if there is a manifest.json that looks like ours: whole, damaged, or still empty."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        text = file.read(LARGEST)
-    return not text or b'"bareloop"' in text
-
-
-def _was_ours(folder):
-    """True if what is left of `folder` says that it had a manifest of ours."""
-    if claims(folder):
-        return True
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with open_file(path) as tensors:
-                if (tensors.metadata() or {}).get("bareloop"):
-                    return True
-        except UserError:  # no header to read a mark in; whoever loads the file says what is wrong
-            continue
-    return False
-
-
-def _advice(folder):
-    return ("copy the folder again, or use another one; if you changed it yourself, seal it:"
-            f" python -m common.files.checkpoint seal {folder}")
+    for path in folder.glob("*.safetensors"):
+        with open_file(path):
+            pass
+    with writing(folder / MANIFEST):
+        files = {path.name: fingerprint(path) for path in folder.iterdir()
+                 if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".new")}
+        before = read_manifest(folder) or {"extra": {}}
+        write_whole(folder / MANIFEST, encoded(files, before["extra"]))
+    return len(files)

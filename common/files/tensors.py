@@ -5,6 +5,7 @@ somewhere: names, links and headers are checked before they are believed.
 """
 
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from common.errors import UserError, writing
 from common.files.json_files import read_json
 from common.ranks import is_main, on_all_ranks
 
-HEAD = "lm_head.weight"
 FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 
 
@@ -24,23 +24,24 @@ FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 def iter_tensors(path, stem="model"):
     """Every (name, tensor) in the safetensors files of folder `path`, one at a time, on the CPU.
 
-    Reads `<stem>.safetensors`, else the shards that `<stem>.safetensors.index.json` lists. All
-    headers are checked before the first tensor comes. Raises UserError for files that are
-    missing, truncated or otherwise not what the index says; the index may name only plain files,
-    and nothing may be a link out of the folder.
+    Reads `<stem>.safetensors`, else the shards that `<stem>.safetensors.index.json` lists. Raises
+    UserError for files that are missing, truncated or otherwise broken; the index may name only
+    plain files, and nothing may be a link out of the folder.
     """
-    for file, names in _shards(Path(path), stem):
+    for file in _files(Path(path), stem):
         with open_file(file) as tensors:
-            for name in names:
+            for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
 
 
 def tensor_headers(path, stem="model"):
     """{name: (shape, dtype as safetensors spells it, file)}, reading no tensor. Errors as above."""
     headers = {}
-    for file, names in _shards(Path(path), stem):
+    for file in _files(Path(path), stem):
         with open_file(file) as tensors:
-            for name in names:
+            for name in tensors.keys():
+                if name in headers:
+                    raise UserError(f"{file}: {name} is in {headers[name][2].name} too")
                 part = tensors.get_slice(name)
                 headers[name] = (tuple(part.get_shape()), part.get_dtype(), file)
     return headers
@@ -48,8 +49,7 @@ def tensor_headers(path, stem="model"):
 
 def tensor_problems(headers, wanted, loadable=FLOATING):
     """What keeps the tensors of `headers` (see `tensor_headers`) from being those that are `wanted`
-    ({name: shape}), each of one of the dtypes `loadable`: at most four things, or "" for nothing.
-    """
+    ({name: shape}), each of one of the dtypes `loadable`: at most four things, or "" for nothing."""
     problems = [f"{what} {listing(names)}" for what, names in (
         ("missing", wanted.keys() - headers.keys()),
         ("unexpected", headers.keys() - wanted.keys())) if names]
@@ -63,35 +63,31 @@ def tensor_problems(headers, wanted, loadable=FLOATING):
     return "; ".join(problems[:4] + [f"and {len(problems) - 4} more"] * (len(problems) > 4))
 
 
-def _shards(path, stem):
-    """[(file, its tensor names)] of folder `path`, after checking files, headers and index."""
+def listing(names):
+    """The first three of some names, and how many more there are, for an error message."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _files(path, stem):
+    """The safetensors files of folder `path` under this stem."""
     single, index = f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
-    if (path / single).exists() or (path / single).is_symlink():
-        file = plain_file(path, single)
-        with open_file(file) as tensors:
-            return [(file, list(tensors.keys()))]
+    if os.path.lexists(path / single):
+        return [plain_file(path, single)]
     if not index.exists():
-        raise UserError(_no_weights(path, single))
+        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+            raise UserError(f"{path}: only pickled weights here, which are never read; convert to"
+                            " safetensors")
+        raise UserError(f"{path}: no {single} here, so no weights; to train an untrained model of"
+                        " this architecture give train.py --init random")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map in it")
-    listed = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise UserError(f"{index}: {name} is said to be in {file!r}, not a .safetensors file")
-        listed.setdefault(file, set()).add(name)
-    shards = []
-    for file in sorted(listed):
-        checked = plain_file(path, file)
-        with open_file(checked) as tensors:
-            names = list(tensors.keys())
-        listed[file] -= {HEAD} - set(names)  # a tied head, listed all the same
-        for where, lost in (("the index", set(names) - listed[file]),
-                            (file, listed[file] - set(names))):
-            if lost:
-                raise UserError(f"{index}: {file} does not match: not in {where}: {listing(lost)}")
-        shards.append((checked, names))
-    return shards
+    return [plain_file(path, file) for file in sorted(set(weight_map.values()))]
 
 
 def plain_file(folder, name):
@@ -113,15 +109,6 @@ def plain_file(folder, name):
     if not any(file.resolve().is_relative_to(home) for home in homes):
         raise UserError(f"{file}: refused, a link out of its folder (to {file.resolve()})")
     return file
-
-
-def _no_weights(path, single):
-    if not path.is_dir():
-        return f"{path}: no such folder"
-    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        return f"{path}: only pickled weights here, which are never read; convert to safetensors"
-    return (f"{path}: no {single} here, so no weights; to train an untrained model of this"
-            " architecture give train.py --init random")
 
 
 @contextmanager
@@ -148,62 +135,52 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
     One file `<stem>.safetensors`; if that would pass `max_shard_bytes`, several
     `<stem>-00001-of-0000N.safetensors` with an index, as transformers has them. Holds one shard
     in memory at a time. Files of an earlier save under this stem are replaced. `metadata` (text to
-    text) goes into every file's header. Where there are several ranks all must call it, since the
-    iterator may gather; rank 0 writes, and if it cannot, all raise. The same tensors give the same
-    bytes.
+    text) goes into every file's header. The same tensors give the same bytes. Collective, since
+    the iterator may gather; rank 0 writes, and if it cannot, all raise.
     """
     tensors = iter(tensors)
 
     def write():
         try:
             if is_main():
-                _write(tensors, Path(path), metadata or {}, max_shard_bytes, stem)
-        except Exception:
-            _exhaust(tensors)  # the other ranks go on gathering: keep step with them
-            raise
-        _exhaust(tensors)
+                with writing(path):
+                    _write(tensors, Path(path), metadata or {}, max_shard_bytes, stem)
+        finally:
+            for _ in tensors:  # the other ranks go on gathering: keep step with them
+                pass
 
     on_all_ranks(write)
 
 
-def _exhaust(tensors):
-    for _ in tensors:
-        pass
-
-
 def _write(tensors, path, metadata, max_shard_bytes, stem):
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     parts, weight_map, total = [], {}, 0
     for shard in _grouped(tensors, max_shard_bytes):
         part = path / f"{stem}.part{len(parts)}.safetensors"
-        with writing(part):
-            part.touch()
-            mode = part.stat().st_mode  # safetensors would leave it readable by its owner only
-            try:
-                save_file(shard, part, {"format": "pt", **metadata})
-            except SafetensorError as error:
-                raise UserError(f"{part}: cannot be written: {error}") from error
-            part.chmod(mode)
-            _sort_metadata(part)
-        parts.append(part)
-        weight_map |= dict.fromkeys(shard, len(parts))
+        part.touch()
+        mode = part.stat().st_mode  # safetensors would leave it readable by its owner only
+        try:
+            save_file(shard, part, {"format": "pt", **metadata})
+        except SafetensorError as error:
+            raise UserError(f"{part}: cannot be written: {error}") from error
+        part.chmod(mode)
+        _sort_metadata(part)
+        parts.append((part, list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
         del shard  # before the next one is gathered
 
     index = path / f"{stem}.safetensors.index.json"
-    names = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    with writing(path):
-        for old in (index, path / f"{stem}.safetensors", *path.glob(f"{stem}-*-of-*.safetensors")):
-            old.unlink(missing_ok=True)
-        if len(parts) == 1:
-            parts[0].rename(path / f"{stem}.safetensors")
-            return
-        for part, name in zip(parts, names):
-            part.rename(path / name)
-        weight_map = {name: names[number - 1] for name, number in sorted(weight_map.items())}
-        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    for old in (index, path / f"{stem}.safetensors", *path.glob(f"{stem}-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
+    if len(parts) == 1:
+        part.rename(path / f"{stem}.safetensors")
+        return
+    for number, (part, names) in enumerate(parts, 1):
+        file = f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
+        part.rename(path / file)
+        weight_map |= dict.fromkeys(names, file)
+    contents = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 def _sort_metadata(file):
@@ -213,8 +190,6 @@ def _sort_metadata(file):
         header = json.loads(opened.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > size:
-            raise ValueError(f"{file}: its header is not as it was expected")
         opened.seek(8)
         opened.write(text.ljust(size))
 
@@ -232,10 +207,3 @@ def _grouped(tensors, max_bytes):
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
-
-
-def listing(names):
-    """The first three of some names, and how many more there are, for an error message."""
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

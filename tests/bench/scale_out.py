@@ -28,7 +28,7 @@ from report import adamw, conditions, show_conditions, table, write
 from scale_model import MACHINES, Machine, groups_of, simulate
 
 from common import hub, predict, weights
-from common.ranks import barrier, is_main, shard, start_ranks, stop_ranks
+from common.ranks import any_rank, is_main, shard, start_ranks, stop_ranks
 
 
 # --- predictions ---
@@ -101,7 +101,7 @@ def measure(layers, tokens, steps, ranks, sharded):
     ids = torch.randint(0, 2048, (tokens // 128, 128))
     pack = packing.packed_sequence_collate_fn([(row, row) for row in ids])
     for _ in range(2 + steps):
-        barrier()
+        any_rank(False)  # wait
         started = time.perf_counter()
         (model(**pack) / tokens).backward()
         middle = time.perf_counter()

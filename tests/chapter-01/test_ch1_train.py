@@ -54,7 +54,7 @@ def test_incidents_1_and_2_accumulated_packs_equal_one_large_pack(tmp_path, dtyp
     assert lengths[0] + lengths[1] > lengths[-1]  # so each is a pack of its own below
     one = trained(tmp_path, "one", *common, "--batch-tokens", str(sum(lengths)))
     four = trained(tmp_path, "four", *common, "--batch-tokens", str(lengths[-1]),
-                    "--grad-accum", "4")
+                   "--grad-accum", "4")
     (a,), (b,) = metrics(one), metrics(four)
     assert a["tokens"] == b["tokens"] == sum(lengths)
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
@@ -81,7 +81,7 @@ def test_the_embedded_model_on_other_data_starts_pretrained_at_its_own_learning_
     options = options_for(["--model", "tiny", "--data", "my.jsonl", "--device", "cpu"])
     assert (options.init, options.steps, options.epochs) == ("pretrained", None, 1)
     assert (options.lr, options.dtype) == (train.TINY["lr"], "float32")
-    with pytest.raises(UserError, match=r"--dtype floaty is none of .*did you mean float32"):
+    with pytest.raises(UserError, match=r"--dtype: floaty is none of .*did you mean float32"):
         options_for(["--dtype", "floaty"])
 
 

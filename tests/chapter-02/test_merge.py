@@ -13,7 +13,7 @@ from common import weights
 from common.adapters import merging, peft
 from common.data.chat import Chat
 from common.errors import UserError
-from common.files import checkpoint
+from common.files.manifest import verify
 
 script = load("chapter-02/merge.py")
 generate = load("chapter-02/generate.py")
@@ -129,7 +129,7 @@ def test_the_folder_stands_alone(tmp_path):
         assert (merged / name).read_bytes() == (base / name).read_bytes()
     stops = json.loads((merged / "generation_config.json").read_text())["eos_token_id"]
     assert stops == [folders.END_OF_TEXT, folders.IM_END]  # the second is the template's
-    manifest = checkpoint.verify(merged)
+    manifest = verify(merged)
     assert "model.safetensors" in manifest["files"] and "merged_from" in manifest["extra"]
     names = [set(load_file(folder / "model.safetensors")) for folder in (merged, base)]
     assert names[0] == names[1]

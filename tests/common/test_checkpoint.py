@@ -1,5 +1,6 @@
 """Commits that are killed, fail or run out of space; damaged folders; latest, prune, new runs."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import runpy
 import shutil
 import sys
+import time
 import warnings
 
 import pytest
@@ -16,15 +18,17 @@ from faults import KILLED, broken_disk, damaged, disk_full, end_process, forked,
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from common.files import checkpoint, commit, manifest
-from common.files.checkpoint import CheckpointError, step_folder, verify
+from common.files import checkpoint, manifest
+from common.files.checkpoint import step_folder
+from common.files.commit import commit
+from common.files.manifest import CheckpointError, MARK, seal, verify
 from common.files.tensors import save_tensors
 
 
 def writer(value):
     """A `write` for `commit`: three files that say `value`."""
     def write(folder):
-        save_tensors({"a": torch.full((300,), float(value))}.items(), folder, checkpoint.MARK)
+        save_tensors({"a": torch.full((300,), float(value))}.items(), folder, MARK)
         (folder / "state.json").write_text(json.dumps({"value": value}))
         with open(folder / "chat_template.jinja", "w") as file:
             file.write("template\n" * 20)
@@ -32,7 +36,7 @@ def writer(value):
 
 
 def save(folder, value):
-    checkpoint.commit(folder, writer(value), {"step": value})
+    commit(folder, writer(value), {"step": value})
 
 
 def value_of(folder):
@@ -80,12 +84,9 @@ def test_files_are_flushed_before_the_manifest_and_the_rename_and_the_parent_aft
         "-> manifest.json", "step-000001.tmp", "-> step-000001", tmp_path.name]
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_row_18_a_fault_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch, exchange):
+def test_row_18_a_fault_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     """Kill, full or broken disk at each write, flush, rename ...: the old one or the new one."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # counted, but not waited for
-    if not exchange:
-        monkeypatch.setattr(commit, "_exchange", lambda first, second: False)
     pristine, run = tmp_path / "pristine", tmp_path / "run"
     for step in (1, 2):
         save(step_folder(pristine, step), step)
@@ -114,7 +115,7 @@ def test_row_18_a_fault_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypa
         assert value_of(step_folder(run, 3)) == 3 and value_of(run / "final") == 2, where
         assert leftovers(run) == [] and not step_folder(run, 1).exists(), where
 
-    faults = (end_process, disk_full, broken_disk) if exchange else (end_process, broken_disk)
+    faults = (end_process, disk_full, broken_disk)
     assert sweep(prepare, action, check, faults) > 40 * len(faults)
 
 
@@ -146,7 +147,7 @@ def test_row_19_disk_full_at_any_size_leaves_the_old_checkpoint(tmp_path):
     for limit in limits:
         def action():
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            checkpoint.commit(step_folder(run, 2), writer(2), bytes_needed=3_000_000)
+            commit(step_folder(run, 2), writer(2), bytes_needed=3_000_000)
 
         # The text of the error itself goes into a file: the limit holds for that as well.
         code, _ = forked(lambda: _expect_full(action))
@@ -162,9 +163,9 @@ def _expect_full(action):
 
 def test_space_is_checked_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match=r"1024.0 TiB needed, .* free"):
-        checkpoint.commit(tmp_path / "final", writer(1), bytes_needed=2**50)
+        commit(tmp_path / "final", writer(1), bytes_needed=2**50)
     assert list(tmp_path.iterdir()) == []
-    checkpoint.check_space(tmp_path / "not" / "yet" / "there", 1)
+    commit(tmp_path / "not" / "yet" / "there", writer(1), bytes_needed=1)
 
 
 def test_what_is_not_ours_is_never_deleted(tmp_path):
@@ -189,6 +190,7 @@ def test_what_is_not_ours_is_never_deleted(tmp_path):
 def test_half_written_leftovers_are_cleaned_loudly(tmp_path, capfd):
     (tmp_path / "step-000005.tmp").mkdir()
     (tmp_path / "step-000005.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "step-000005.tmp" / "manifest.json").touch()
     save(step_folder(tmp_path, 6), 6)
     assert "step-000005.tmp: half-written" in capfd.readouterr().err
     assert leftovers(tmp_path) == []
@@ -199,9 +201,9 @@ def test_an_error_inside_write_passes_through_and_leaves_nothing(tmp_path):
         (folder / "half").write_text("x")
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError):
-        checkpoint.commit(tmp_path / "final", write)
-    with pytest.raises(ValueError, match="plain files"):
-        checkpoint.commit(tmp_path / "final", lambda folder: (folder / "inner").mkdir())
+        commit(tmp_path / "final", write)
+    with pytest.raises(UserError, match="Is a directory"):
+        commit(tmp_path / "final", lambda folder: (folder / "inner").mkdir())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,7 +285,7 @@ def test_seal_after_an_edit_by_hand_keeps_what_the_manifest_said(tmp_path):
     save(folder, 1)
     (folder / "state.json").write_text('{"value": 1 }')
     code, text = command("verify", folder)
-    assert code == 2 and text.startswith("error: ") and "state.json: has" in text, text
+    assert code == 2 and text.startswith("error: ") and "state.json: its content" in text, text
     assert "python -m common.files.checkpoint seal" in text and text.count("\n") == 1
     assert command("seal", folder) == (0, f"{folder}: 3 files sealed\n")
     assert value_of(folder) == 1
@@ -291,7 +293,7 @@ def test_seal_after_an_edit_by_hand_keeps_what_the_manifest_said(tmp_path):
     assert command("seal", folder / "nothing")[0] == 2
     (folder / "model.safetensors").write_bytes(b"\x08\0\0\0")
     with pytest.raises(UserError, match="not a whole safetensors"):
-        checkpoint.seal(folder)
+        seal(folder)
 
 
 # --- latest and prune ---
@@ -313,8 +315,6 @@ def test_latest_skips_damaged_ones_loudly(tmp_path, capfd):
 
 def test_latest_of_nothing(tmp_path):
     assert checkpoint.latest(tmp_path) is None
-    with pytest.raises(UserError, match="not a run folder"):
-        checkpoint.latest(tmp_path / "nothing")
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
@@ -333,18 +333,23 @@ def test_prune_never_deletes_the_only_whole_one(tmp_path, forget):
     for step in (3, 4):
         (step_folder(tmp_path, step) / "state.json").write_text('{"value": 0}')
     if forget:
-        commit._hashed.clear()
+        manifest._known.clear()
     checkpoint.prune(tmp_path, keep=1)
     assert steps(tmp_path) == [2, 3, 4]
     assert checkpoint.latest(tmp_path) == step_folder(tmp_path, 2)
 
 
 def test_prune_does_not_read_again_what_nobody_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + 5)
     for step in range(1, 4):
         save(step_folder(tmp_path, step), step)
-    monkeypatch.setattr(manifest, "fingerprint", None)
+    real = hashlib.sha256  # of a manifest's own text, not of a file
+    monkeypatch.setattr(hashlib, "sha256", lambda *text: real(*text) if text else pytest.fail())
     checkpoint.prune(tmp_path, keep=2)
     assert steps(tmp_path) == [2, 3]
+    (step_folder(tmp_path, 3) / "state.json").write_text('{"value": 3}')
+    with pytest.raises(pytest.fail.Exception):
+        checkpoint.latest(tmp_path)
 
 
 # --- run folders ---

@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 
 from common.errors import UserError, out_of_memory
-from common.guard import LossSpikes, NonFinite, Signals, out_of_memory_advice
+from common.guard import LossSpikes, NonFinite, Signals, memory_advice
 
 
 def send(name):
@@ -49,7 +49,7 @@ def test_handlers_come_back_after_an_error():
 
 def test_torchrun_sends_every_ctrl_c_twice(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with Signals(quiet=True) as signals:
+    with Signals() as signals:
         send("SIGINT")
         send("SIGINT")  # the launcher's echo
         assert signals.requested == "SIGINT"
@@ -62,7 +62,7 @@ def test_signals_in_the_middle_of_printing(tmp_path):
     """A thousand signals at a process that prints all the time: no reentrant call, no loss."""
     script = """
 from common.guard import Signals
-with Signals(quiet=True) as signals:
+with Signals() as signals:
     print("ready", flush=True)
     lines = 0
     while signals.requested is None or lines < 20000:
@@ -146,6 +146,12 @@ OOM = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
        " which 1.2 GiB is free. Including non-PyTorch memory ...")
 
 
+def advice(error, options, predicted):
+    with pytest.raises(UserError) as caught, memory_advice(options, predicted):
+        raise error
+    return str(caught.value)
+
+
 def options(batch_tokens=16384, grad_accum=2, max_seq_len=2048):
     return types.SimpleNamespace(
         batch_tokens=batch_tokens, grad_accum=grad_accum, max_seq_len=max_seq_len)
@@ -166,7 +172,7 @@ def test_whatever_says_that_memory_is_out(error, is_it):
 
 
 def test_advice_keeps_the_tokens_of_a_step():
-    text = out_of_memory_advice(torch.OutOfMemoryError(OOM), options(), {
+    text = advice(torch.OutOfMemoryError(OOM), options(), {
         "weights": 2 * 2**30, "activations": 60 * 2**30, "logits": 9 * 2**30, "gradients": 0})
     assert "--batch-tokens 8192 --grad-accum 4" in text and "\n" not in text
     assert "71.0 GiB (activations 60.0 GiB, logits 9.0 GiB, weights 2.0 GiB)" in text
@@ -174,7 +180,7 @@ def test_advice_keeps_the_tokens_of_a_step():
 
 
 def test_advice_says_when_documents_will_be_cut_or_nothing_smaller_is_left():
-    assert "documents over 1024 tokens" in out_of_memory_advice(
-        MemoryError(), options(2048, 1), 5 * 2**30)
-    text = out_of_memory_advice(MemoryError(), options(200, 1))
+    assert "documents over 1024 tokens" in advice(
+        MemoryError(), options(2048, 1), {"weights": 5 * 2**30})
+    text = advice(MemoryError(), options(200, 1), {"weights": 5 * 2**30})
     assert "out of memory: MemoryError" in text and "--quantize nf4" in text

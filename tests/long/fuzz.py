@@ -32,7 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from fuzz_readers import TARGETS
 
-from common.errors import UserError, show_any_text
+from common.errors import UserError
 
 SECONDS, MEMORY = 5.0, 2**30
 CHUNK = 1000  # inputs to a process
@@ -204,7 +204,8 @@ def _work(target, place, indices, seed, progress, report):
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
     torch.set_num_threads(1)  # those of the process that forked are not here
-    show_any_text()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     names = target.prepare(place)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for index in indices:

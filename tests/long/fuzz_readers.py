@@ -18,6 +18,9 @@ from common.data import cache, datasets, encode
 from common.data.chat import Chat
 from common.errors import UserError, located
 from common.files import checkpoint, manifest, state
+from common.files.commit import commit
+from common.files.config import write_config
+from common.files.manifest import seal, verify
 from common.options import TrainOptions, parse, save_options
 
 CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
@@ -140,7 +143,7 @@ def read_configs(folder, names):
             with torch.device("meta"):
                 kind(config)
         (place / "out").mkdir(exist_ok=True)
-        weights.write_config(values, place / "out", torch.float32)
+        write_config(values, place / "out", torch.float32)
         weights.read_config(place / "out")
 
     each(*(lambda place=place, kinds=kinds: read(place, *kinds)
@@ -253,7 +256,7 @@ def prepare_run(folder):
     optimizer.step()
     values = {"step": 2, "next_pack": 2, "tokens": 9, "best_loss": 1.5, "best_step": 2}
     for step in (2, 4):
-        checkpoint.commit(checkpoint.step_folder(folder, step), lambda tmp: state.save_state(
+        commit(checkpoint.step_folder(folder, step), lambda tmp: state.save_state(
             tmp, model, optimizer, values), {"step": step})
     options = parse(TrainOptions, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL,
                             ["--model", "tiny", "--data", "tiny", "--device", "cpu"])
@@ -289,8 +292,8 @@ def read_manifest(folder, names):
     checkpoint.latest(folder)
     for place in folders(folder, names):
         manifest.read_manifest(place)
-        manifest.claims(place)
-    each(*(lambda place=place: checkpoint.verify(place) for place in folders(folder, names)))
+        manifest.is_ours(place)
+    each(*(lambda place=place: verify(place) for place in folders(folder, names)))
 
 
 def prepare_state(folder):
@@ -305,7 +308,7 @@ def read_state(folder, names):
     whole = (step / "manifest.json").read_bytes()
     model = model_of()
     try:
-        checkpoint.seal(step)
+        seal(step)
         newest = checkpoint.latest(folder)
         if newest is not None:
             state.load_state(newest, model, torch.optim.AdamW(model.parameters()))
