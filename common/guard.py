@@ -11,7 +11,7 @@ import signal
 import time
 
 from common.errors import UserError
-from common.metrics import readable_bytes
+from common.memory import readable_bytes
 from common.ranks import is_main
 
 

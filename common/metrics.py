@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from common.errors import UserError, writing
+from common.memory import readable_bytes
 from common.ranks import is_main
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
@@ -116,17 +117,6 @@ class Metrics:
         done = step - self.first[0]
         pace = (now - self.first[1]) / done if done > 0 else step_seconds
         return pace * (self.total_steps - step)
-
-
-def readable_bytes(count):
-    """1536 -> "1.5 KiB"; None -> "-"."""
-    if count is None:
-        return "-"
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def readable_time(seconds):

@@ -139,6 +139,11 @@ def full_tensor(tensor):
         return tensor.full_tensor()
 
 
+def own_rows(tensor):
+    """The rows of a parameter or gradient that this rank holds: all, if it is not sharded."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 @torch.no_grad()
 def copy_into(parameter, tensor):
     """Copy a whole `tensor` into a parameter, which may be sharded: each rank takes its own rows.

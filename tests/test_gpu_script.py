@@ -128,12 +128,13 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 def test_a_wrong_gradient_is_seen(monkeypatch):
     """The checks compare with documents alone: a pack whose documents see one another fails."""
     checks = load("tests/bench/gpu_checks.py")
-    real = checks.modeling.varlen_attention
+    attention = checks.modeling.Attention
+    real = attention.attend
 
     def one_document(q, k, v, cu_seqlens, max_seqlen):
         return real(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q))
 
-    monkeypatch.setattr(checks.modeling, "varlen_attention", one_document)
+    monkeypatch.setattr(attention, "attend", staticmethod(one_document))
     (_, error, limit), *_ = checks.models(torch.device("cpu"), torch.float32)
     # Alone, documents are packs of one, which this leaves right.
     assert error > 10 * limit

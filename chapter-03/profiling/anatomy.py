@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from buckets import region
 from ceilings import wait
 from common.errors import UserError
-from common.metrics import readable_bytes
+from common.memory import readable_bytes
 from nf4 import NF4Linear
 
 CATEGORIES = ("weights", "quantised base", "optimizer", "gradients", "activations",

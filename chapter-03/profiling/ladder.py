@@ -32,7 +32,7 @@ from common import hub, predict, weights
 from common.data import encode
 from common.errors import UserError, run_main
 from common.files.json_files import read_json
-from common.metrics import readable_bytes
+from common.memory import readable_bytes
 from common.options import choose_device, option, read_flags
 from compiling import compile_model
 from lora import AdapterConfig, optimizer_groups

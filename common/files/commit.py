@@ -20,7 +20,7 @@ import torch
 
 from common.errors import UserError
 from common.files import manifest
-from common.metrics import readable_bytes
+from common.memory import readable_bytes
 from common.ranks import is_main, on_all_ranks, world_size
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)

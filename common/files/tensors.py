@@ -16,6 +16,7 @@ from common.files.json_files import read_json
 from common.ranks import is_main, on_all_ranks
 
 HEAD = "lm_head.weight"
+LOADABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 # --- in ---
@@ -214,6 +215,26 @@ def _grouped(tensors, max_bytes):
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
+
+
+def tensor_problems(headers, wanted, loadable=LOADABLE):
+    """What of a checkpoint does not fit a model: "" if all does, else up to four problems.
+
+    `headers` is {name: (shape, dtype, file)} as `tensor_headers` gives it, `wanted` {name: shape},
+    `loadable` the dtypes that can be taken.
+    """
+    problems = []
+    for how, names in (("missing", wanted.keys() - headers.keys()),
+                       ("unexpected", headers.keys() - wanted.keys())):
+        problems += [f"{how} {listing(names)}"] if names else []
+    for name in sorted(wanted.keys() & headers.keys()):
+        shape, dtype, _ = headers[name]
+        if tuple(shape) != tuple(wanted[name]):
+            problems.append(f"{name} has shape {tuple(shape)}, the model {tuple(wanted[name])}")
+        elif dtype not in loadable:
+            problems.append(f"{name} is {dtype}: a quantised checkpoint is not loaded here")
+    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+    return "; ".join(problems[:4]) + more
 
 
 def listing(names):

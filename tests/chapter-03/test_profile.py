@@ -10,11 +10,11 @@ import pytest
 import torch
 from ch3_models import build, pack_of
 from helpers import ROOT, load, run_script
+from live_memory import LivePeak
 from torch.autograd import DeviceType
 
 from common import predict
 from common.errors import UserError
-from common.memory import LivePeak
 
 buckets = load("chapter-03/profiling/buckets.py")
 operators = load("chapter-03/profiling/operators.py")

@@ -11,7 +11,8 @@ from faults import Faults, disk_full, end_process, forked
 
 from common import metrics
 from common.errors import UserError
-from common.metrics import FIELDS, Metrics, readable_bytes, readable_time
+from common.memory import readable_bytes
+from common.metrics import FIELDS, Metrics, readable_time
 
 
 def lines(run):
