@@ -18,7 +18,7 @@ def load(relative_path):
     names are removed from `sys.modules` afterwards, for the next chapter.
     """
     path = ROOT / relative_path
-    folder = ROOT / Path(relative_path).parts[0]
+    folder = next((f for f in path.parents if f.name.startswith("chapter-")), path.parent)
     siblings = [file.stem for file in folder.rglob("*.py")]
     cache = _loaded.setdefault(folder, {})
     outside = {name: sys.modules.pop(name) for name in siblings if name in sys.modules}

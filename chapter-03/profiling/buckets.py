@@ -30,24 +30,22 @@ def region(name):
         open_regions.pop()
 
 
-@contextlib.contextmanager
-def named_parts(model):
-    """While this is open, the model's forward opens the region "forward", and its head "loss"."""
-    part = contextlib.ExitStack()
-
-    def begin(name):
-        part.close()
-        part.enter_context(region(name))
-
-    hooks = [model.model.register_forward_pre_hook(lambda *_: begin("forward")),
-             model.model.register_forward_hook(lambda *_: begin("loss")),
-             model.register_forward_hook(lambda *_: part.close())]
+def loss_of(model, pack, finish=None):
+    """The model's loss of a pack, or `finish(logits, labels)`, in a region "loss"; what comes before
+    the head is in one of its own, "forward"."""
+    inputs, forward = dict(pack), contextlib.ExitStack()
+    begin = model.model.register_forward_pre_hook(
+        lambda *_: forward.enter_context(region("forward")))
+    end = model.model.register_forward_hook(lambda *_: forward.close(), always_call=True)
     try:
-        yield
+        with region("loss"):
+            if finish is None:
+                return model(**inputs)
+            labels = inputs.pop("labels")
+            return finish(model(**inputs), labels)
     finally:
-        part.close()
-        for hook in hooks:
-            hook.remove()
+        begin.remove()
+        end.remove()
 
 
 def bucket(names, kernels=False):
@@ -59,7 +57,8 @@ def bucket(names, kernels=False):
     operators, where the device has nothing to do; but not if it has started `kernels` itself, as
     what a compiler made for a GPU does.
     """
-    if any(name == "optimizer" or name.startswith("Optimizer.") for name in names):
+    part = next((name for name in names if name in ("forward", "loss", "optimizer")), None)
+    if part == "optimizer" or any(name.startswith("Optimizer.") for name in names):
         return "optimizer"
     operator = "::" in names[0] and not names[0].startswith(("autograd::", "torch::autograd"))
     if not (operator or kernels or names[0].startswith("## Call CompiledFxGraph")):
@@ -68,7 +67,7 @@ def bucket(names, kernels=False):
         return "attention"
     if re.fullmatch(r"(aten|bareloop)::(mm|addmm_?|bmm|baddbmm_?)", names[0]):
         return "matrix products"
-    if any(name == "loss" or re.search("CrossEntropy|LogSoftmax|NllLoss", name) for name in names):
+    if part == "loss" or any(re.search("CrossEntropy|LogSoftmax|NllLoss", name) for name in names):
         return "loss"
     return "element-wise"
 
@@ -83,13 +82,13 @@ def measure(step, device, trace=None, repeats=3):
     that it calls; on CUDA it is that of its kernels, and idle is what is left of the step.
     """
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    runs = []
+    measured = []
     for _ in range(repeats + 1):
         with profile(activities=kinds) as profiler, region("step"):
             step()
             wait(device)
-        runs.append((sum_up(profiler.events(), device), profiler))
-    times, profiler = sorted(runs[1:], key=lambda run: sum(run[0].values()))[repeats // 2]
+        measured.append((sum_up(profiler.events(), device), profiler))
+    times, profiler = sorted(measured[1:], key=lambda one: sum(one[0].values()))[repeats // 2]
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     return times
@@ -126,7 +125,6 @@ def table(predicted, measured):
     """Both side by side, as lines of text; all in milliseconds."""
     rows = [(name, *predicted[name], measured[name]) for name in BUCKETS]
     rows.append(("step", *(sum(column) for column in list(zip(*rows))[1:])))
-    lines = [f"{'milliseconds':<18}{'roofline':>12}{'alone':>12}{'measured':>12}{'rest':>12}"]
-    lines += [f"{name:<18}{1e3 * roofline:>12.1f}{1e3 * alone:>12.1f}{1e3 * seconds:>12.1f}"
-              f"{1e3 * (seconds - alone):>+12.1f}" for name, roofline, alone, seconds in rows]
-    return lines
+    return [f"{'milliseconds':<18}{'roofline':>12}{'alone':>12}{'measured':>12}{'rest':>12}"] + [
+        f"{name:<18}{1e3 * roofline:>12.1f}{1e3 * alone:>12.1f}{1e3 * seconds:>12.1f}"
+        f"{1e3 * (seconds - alone):>+12.1f}" for name, roofline, alone, seconds in rows]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-def duration(function, device, prepare=None, repeats=5):
+def duration(function, device, prepare=lambda: None, repeats=5):
     """Seconds of a call: the median of a few, after one that does not count.
 
     `prepare` runs before each, outside the time. On CUDA each is ten calls in a row, so that the
@@ -26,8 +26,7 @@ def duration(function, device, prepare=None, repeats=5):
     """
     calls, times = 10 if device.type == "cuda" else 1, []
     for _ in range(repeats + 1):
-        if prepare is not None:
-            prepare()
+        prepare()
         wait(device)
         started = time.perf_counter()
         for _ in range(calls):
@@ -94,6 +93,9 @@ def attention(function, device, dtype, lengths, heads, kv_heads, head_dim):
     return duration(forward, device), backward
 
 
+larger_than_caches = functools.cache(lambda: torch.ones(2**24))
+
+
 class Layout(NamedTuple):
     """What matters of a tensor for the time of an operator on it."""
 
@@ -101,6 +103,13 @@ class Layout(NamedTuple):
     stride: tuple
     dtype: torch.dtype
     cached: bool  # whether an operator just before has touched it
+
+    def tensor(self, device):
+        """One like it, of random numbers, or of zeros where integers are wanted."""
+        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride))
+        numbers = torch.rand if self.dtype.is_floating_point else torch.zeros
+        flat = numbers(size * (0 not in self.shape), device=device).to(self.dtype)
+        return flat.as_strided(self.shape, self.stride)
 
 
 def call(function, args, kwargs, cached):
@@ -117,8 +126,8 @@ def call(function, args, kwargs, cached):
 @functools.cache
 @torch.no_grad()
 def alone(device, function, leaves, tree):
-    """Seconds of a `call` on random numbers, and on zeros where it wants integers."""
-    made = [_tensor(leaf, device) if isinstance(leaf, Layout) else leaf for leaf in leaves]
+    """Seconds of a `call`."""
+    made = [leaf.tensor(device) if isinstance(leaf, Layout) else leaf for leaf in leaves]
     args, kwargs = tree_unflatten(made, tree)
     mutable = function._schema.is_mutable
     original = args[0].clone() if mutable else None
@@ -127,21 +136,9 @@ def alone(device, function, leaves, tree):
         if mutable:  # or e to the power of e to the power of e ... is soon not a number
             args[0].copy_(original)
         if device.type == "cpu":
-            _larger_than_caches().add_(1)
+            larger_than_caches().add_(1)
             for layout, tensor in zip(leaves, made):
                 if isinstance(layout, Layout) and layout.cached:
                     tensor.clone()
 
     return duration(lambda: function(*args, **kwargs), device, prepare)
-
-
-def _tensor(layout, device):
-    size = 1 + sum((n - 1) * stride for n, stride in zip(layout.shape, layout.stride))
-    numbers = torch.rand if layout.dtype.is_floating_point else torch.zeros
-    flat = numbers(size * (0 not in layout.shape), device=device).to(layout.dtype)
-    return flat.as_strided(layout.shape, layout.stride)
-
-
-@functools.cache
-def _larger_than_caches():
-    return torch.ones(2**24)

@@ -209,9 +209,9 @@ def test_a_cast_moves_the_bias_and_not_the_scales(double):
     assert {buffer.device.type for buffer in model.to("meta").buffers()} == {"meta"}
 
 
-def test_from_linear_and_its_face():
+def test_a_layer_takes_the_place_of_a_linear_one():
     linear = nn.Linear(64, 48)
-    quantised = nf4.NF4Linear.from_linear(linear, double_quant=True)
+    quantised = nf4.NF4Linear(nf4.quantize_nf4(linear.weight, True), linear.bias)
     assert (quantised.in_features, quantised.out_features) == (64, 48)
     assert quantised.weight.shape == (48, 64) and torch.equal(quantised.bias, linear.bias)
     assert not any(parameter.requires_grad for parameter in quantised.parameters())
