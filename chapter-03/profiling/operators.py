@@ -6,9 +6,9 @@ the device can do (ceilings.py) that is seconds, bucket by bucket (buckets.py), 
 """
 
 import collections
+import itertools
 import re
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,15 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ceilings
-import modeling_llama
 from attention import block_attention
-from buckets import BUCKETS, bucket, named_parts, open_regions, region
+from buckets import BUCKETS, bucket, loss_of, open_regions, region
 from loss import softmax_at_once_
 
-# AdamW's bytes for each trained parameter. "fused" reads p, g, m, v and writes p, m, v. "plain" is
-# one operator after another, in bytes: p - lr·wd·p 8, m + (1-β₁)(g-m) 12, β₂v 8, + (1-β₂)g² 12,
-# √ 8, / 8, + ε 8, p - lr·m/… 16. Clipping reads g for its norm, then reads and writes it.
-ADAMW_BYTES = {"fused": 28, "plain": 80}
+# AdamW's bytes for each trained parameter. Fused it reads p, g, m, v and writes p, m, v. Otherwise it
+# is one operator after another: p - lr·wd·p 8 bytes, m + (1-β₁)(g-m) 12, β₂v 8, + (1-β₂)g² 12, √ 8,
+# / 8, + ε 8, p - lr·m/… 16. Clipping reads g for its norm, then reads and writes it.
+ADAMW_BYTES = {True: 28, False: 80}  # whether it is fused
 CLIP_BYTES = 12
 
 
@@ -87,35 +86,43 @@ def _op(name, kind, call, inputs, outputs):
     return Op(name, kind, call, flops, reads, writes)
 
 
+def set_attention(model, function):
+    """Have all layers of the model attend by `function`; gives the one they had."""
+    attentions = [layer.self_attn for layer in model.model.layers]
+    before = attentions[0].attend
+    for attention in attentions:
+        attention.attend = function
+    return before
+
+
 def record(model, pack, finish=None, compiled=False):
     """The `Op`s of one forward and backward of `pack`, without computing anything; where the model
     is to be `compiled`, as `fused` has them.
 
     `finish(logits, labels)` gives the loss if the model shall not. Attention is two operators a
-    layer, one each way. Call it before `compile_model`.
+    layer, one each way, whichever the device has. Call it before `compile_model`.
     """
-    def attention(q, k, v, cu_seqlens, max_seqlen):
-        return block_attention(q, k, v, cu_seqlens)  # whichever the device has: it is one operator
-
     def forward_and_backward():  # both while the tensors are exchanged: checkpointing looks twice
-        labels = inputs["labels"] if finish is None else inputs.pop("labels")
-        total = model(**inputs) if finish is None else finish(model(**inputs), labels)
+        total = loss_of(model, inputs, finish)
         with region("backward"):
-            (total / len(labels)).backward()
+            (total / len(inputs["labels"])).backward()
 
     whole = torch.nn.Module()
     whole.model, whole.forward = model, forward_and_backward
     compile_loss = compiled and pack["labels"].device.type == "cuda"
     model.softmax = softmax_at_once_ if compile_loss else None
-    exchanged = mock.patch.object(modeling_llama, "varlen_attention", attention)
-    with FakeTensorMode() as mode, exchanged, named_parts(model), _Recorder() as recorder:
-        fake = {name: mode.from_tensor(tensor)
-                for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
-        inputs = {name: mode.from_tensor(value) if torch.is_tensor(value) else value
-                  for name, value in pack.items()}
-        recorder.ops.clear()
-        torch.func.functional_call(whole, fake, ())
-    model.softmax = None
+    attention = set_attention(model, lambda q, k, v, ends, longest: block_attention(q, k, v, ends))
+    try:
+        with FakeTensorMode() as mode, _Recorder() as recorder:
+            fake = {name: mode.from_tensor(tensor)
+                    for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
+            inputs = {name: mode.from_tensor(value) if torch.is_tensor(value) else value
+                      for name, value in pack.items()}
+            recorder.ops.clear()
+            torch.func.functional_call(whole, fake, ())
+    finally:
+        model.softmax = None
+        set_attention(model, attention)
     kinds = ("element-wise", "loss") if compile_loss else ("element-wise",)
     return fused(recorder.ops, kinds) if compiled else recorder.ops
 
@@ -125,34 +132,36 @@ def fused(ops, kinds=("element-wise",)):
     kernel, as a compiler makes it: what comes from outside is read once, what is used later
     written."""
     last_use = {storage: i for i, op in enumerate(ops) for storage in op.reads}
-    result, reads, made, kind = [], {}, {}, None
-    for i, op in enumerate([*ops, None]):
-        if made and (op is None or op.bucket != kind):
-            writes = {s: size for s, size in made.items() if op is None or last_use.get(s, 0) >= i}
-            result.append(Op("fused", kind, None, 0, reads, writes))
-            reads, made = {}, {}
-        if op is not None and op.bucket in kinds:
-            kind = op.bucket
+    result, end = [], 0
+    for kind, group in itertools.groupby(ops, key=lambda op: op.bucket):
+        group = list(group)
+        end += len(group)
+        if kind not in kinds:
+            result += group
+            continue
+        reads, made = {}, {}
+        for op in group:
             reads.update({s: size for s, size in op.reads.items() if s not in made})
             made.update(op.writes)
-        elif op is not None:
-            result.append(op)
+        writes = {s: size for s, size in made.items()
+                  if end == len(ops) or last_use.get(s, 0) >= end}
+        result.append(Op("fused", kind, None, 0, reads, writes))
     return result
 
 
-def predict(model, pack, ops, device, optimizer="fused", attention=None):
+def predict(model, pack, ops, device, fused_optimizer=True):
     """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run.
 
     The first number is FLOPs and bytes over the two large ceilings; the second adds up what every
     operator takes alone on its own shapes, and the cost of calling it. `ops` are those of
-    `record`, or `fused` of them; `attention` is the model's function for it, if not its own.
+    `record`, or `fused` of them.
     """
     config, dtype = model.config, model.compute_dtype
     lengths = tuple(length for length in pack["cu_seqlens"].diff().tolist() if length)
     width = config.num_attention_heads * config.head_dim
     pairs = sum(length * length for length in lengths) / 2  # the causal half
     forward, backward = ceilings.attention(
-        attention or modeling_llama.varlen_attention, device, dtype, lengths,
+        model.model.layers[0].self_attn.attend, device, dtype, lengths,
         config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     peak, bandwidth = ceilings.large_product(device, dtype), ceilings.large_copy(device)
     roofline, alone = collections.Counter(), collections.Counter()
@@ -166,7 +175,7 @@ def predict(model, pack, ops, device, optimizer="fused", attention=None):
         roofline[op.bucket] += best
         alone[op.bucket] += ceilings.alone(device, *op.call) if op.call else best
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    roofline["optimizer"] = trained * (ADAMW_BYTES[optimizer] + CLIP_BYTES) / bandwidth
+    roofline["optimizer"] = trained * (ADAMW_BYTES[fused_optimizer] + CLIP_BYTES) / bandwidth
     alone["optimizer"] = roofline["optimizer"]
     calls = len(ops) * ceilings.small_operator(device)
     # A GPU computes while Python calls, and is idle only where Python is the slower of the two.

@@ -1,7 +1,8 @@
 """Predict a training step, measure it, and show both side by side: time and memory.
 
     python chapter-03/profiling/profile_step.py                              the embedded tiny model
-    python chapter-03/profiling/profile_step.py --model chapter-03/mid --init random --data virtual
+    python chapter-03/profiling/profile_step.py --model chapter-03/profiling/mid --init random \
+        --data virtual
     python chapter-03/profiling/profile_step.py --model qwen3-0.6b --init random --data virtual \
         --method full --quantize none --compile
 
@@ -33,7 +34,7 @@ from common.ranks import start_ranks, stop_ranks, world_size
 from lora import AdapterConfig, after_step, before_step, optimizer_groups
 from compiling import compile_model
 from modeling_llama import LlamaConfig
-from packing import IGNORE, PackSampler, StaticShape, packed_sequence_collate_fn
+from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from quantized_model import build, check_base, check_options
 from train import CHAPTER, REAL, TINY, Options, to_device
 
@@ -46,19 +47,24 @@ class ProfileOptions(Options):
                                 "allocation", bool)
 
 
+def model_and_optimizer(options, adapter, source, config, device, fused):
+    """As train.py has them, but that random weights are drawn on the device."""
+    torch.manual_seed(options.seed)
+    model = build(config, options, adapter, device, source, draw_on=device).train()
+    groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
+    return model, torch.optim.AdamW(
+        groups, lr=options.lr, betas=(0.9, 0.95), foreach=False, fused=fused)
+
+
 def step_of(model, optimizer, pack, adapter, clip, finish=None):
     """A function that makes one optimizer step on `pack`, part by part in named regions. The
     loss is the model's own, or `finish(logits, labels)`."""
-    labels = pack["labels"]
-    inputs = pack if finish is None else {n: v for n, v in pack.items() if n != "labels"}
-    targets = max(1, int((labels != IGNORE).sum()))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step():
-        with buckets.named_parts(model):
-            loss = model(**inputs) if finish is None else finish(model(**inputs), labels)
+        loss = buckets.loss_of(model, pack, finish)
         with buckets.region("backward"):
-            (loss / targets).backward()
+            (loss / max(1, len(pack["labelled"]))).backward()
         with buckets.region("optimizer"):
             before_step(model, adapter)
             torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
@@ -80,25 +86,21 @@ def main(argv=None):
     keep_freed(device)
     source = hub.resolve(options.model)
     checkpoint.verify(source)
-    config_json = weights.read_config(source)
     with located(source / "config.json"):
-        config = LlamaConfig.from_dict(check_base(config_json, options))
-    torch.manual_seed(options.seed)
+        config = LlamaConfig.from_dict(check_base(weights.read_config(source), options))
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
     shapes = build(config, options, adapter)
     predict.fit_batch(options, shapes, shapes.chunk)
     data = prepare.load(options, source, config, skills="new").train
-    model = build(config, options, adapter, device, source, draw_on=device).train()
+    model, optimizer = model_and_optimizer(
+        options, adapter, source, config, device, fused=device.type != "mps")
     sampler = PackSampler(data.lengths, options.batch_tokens, options.seed)
     shape = StaticShape.of((sampler, sampler.packs_in(1))) if options.compile else None
     pack = packed_sequence_collate_fn([data[i] for i in sampler.pack(0)], shape)
     pack, tokens = to_device(pack, device), len(pack["labels"])
-    optimizer = torch.optim.AdamW(
-        optimizer_groups(model, adapter, options.lr, options.weight_decay), lr=options.lr,
-        betas=(0.9, 0.95), fused=device.type != "mps")
 
     # --- predicted ---
-    prediction = predict.training(config, model, data.lengths, options, 1, model.chunk)
+    prediction = predict.training(model, data.lengths, options, 1, model.chunk)
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
     ops = operators.record(model, pack, compiled=options.compile)

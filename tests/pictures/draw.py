@@ -24,7 +24,7 @@ FROM_CODE = {
 }
 FROM_RESULTS = {
     "chapter-02/curves.svg": ("chapter-02/results.json", figures.curves),
-    "chapter-03/ladder.svg": ("chapter-03/ladder.json", figures.ladder),
+    "chapter-03/profiling/ladder.svg": ("chapter-03/profiling/ladder.json", figures.ladder),
 }
 
 
