@@ -9,8 +9,7 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from buckets import region
-from ceilings import wait
+from buckets import region, wait
 from common.memory import readable_bytes
 from nf4 import NF4Linear
 

@@ -6,11 +6,12 @@ timed and, in operators.py, those that are only predicted. So both columns mean 
 
 import contextlib
 import re
+import statistics
+import time
 
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from ceilings import wait
 
 BUCKETS = ("matrix products", "attention", "loss", "element-wise", "optimizer", "idle")
 
@@ -73,6 +74,35 @@ def bucket(names, kernels=False):
 
 
 # --- measured ---
+
+def duration(function, device, prepare=lambda: None, repeats=5):
+    """Seconds of a call: the median of a few, after one that does not count.
+
+    `prepare` runs before each, outside the time. On CUDA each is ten calls in a row, so that the
+    wait for the first of them hardly counts.
+    """
+    calls, times = 10 if device.type == "cuda" else 1, []
+    for _ in range(repeats + 1):
+        prepare()
+        times.append(seconds_of(function, device, calls) / calls)
+    return statistics.median(times[1:])
+
+
+def seconds_of(function, device, calls=1):
+    """Seconds of so many calls, until the device has done what was asked of it."""
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device):
+    """Until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 def measure(step, device, trace=None, repeats=3):
     """Run `step()` under the profiler: seconds by bucket, which add up to those of the step.

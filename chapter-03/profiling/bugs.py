@@ -11,7 +11,6 @@ not this file.
 
 import contextlib
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ceilings import wait
+from buckets import seconds_of
 from common import hub, weights
 from common.data import encode
 from common.errors import run_main
@@ -90,13 +89,10 @@ def main(argv=None):
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     for number, pack in enumerate(packs(options, config, device), 1):
         step = step_of(model, optimizer, pack, AdapterConfig(method="full"), 1.0)
-        wait(device)
-        started = time.perf_counter()
         last = number == options.steps
         with profile(activities=kinds) if last else contextlib.nullcontext() as profiler:
-            step()
-            wait(device)
-        print(f"step {number}: {1e3 * (time.perf_counter() - started):8.1f} ms, "
+            seconds = seconds_of(step, device)
+        print(f"step {number}: {1e3 * seconds:8.1f} ms, "
               f"{len(pack['labels'])} tokens, compiled so far: "
               f"{torch._dynamo.utils.counters['stats']['unique_graphs']}")
 

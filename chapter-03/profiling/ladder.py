@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 
 import anatomy
 import operators
-from ceilings import wait
+from buckets import seconds_of
 from common import hub, predict, weights
 from common.data import encode
 from common.errors import UserError, run_main
@@ -139,13 +138,7 @@ def climb(rung, options, device):
         compile_model(model)
     first, *steps = (step_of(model, optimizer, pack, adapter, 1.0, finish) for pack in packs)
     first()  # makes the optimizer's moments, and compiles
-    seconds = []
-    for step in steps:
-        wait(device)
-        started = time.perf_counter()
-        step()
-        wait(device)
-        seconds.append(time.perf_counter() - started)
+    seconds = [seconds_of(step, device) for step in steps]
     memory = anatomy.measured(first, model, optimizer, device)
     speed = tokens / statistics.median(seconds)
     rate = speed * predict.flops_per_token(model, mean)["total"]

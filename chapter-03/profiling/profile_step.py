@@ -23,7 +23,6 @@ import torch
 
 import anatomy
 import buckets
-import ceilings
 import operators
 from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
@@ -104,8 +103,8 @@ def main(argv=None):
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
     ops = operators.record(model, pack, compiled=options.compile)
-    print(f"\nceilings    {ceilings.large_product(device, model.compute_dtype) / 1e9:,.0f} GFLOP/s "
-          f"in a large {options.dtype} product, {ceilings.large_copy(device) / 1e9:.1f} GB/s in a "
+    print(f"\nceilings    {operators.large_product(device, model.compute_dtype) / 1e9:,.0f} GFLOP/s "
+          f"in a large {options.dtype} product, {operators.large_copy(device) / 1e9:.1f} GB/s in a "
           "large copy")
     times = operators.predict(model, pack, ops, device)
     total = sum(alone for _, alone in times.values())
@@ -117,7 +116,7 @@ def main(argv=None):
         compile_model(model)
     step = step_of(model, optimizer, pack, adapter, options.clip)
     step()  # makes the optimizer's moments, and compiles
-    plain = ceilings.duration(step, device, repeats=3)
+    plain = buckets.duration(step, device, repeats=3)
     out = checkpoint.new_run_folder(f"chapter-{CHAPTER}-profile", options.out)
     seconds = buckets.measure(step, device, out / "trace.json.gz")
     found = anatomy.measured(step, model, optimizer, device)

@@ -18,7 +18,6 @@ from common.errors import UserError
 
 buckets = load("chapter-03/profiling/buckets.py")
 operators = load("chapter-03/profiling/operators.py")
-ceilings = load("chapter-03/profiling/ceilings.py")
 anatomy = load("chapter-03/profiling/anatomy.py")
 profile_step = load("chapter-03/profiling/profile_step.py")
 lora = load("chapter-03/lora.py")
@@ -157,7 +156,7 @@ def test_fused_reads_once_and_writes_what_is_needed():
 
 def test_an_operator_is_measured_on_its_own_layout():
     """Of a transposed factor, strides and values that are valid indices."""
-    recorder = operators._Recorder()
+    recorder = operators.Recorder()
     with recorder:
         torch.rand(64, 32).t() @ torch.rand(64, 8)
         torch.nn.functional.embedding(torch.tensor([3, 1]), torch.rand(5, 4))
@@ -166,12 +165,12 @@ def test_an_operator_is_measured_on_its_own_layout():
     layout = calls["aten::mm"][1][0]
     assert (layout.shape, layout.stride) == ((32, 64), (1, 32))
     for name in ("aten::mm", "aten::embedding", "aten::exp_"):
-        assert 0 < ceilings.alone(CPU, *calls[name]) < 0.1
+        assert 0 < operators.alone(CPU, *calls[name]) < 0.1
 
 
 def test_duration_is_the_median():
     waits = iter([0, 0.002, 0.03, 0.002, 0.002, 0.05])
-    assert 0.002 <= ceilings.duration(lambda: time.sleep(next(waits)), CPU) < 0.02
+    assert 0.002 <= buckets.duration(lambda: time.sleep(next(waits)), CPU) < 0.02
 
 
 # --- memory ---
