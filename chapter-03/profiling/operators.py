@@ -15,6 +15,7 @@ import collections
 import functools
 import itertools
 import re
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -173,8 +174,12 @@ def _tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+numbers, count = weakref.WeakKeyDictionary(), itertools.count()  # of storages
+
+
 def _storage(tensor):
-    return tensor.untyped_storage()._cdata
+    """A number for it: its address is given to another when it is gone."""
+    return numbers.setdefault(tensor.untyped_storage(), next(count))
 
 
 def _op(name, kind, call, inputs, outputs):
@@ -182,7 +187,7 @@ def _op(name, kind, call, inputs, outputs):
     writes = {_storage(t): t.nbytes for t in outputs}
     if re.search("embedding$|gather|scatter|index", name):  # a row for each index, not the table
         rows = inputs[-1] if name.endswith("_") else outputs[0]
-        reads, writes = {id(rows): rows.nbytes}, {_storage(outputs[0]): rows.nbytes}
+        reads, writes = {next(count): rows.nbytes}, {_storage(outputs[0]): rows.nbytes}
     elif re.search("::(copy_|fill_|zero_|zeros_like|ones_like)$", name):
         reads.pop(_storage(inputs[0]))  # what it holds is not looked at
     flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if kind == "matrix products" else 0
