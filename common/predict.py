@@ -122,7 +122,7 @@ class Prediction(dict):
         share = 100 * counts["trainable"] / counts["total"]
         kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in
                           ("blocks", "embedding", "head", "norms", "adapters") if counts[kind])
-        lines = [
+        return "\n".join((
             f"parameters  {_short(counts['total'])}, of which {_short(counts['trainable'])} are "
             f"trained ({share:.3g} %):",
             f"            {kinds}",
@@ -130,14 +130,13 @@ class Prediction(dict):
             f"{_short(flops['head'])}, attention {_short(flops['attention'])}",
             f"            (counted as if not causal: {_short(flops['full'])}FLOP)",
             f"memory      predicted peak {readable_bytes(self.peak)} with {self.tokens} tokens in "
-            "a pack:"]
-        lines += [f"            {readable_bytes(size):>10}  {name}"
-                  for name, size in sorted(self.items(), key=lambda item: -item[1]) if size]
-        return "\n".join(lines)
+            "a pack:",
+            *(f"            {readable_bytes(size):>10}  {name}"
+              for name, size in sorted(self.items(), key=lambda item: -item[1]) if size)))
 
 
-def training(model, lengths, options, total_steps, chunk=None):
-    """Predict a run of `total_steps` steps of `model` on documents of these lengths.
+def training(model, lengths, options, chunk=None):
+    """Predict a step of a run of `model` on documents of these lengths.
 
     `options` are the run's: batch_tokens, grad_accum, dtype, device and, where a chapter has them,
     activation_checkpointing and compile (whose packs are filled up). `chunk` is the rows of the
@@ -147,12 +146,11 @@ def training(model, lengths, options, total_steps, chunk=None):
     lengths = np.asarray(lengths)
     compiled = getattr(options, "compile", False)
     tokens = options.batch_tokens if compiled else int(min(options.batch_tokens, lengths.sum()))
-    accumulate = options.grad_accum if total_steps else 1
+    sizes = _memory_of_run(model, options, tokens, options.grad_accum, chunk)
     peak = peak_flops(torch.device(options.device), getattr(torch, options.dtype))
-    return Prediction(
-        _memory_of_run(model, options, tokens, accumulate, chunk), parameters=parameters(model),
-        tokens=tokens, flops=flops_per_token(model, mean_attended(lengths)),
-        peak_flops=None if peak is None else peak * world_size())
+    return Prediction(sizes, parameters=parameters(model), tokens=tokens,
+                      flops=flops_per_token(model, mean_attended(lengths)),
+                      peak_flops=None if peak is None else peak * world_size())
 
 
 def fit_batch(options, model, chunk=None):

@@ -7,6 +7,7 @@ Sizes: T tokens in the pack, D model width, H query heads, K key/value heads, d 
 F feed-forward width, V vocabulary, r rank; c bytes of one number of the compute dtype.
 """
 
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -101,7 +102,8 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     if ranks > 1:  # FSDP2 gathers in c: embedding and head for the step, two layers at a time
         copies = [0] * len(layers)
         head_copy = c * (embedding.numel() * (1 if tied else 2) + 2 * one_layer)
-    last = norm_per_token(model.model.norm, D, dtype, chunk is None and head.keeps_input)
+    last = norm_per_token(
+        model.model.norm, D, chunk is None and head.keeps_input, dtype=dtype)
     tables = c * model.model.config.head_dim  # cos and sin, once for all layers
     kept, again = sum(per_layer), 0
     first = layer_costs(layers[0])
@@ -159,7 +161,6 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         "backward of the first layer": moment(
             gradients - not_yet, activations // len(layers), gathered, at_work=at_work + waiting),
         "end of the backward": moment(gradients, tokens * tables, gathered, at_work=in_embedding),
-        "optimizer step": moment(gradients),
     }
 
 
@@ -197,39 +198,36 @@ def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
 
     Compiled code computes what is cheap a second time, such as silu(gate), or what DoRA has scaled.
     """
-    def norm(module, width, keeps_result, rows=1):
-        return norm_per_token(module, width, dtype, keeps_result, rows, compiled)
-
+    norm = partial(norm_per_token, dtype=dtype, compiled=compiled)
     c, attention = dtype.itemsize, layer.self_attn
     q, k, v, o, gate, up, down = costs = layer_costs(layer)
     d, qk_norm = attention.head_dim, not isinstance(attention.q_norm, nn.Identity)
     (Hd, D), Kd, F = q.shape, k.shape[0], up.shape[0]
-    terms = {}
-    terms["input norm: x, x / rms, result"] = norm(
-        layer.input_layernorm, D, q.keeps_input or k.keeps_input or v.keeps_input)
-    if qk_norm:
+    # Chapter 3's attention computes its output again, but not where it is one kernel of the GPU's.
+    keeps_output = kernel_joins or getattr(attention, "keeps_output", True)
+    scaled = costs if not compiled else (v, o, down) if qk_norm else (q, k, v, o, down)
+    return {
+        "input norm: x, x / rms, result": norm(
+            layer.input_layernorm, D, q.keeps_input or k.keeps_input or v.keeps_input),
         # The result is turned by the rotary tables, which keeps none of it.
-        terms["norms of q and k: x, x / rms"] = (
-            norm(attention.q_norm, Hd, False, Hd // d) + norm(attention.k_norm, Kd, False, Kd // d))
-    terms["attention: q, k, v"] = c * (Hd + 2 * Kd)
-    if kernel_joins or getattr(attention, "keeps_output", True):  # chapter 3's says when not
-        terms["attention: output, log-sum-exp"] = c * Hd + FLOAT32 * Hd // d
-    # One kernel's output is kept already; of one call a document the outputs are joined in a tensor
-    # of their own.
-    terms["input of o_proj"] = c * Hd * (o.keeps_input and not kernel_joins)
-    terms["feed-forward norm: x, x / rms, result"] = norm(
-        layer.post_attention_layernorm, D, gate.keeps_input or up.keeps_input)
-    terms["gate, up, silu(gate)"] = c * F * (2 if compiled else 3)
-    terms["input of down_proj"] = c * F * down.keeps_input
-    terms["adapters"] = c * sum(cost.keeps for cost in costs)
-    scaled = costs  # by DoRA, if at all
-    if compiled:
-        scaled = (v, o, down) if qk_norm else (q, k, v, o, down)
-    terms["outputs"] = c * sum(cost.shape[0] for cost in scaled if cost.keeps_output)
-    return terms
+        "norms of q and k: x, x / rms": (
+            norm(attention.q_norm, Hd, False, Hd // d) + norm(attention.k_norm, Kd, False, Kd // d)
+            if qk_norm else 0),
+        "attention: q, k, v": c * (Hd + 2 * Kd),
+        "attention: output, log-sum-exp": (c * Hd + FLOAT32 * Hd // d) * keeps_output,
+        # One kernel's output is kept already; those of one call a document are joined in another.
+        "input of o_proj": c * Hd * (o.keeps_input and not kernel_joins),
+        "feed-forward norm: x, x / rms, result": norm(
+            layer.post_attention_layernorm, D, gate.keeps_input or up.keeps_input),
+        "gate, up, silu(gate)": c * F * (2 if compiled else 3),
+        "input of down_proj": c * F * down.keeps_input,
+        "adapters": c * sum(cost.keeps for cost in costs),
+        "outputs before DoRA scales them": c * sum(
+            cost.shape[0] for cost in scaled if cost.keeps_output),
+    }
 
 
-def norm_per_token(norm, width, dtype, keeps_result, rows=1, compiled=False):
+def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):
     """RMSNorm keeps x and 1/rms in float32, x/rms if its weight is trained, maybe its result.
 
     The result is kept by the next product, if that needs it for a gradient of its own. Compiled, x

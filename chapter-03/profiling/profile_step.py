@@ -99,7 +99,7 @@ def main(argv=None):
     pack, tokens = to_device(pack, device), len(pack["labels"])
 
     # --- predicted ---
-    prediction = predict.training(model, data.lengths, options, 1, model.chunk)
+    prediction = predict.training(model, data.lengths, options, model.chunk)
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
     ops = operators.record(model, pack, compiled=options.compile)

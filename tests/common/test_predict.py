@@ -425,7 +425,7 @@ def test_prediction_of_a_run():
     """Everything together, as train.py uses it: on shapes alone, with no memory to speak of."""
     options = SimpleNamespace(dtype="bfloat16", device="cpu", batch_tokens=512, grad_accum=1)
     model = built_in("qwen3-0.6b", 1)
-    predicted = predict.training(model, [2048] * 9, options, 10)
+    predicted = predict.training(model, [2048] * 9, options)
     assert predicted.peak == sum(predicted.values()) == pytest.approx(10.37e9, rel=0.01)
     assert predicted.mfu(1e3) is None
     predicted.peak_flops = 312e12
@@ -434,7 +434,7 @@ def test_prediction_of_a_run():
     text = predicted.report()
     assert "596 M" in text and "4.281 GFLOP" in text and "9.7 GiB" in text
     # Fewer tokens than the budget: the pack is as large as the data.
-    assert predict.training(model, [100, 20], options, 1).tokens == 120
+    assert predict.training(model, [100, 20], options).tokens == 120
 
 
 def test_peak_memory_of_the_process():
