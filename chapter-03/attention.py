@@ -49,7 +49,7 @@ def block_attention_backward(
         cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, each of its shape."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
-    sum_dtype = torch.promote_types(k.dtype, torch.float32)  # a key's gradient is several blocks' sum
+    sum_dtype = torch.promote_types(k.dtype, torch.float32)  # a key's gradient is a sum of blocks'
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.zeros(k.shape, dtype=sum_dtype, device=k.device) for _ in "kv")
     for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):

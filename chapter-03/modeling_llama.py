@@ -165,8 +165,8 @@ class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)).
 
     `checkpointing` says what is kept for the backward. "none": all that it needs; "full": x alone;
-    "selective": x, and the outputs of matrix products and of attention, which are expensive. What is
-    cheap (norms, rotation, SwiGLU) is then computed again.
+    "selective": x, and the outputs of matrix products and of attention, which are expensive. What
+    is cheap (norms, rotation, SwiGLU) is then computed again.
     """
 
     checkpointing = "none"

@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import ROOT, load
 
+from common.options import read_flags
+
 
 TINY = ["--device", "cpu", "--size", "tiny", "--backend", "eager", "--steps", "2"]
 
@@ -86,7 +88,7 @@ def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkey
     for _, script, arguments in commands:
         module = load(script)
         kind = module.LadderOptions if "ladder" in script else module.ProfileOptions
-        kind(**module.cli.read_flags(kind, "", arguments))
+        kind(**read_flags(kind, "", arguments))
 
     monkeypatch.setattr(gpu, "reports", lambda options: [
         ("profile", "chapter-03/profiling/profile_step.py", [

@@ -32,8 +32,8 @@ def region(name):
 
 
 def loss_of(model, pack, finish=None):
-    """The model's loss of a pack, or `finish(logits, labels)`, in a region "loss"; what comes before
-    the head is in one of its own, "forward"."""
+    """The model's loss of a pack, or `finish(logits, labels)`, in the region "loss"; within it what
+    comes before the head is in another, "forward"."""
     inputs, forward = dict(pack), contextlib.ExitStack()
     begin = model.model.register_forward_pre_hook(
         lambda *_: forward.enter_context(region("forward")))
