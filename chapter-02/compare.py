@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, run_main
 from common.files.tensors import tensor_headers
-from common.metrics import readable_bytes
+from common.memory import readable_bytes
 from common.options import Parser
 from lora import METHODS
 

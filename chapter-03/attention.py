@@ -49,9 +49,9 @@ def block_attention_backward(
         cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, each of its shape."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
-    wide = torch.promote_types(k.dtype, torch.float32)  # a key's gradient is several blocks' sum
+    sum_dtype = torch.promote_types(k.dtype, torch.float32)  # a key's gradient is a sum of blocks'
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grad_k, grad_v = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in "kv")
+    grad_k, grad_v = (torch.zeros(k.shape, dtype=sum_dtype, device=k.device) for _ in "kv")
     for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):
         q_b, gradient_b = (_by_head(x[first:end], K) for x in (q, gradient))
         k_b, v_b = (_by_head(x[begin:end], K) for x in (k, v))

@@ -17,18 +17,17 @@ from pathlib import Path
 
 import torch
 from nf4 import BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, NF4Linear, NF4Weight
-from nf4_load import load_nf4
 
 from common.errors import UserError
 from common.weights import iter_tensors, read_config, save_tensors, write_config
 
-STATE = "quant_state.bitsandbytes__"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE + "nf4", STATE + "fp4")
+STATE = "quant_state.bitsandbytes__nf4"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def is_bnb(config):
-    """Whether a config (from `read_config`) is of an NF4 folder that `load_bnb` can read.
+    """Whether a config (from `read_config`) is of an NF4 folder that `iter_bnb` can read.
 
     False if it is not quantised at all. Raises UserError that names any other quantisation.
     """
@@ -58,51 +57,42 @@ def iter_bnb(path):
     is_bnb(read_config(path))
     waiting = {}  # name of a weight -> its parts so far
     for name, tensor in iter_tensors(path):
-        weight, _, part = name.partition(".weight.")
-        weight += ".weight" if part else ""
-        if part and part not in PARTS:
-            raise UserError(f"{path}: {name} is not a part of an NF4 weight")
-        if not part and tensor.dtype != torch.uint8:
+        weight, dot, part = name.partition(".weight.")
+        if not dot and tensor.dtype != torch.uint8:
             yield name, tensor
             continue
+        if dot and part not in PARTS:
+            raise UserError(f"{path}: {name} is not a part of an NF4 weight")
+        weight += dot.removesuffix(".")
         parts = waiting.setdefault(weight, {})
-        parts[part or "packed"] = tensor
-        state = _state(weight, parts)
-        if state and len(parts) == (6 if "nested_offset" in state else 4):
-            yield weight, _assemble(weight, waiting.pop(weight), state)
+        parts[part or "packed"] = _read_state(weight, tensor) if part == STATE else tensor
+        if STATE in parts and len(parts) == (4 if parts[STATE][2] is None else 6):
+            yield weight, _assemble(weight, waiting.pop(weight))
     for weight, parts in waiting.items():
         raise UserError(f"{path}: {weight} is not a whole NF4 weight: only {', '.join(parts)}")
 
 
-def _state(weight, parts):
-    """The quant_state of a weight as a dict, or None if it has not been read yet."""
-    if STATE + "fp4" in parts:
-        raise UserError(f"{weight} is FP4, and only NF4 is read here")
-    if STATE + "nf4" not in parts:
-        return None
+def _read_state(weight, tensor):
+    """(shape, dtype, offset or None) from the JSON text that says how a weight is quantised."""
     try:
-        state = json.loads(bytes(parts[STATE + "nf4"].tolist()))
-    except ValueError as error:
-        raise UserError(f"{weight}: its quant_state is not JSON: {error}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{weight}: its quant_state is not a JSON object")
-    return state
-
-
-def _assemble(weight, parts, state):
-    """The `NF4Weight` of the four or six tensors of a weight, after checking all of them."""
-    try:
+        state = json.loads(bytes(tensor.tolist()))
         shape, dtype = torch.Size(state["shape"]), DTYPES[state["dtype"]]
-        sizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK))
+        sizes = state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK)
         offset = state.get("nested_offset")
         offset = None if offset is None else torch.tensor([float(offset)])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{weight}: its quant_state lacks or mistypes {error}") from error
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{weight}: its quant_state is not as it should be: {error!r}") from error
     if offset is not None and not offset.isfinite():
         raise UserError(f"{weight}: its nested_offset is not finite")
     if sizes != (BLOCK, NESTED_BLOCK):
         raise UserError(f"{weight} has blocks of {sizes[0]} (nested {sizes[1]}), and only blocks"
                         f" of {BLOCK} (nested {NESTED_BLOCK}) are read here")
+    return shape, dtype, offset
+
+
+def _assemble(weight, parts):
+    """The `NF4Weight` of the four or six tensors of a weight, after checking all of them."""
+    shape, dtype, offset = parts[STATE]
     blocks = -(-shape.numel() // BLOCK)
     wanted = {"packed": ((-(-shape.numel() // 2), 1), torch.uint8),
               "absmax": ((blocks,), torch.float32 if offset is None else torch.uint8),
@@ -119,19 +109,10 @@ def _assemble(weight, parts, state):
     for part, levels in (("quant_map", LEVELS), ("nested_quant_map", DYNAMIC_MAP)):
         if part in parts and not torch.equal(parts[part], levels):
             raise UserError(f"{weight}: its {part} is not bitsandbytes' table")
+    absmax2 = None if offset is None else parts["nested_absmax"].clone()
+    # Copies: what was read is still backed by the file.
     return NF4Weight(
-        # Copies: what was read is still backed by the file.
-        parts["packed"].clone(), parts["absmax"].clone(),
-        None if offset is None else parts["nested_absmax"].clone(), offset, shape, dtype)
-
-
-def load_bnb(model, path, dtype=None, device="cpu"):
-    """Fill a model built on the meta device from a bitsandbytes NF4 folder, and freeze it.
-
-    What the folder holds quantised becomes `NF4Linear`, what it holds dense stays dense (in
-    `dtype`, default: as stored). Nothing is quantised anew. Raises UserError as `load_nf4` does.
-    """
-    load_nf4(model, iter_bnb(path), dtype=dtype, device=device, quantize=False)
+        parts["packed"].clone(), parts["absmax"].clone(), absmax2, offset, shape, dtype)
 
 
 def save_bnb(model, config, path, dtype=None, metadata=None):
@@ -181,4 +162,4 @@ def _disassemble(weight, quantized):
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
                   "nested_offset": quantized.offset.item()}
     text = json.dumps(state).encode()
-    yield f"{weight}.{STATE}nf4", torch.tensor(list(text), dtype=torch.uint8)
+    yield f"{weight}.{STATE}", torch.tensor(list(text), dtype=torch.uint8)

@@ -3,13 +3,13 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from lora import adapter_modules
-from loss import softmax_, softmax_at_once_
-from modeling_llama import run
+from loss import addmm_, softmax_, softmax_at_once_
+from modeling_llama import forward_checkpointed
 from nf4 import NF4Linear
-from products import add_low_rank, plus_low_rank
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 
 def compile_model(model, backend="inductor"):
@@ -27,31 +27,59 @@ def compile_model(model, backend="inductor"):
     try:
         torch.compile(torch.exp, backend=backend)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds, all of them meaning the same to the user
-        inner = getattr(error, "inner_exception", error)  # the one that the compiler wraps
-        lines = str(inner).split("\n")
-        reason = next((line.strip() for line in lines if line.strip()), type(inner).__name__)
+        reason = one_line(getattr(error, "inner_exception", error))  # which the compiler wraps
         raise UserError(f"--compile: PyTorch cannot compile here ({reason}): install a C++"
                         " compiler, such as g++, or leave --compile out") from error
     settings = {"backend": backend, "fullgraph": True, "dynamic": False}
-    compiled = torch.compile(run, **settings)
+    compiled = torch.compile(forward_checkpointed, **settings)
     for layer in model.model.layers:
-        layer.run = compiled
-    if not model.model.embed_tokens.weight.requires_grad:
-        model.model.layers[0].run = torch.compile(run_first, **settings)
-    for layer in model.model.layers:
+        layer.forward_packed = compiled
         again = layer.checkpointing == "full"
         for _, adapter in adapter_modules(layer):
             adapter.add = plus_low_rank if again else add_low_rank
         for module in layer.modules():
             if isinstance(module, NF4Linear):
                 module.recomputed = again
+    if not model.model.embed_tokens.weight.requires_grad:
+        model.model.layers[0].forward_packed = torch.compile(forward_first, **settings)
     if device.type == "cuda":
-        compiled = torch.compile(softmax_, **settings)
-        model.softmax = functools.partial(softmax_at_once_, compiled=compiled)
+        model.softmax = functools.partial(
+            softmax_at_once_, compiled=torch.compile(softmax_, **settings))
     return model
 
 
-def run_first(layer, *inputs):
-    """`run`, compiled apart: what goes in has no gradient, so the others' graph is no use."""
-    return run(layer, *inputs)
+def forward_first(layer, *inputs):
+    """Of the first layer, compiled apart: what goes in has no gradient, so the others' graph is no
+    use."""
+    return forward_checkpointed(layer, *inputs)
 
+
+class _AddProduct(torch.autograd.Function):
+    """y += u Bᵀ, in place: `addmm_` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, y, u, B):
+        ctx.save_for_backward(u, B)
+        ctx.mark_dirty(y)
+        addmm_(y, u, B.t())
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        u, B = ctx.saved_tensors
+        return gradient, gradient @ B, gradient.t() @ u
+
+
+def add_low_rank(y, x, A, B):
+    """`lora.add_low_rank` for layers that are compiled: y += x Aᵀ Bᵀ, really in place."""
+    u, B = F.linear(x, A.to(x.dtype)), B.to(x.dtype)
+    if torch.is_grad_enabled():
+        return _AddProduct.apply(y, u, B)
+    addmm_(y, u, B.t())
+    return y
+
+
+def plus_low_rank(y, x, A, B):
+    """The same as a new tensor, for layers that are computed again in the backward: of those
+    PyTorch 2.11's compiler keeps, all the same, what is to be changed in place."""
+    return torch.addmm(y, F.linear(x, A.to(x.dtype)), B.to(x.dtype).t())

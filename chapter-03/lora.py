@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from common.adapters.targets import check_config, dense_weight, select_targets
-from common.ranks import full_tensor
+from common.predict_memory import linear_cost
+from common.ranks import full_tensor, own_rows
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class LoRALinear(nn.Module):
     """LoRA: y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ, s = α/r; A random, B = 0, so nothing changes at first.
 
     arXiv 2106.09685, equation 3. A starts as in the authors' code, U(±1/√in); the paper says
-    Gaussian. `base` is the layer that is adapted: it computes x Wᵀ + bias, and has `in_features`,
-    `out_features`, `bias` and `weight` (a parameter, or what a quantised layer makes of its own).
+    Gaussian. `base`, the layer that is adapted, computes x Wᵀ + bias and has what an nn.Linear has;
+    its `weight` is a parameter, or what a quantised layer makes of its own.
     """
 
     rank_power = 1.0  # s = α / r^power
@@ -96,6 +96,13 @@ class LoRALinear(nn.Module):
         """A (r, in) and s B (out, r)."""
         return self.lora_A, self.scale * self.lora_B
 
+    def cost(self):
+        """What a step keeps, for common/predict_memory.py; if x is dropped, that and the mask."""
+        A, B = self.factors()
+        return linear_cost(self.base)._replace(
+            factors=(A, B), keeps_input=A.requires_grad and not self.dropout,
+            keeps=len(A) + 2 * A.shape[1] * bool(self.dropout))
+
     def drop(self, x):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
@@ -105,11 +112,11 @@ class LoRALinear(nn.Module):
     def merged(self):
         """The one weight that does the same: W + s B A."""
         A, B = self.factors()
-        return wide(self.base.weight) + full_tensor(B @ A)
+        return full_precision(self.base.weight) + full_tensor(B @ A)
 
     def original(self):
         """The weight before it was adapted."""
-        return wide(self.base.weight)
+        return full_precision(self.base.weight)
 
     def lr_ratio(self, name, config):
         """The learning rate of parameter `name`, over that of the run."""
@@ -141,7 +148,7 @@ class DoRALinear(LoRALinear):
 
     def make(self, config, source):
         super().make(config, source)
-        norms = torch.linalg.vector_norm(wide(self.base.weight), dim=1)
+        norms = torch.linalg.vector_norm(full_precision(self.base.weight), dim=1)
         self.register_buffer("row_squares", norms.square(), persistent=False)
         self.lora_magnitude_vector = nn.Parameter(self.row_norms())
 
@@ -154,7 +161,7 @@ class DoRALinear(LoRALinear):
         """
         weight, (A, B) = self.base.weight, self.factors()
         rest = (2 * (weight @ A.to(weight.dtype).t()) + B @ (A @ A.t())) * B
-        return (self.row_squares + rest.sum(1)).clamp_min(TINY).sqrt()
+        return (self.row_squares + rest.sum(1)).clamp_min(SMALLEST).sqrt()
 
     def forward(self, x):
         dropped = self.drop(x)
@@ -169,9 +176,12 @@ class DoRALinear(LoRALinear):
         # Dropout acts on DoRA's change of the output, never on the base model's own.
         return y if dropped is x else self.base(x) + (y - plain)
 
+    def cost(self):
+        return super().cost()._replace(keeps_output=True)  # before it is scaled, for m's gradient
+
     def merged(self):
         V = super().merged()
-        norms = torch.linalg.vector_norm(V, dim=1).clamp_min(TINY)
+        norms = torch.linalg.vector_norm(V, dim=1).clamp_min(SMALLEST)
         return (full_tensor(self.lora_magnitude_vector) / norms)[:, None] * V
 
 
@@ -219,16 +229,16 @@ class PiSSALinear(LoRALinear):
 
     def make(self, config, source):
         weight, r = dense_weight(self.base, config), config.rank
-        U, S, Vt = torch.linalg.svd(wide(weight), full_matrices=False)
+        U, S, Vt = torch.linalg.svd(full_precision(weight), full_matrices=False)
         root = (S[:r] / self.scale).sqrt()
         A, B = (root[:, None] * Vt[:r]).contiguous(), (U[:, :r] * root).contiguous()
         self.register_buffer("initial_A", A, persistent=False)
         self.register_buffer("initial_B", B, persistent=False)
         self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
-        weight.copy_(wide(weight) - self.scale * B @ A)
+        weight.copy_(full_precision(weight) - self.scale * B @ A)
 
     def original(self):
-        return wide(self.base.weight) + self.scale * self.initial_B @ self.initial_A
+        return full_precision(self.base.weight) + self.scale * self.initial_B @ self.initial_A
 
 
 class LoRAPlusLinear(LoRALinear):
@@ -292,6 +302,7 @@ class DeltaLoRALinear(LoRALinear):
             own_rows(self.base.weight).addmm_(left, right, alpha=config.delta_ratio * self.scale)
 
 
+SMALLEST = torch.finfo(torch.float32).tiny  # or an all-zero row of W would be divided by zero
 METHODS = {
     "full": None,  # no adapter: every parameter of the model is trained
     "lora": LoRALinear,
@@ -304,21 +315,14 @@ METHODS = {
     "delta-lora": DeltaLoRALinear,
 }
 
-TINY = torch.finfo(torch.float32).tiny  # keeps an all-zero row of W from being divided by zero
 
-
-def wide(tensor):
+def full_precision(tensor):
     """The whole of a tensor, in float32, or in its own dtype if that has more digits."""
     return full_tensor(tensor).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def device_of(base):
     return next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
-
-
-def own_rows(tensor):
-    """The rows of a parameter or gradient that this rank holds; all of it without FSDP2."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 # --- a model with adapters, from the start to the end of a training run ---
@@ -336,8 +340,7 @@ def apply_adapter(model, config):
     source = layer.source(list(targets.values()), config)
     model.requires_grad_(False)
     for name, base in targets.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer(base, config, source))
+        model.set_submodule(name, layer(base, config, source))
     return model.train(model.training)  # the new layers as the rest: with dropout, or without
 
 
@@ -369,11 +372,8 @@ def state_names(model):
 
 
 def optimizer_groups(model, config, lr, weight_decay):
-    """The trainable parameters as groups for torch.optim.
-
-    Each has its `lr`, the `lr_ratio` to the `lr` given here (a schedule keeps the ratio with
-    group["lr"] = lr_now * group["lr_ratio"]), and `weight_decay`, which vectors are spared.
-    """
+    """The trainable parameters as groups for torch.optim, each with `weight_decay`, which vectors
+    are spared, `lr`, and `lr_ratio`, its ratio to the `lr` given here: a schedule keeps it."""
     ratios = {parameter: module.lr_ratio(name, config) for _, module in adapter_modules(model)
               for name, parameter in module.named_parameters(recurse=False)}
     groups = {}

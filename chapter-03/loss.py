@@ -10,8 +10,6 @@ are left out: on instructions with short answers that is most of the head's work
 import torch
 from torch.autograd.function import once_differentiable
 
-from products import addmm_
-
 CHUNK = 1024  # tokens whose logits exist at a time, on a CPU
 
 
@@ -51,11 +49,11 @@ def chunked_cross_entropy(hidden, weight, labels, chunk=CHUNK, labelled=None,
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, labelled, chunk, wanted, softmax):
-        wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 only in tests
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # float64 only in tests
         weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        loss = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if wanted[1] else None
         count, parts = len(labelled), -(-len(labelled) // chunk)  # equally many tokens each time
         for i in range(parts):
             rows = labelled[count * i // parts:count * (i + 1) // parts]
@@ -86,12 +84,12 @@ def softmax_in_pieces_(logits, labels, gradient):
 
     A few rows at a time, so that what is float32 stays in the cache, a CPU's or a GPU's.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = torch.zeros((), dtype=wide, device=logits.device)
-    minus_one = torch.full((), -1, dtype=wide, device=logits.device)
+    sum_dtype = torch.promote_types(logits.dtype, torch.float32)
+    loss = torch.zeros((), dtype=sum_dtype, device=logits.device)
+    minus_one = torch.full((), -1, dtype=sum_dtype, device=logits.device)
     size = max(1, (2**21 if logits.device.type == "cpu" else 2**23) // logits.shape[1])
     for rows, goal in zip(logits.split(size), labels[:, None].split(size)):
-        p = torch.log_softmax(rows, dim=-1, dtype=wide)  # log p, so far
+        p = torch.log_softmax(rows, dim=-1, dtype=sum_dtype)  # log p, so far
         loss -= p.gather(1, goal).sum()
         if gradient:
             rows.copy_(p.exp_().scatter_add_(1, goal, minus_one.expand_as(goal)))
@@ -112,12 +110,33 @@ def softmax_at_once_(logits, labels, gradient, compiled=None):
 def softmax_(logits, at_label, labels, gradient):
     """`softmax_in_pieces_` in plain operations, of which a compiler makes one kernel that reads the
     logits twice; at_label (C, 1) are those at the labels."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    x = logits.to(wide)
+    sum_dtype = torch.promote_types(logits.dtype, torch.float32)
+    x = logits.to(sum_dtype)
     largest = x.amax(dim=1, keepdim=True)
     log_sum = (x - largest).exp().sum(dim=1, keepdim=True).log()
-    loss = (log_sum - (at_label.to(wide) - largest)).sum()
+    loss = (log_sum - (at_label.to(sum_dtype) - largest)).sum()
     if gradient:
         is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
-        logits.copy_((x - largest - log_sum).exp() - is_label.to(wide))
+        logits.copy_((x - largest - log_sum).exp() - is_label.to(sum_dtype))
     return loss
+
+
+@torch.library.custom_op("bareloop::addmm_", mutates_args=("total",))
+def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a b, in place and in the dtype of total; (m, n) += (m, k) (k, n).
+
+    `a` and `b` have one dtype: that of total, or 16 bits where total is float32. To the compiler
+    it is one operator that changes `total`; of PyTorch's own it makes one that copies it first.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # in parts, as += makes a float32 copy of what it adds
+        for part, rows in zip(a.split(2**13), total.split(2**13)):
+            rows += part @ b
+
+
+@addmm_.register_fake
+def _(total, a, b):
+    return None

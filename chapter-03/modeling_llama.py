@@ -112,9 +112,12 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
     return block_attention(q, k, v, cu_seqlens)
 
 
-# Copied from chapter-02/modeling_llama.py
+# Changed from chapter-02: the function that attends can be exchanged.
 class Attention(nn.Module):
     """Grouped-query attention."""
+
+    attend = staticmethod(varlen_attention)  # or another function of the same arguments
+    keeps_output = False  # for the backward, where it is not one kernel of the GPU's
 
     def __init__(self, config):
         super().__init__()
@@ -139,7 +142,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.store(self, k, v)
         if cache is None or cache.first_pass:
-            output = varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+            output = self.attend(q, k, v, cu_seqlens, max_seqlen)
         else:
             output = cache.attention(self, q)
         return self.o_proj(output.flatten(-2))  # (T, H·d) -> (T, D)
@@ -159,13 +162,13 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# Changed from chapter-02: through `run`, which may forget, and may be compiled.
+# Changed from chapter-02: what it keeps for the backward can be chosen; it can be compiled.
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)).
 
     `checkpointing` says what is kept for the backward. "none": all that it needs; "full": x alone;
-    "selective": x, and the outputs of matrix products and of attention, which are dear to compute.
-    What is cheap (norms, rotation, SwiGLU) is then computed again.
+    "selective": x, and the outputs of matrix products and of attention, which are expensive. What
+    is cheap (norms, rotation, SwiGLU) is then computed again.
     """
 
     checkpointing = "none"
@@ -176,7 +179,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.run = run
+        self.forward_packed = forward_checkpointed  # or what was compiled of it
 
     def compute(self, x, cos, sin, cu_seqlens, max_seqlen, cache=None):
         normed = self.input_layernorm(x)
@@ -186,22 +189,22 @@ class DecoderLayer(nn.Module):
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, cache=None):
         if cache is not None:  # never of the same shape twice: not to be compiled
             return self.compute(x, cos, sin, cu_seqlens, max_seqlen, cache)
-        return self.run(self, x, cos, sin, cu_seqlens, max_seqlen)
+        return self.forward_packed(self, x, cos, sin, cu_seqlens, max_seqlen)
 
 
-def run(layer, *inputs):
+def forward_checkpointed(layer, *inputs):
     """`layer.compute(*inputs)`, keeping for the backward what `layer.checkpointing` says."""
     if layer.checkpointing == "none" or not torch.is_grad_enabled():
         return layer.compute(*inputs)
     if layer.checkpointing == "full":
         return checkpoint(layer.compute, *inputs, use_reentrant=False)
     # An adapter adds to its base's product in place: both are kept, and are one tensor.
-    contexts = functools.partial(create_selective_checkpoint_contexts, is_dear,
+    contexts = functools.partial(create_selective_checkpoint_contexts, is_expensive,
                                  allow_cache_entry_mutation=True)
     return checkpoint(layer.compute, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def is_dear(context, operator, *args, **kwargs):
+def is_expensive(context, operator, *args, **kwargs):
     """Whether PyTorch's `operator` is a matrix product or attention."""
     return bool(re.search(r"mm_?$|att", str(operator.overloadpacket)))
 

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.predict_memory import LinearCost
+
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
-TINY = 1e-38  # a block of zeros is divided by this, not by 0
-CHUNK = 2**19  # weights (de)quantised at a time, so that the float32 scratch stays in cache;
-CUDA_CHUNK = 2**22  # a GPU's cache is larger, and so is the cost of starting a kernel
+SMALLEST_SCALE = 1e-38  # what a block of zeros is divided by
+PIECE = 2**19  # weights (de)quantised at a time, so that the float32 scratch stays in cache;
+CUDA_PIECE = 2**22  # a GPU's cache is larger, and so is the cost of starting a kernel
 
 
 def nf4_levels():
@@ -79,24 +81,24 @@ class NF4Weight:
 def quantize_nf4(weight, double_quant=False):
     """Quantise a floating-point tensor of any shape to an `NF4Weight` on its device.
 
-    Needs no second copy of the weight: pieces of `CHUNK` elements are converted in turn.
-    Raises ValueError for a weight with an infinite or NaN element.
+    Needs no second copy of the weight: pieces of `PIECE` elements are converted in turn. On the
+    meta device it gives shapes alone. Raises ValueError for an infinite or NaN element.
     """
     flat = weight.detach().reshape(-1)
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
-    chunk = CUDA_CHUNK if flat.is_cuda else CHUNK
-    for start in range(0, n, chunk):
-        x = flat[start : start + chunk].float()
+    size = n if flat.is_meta else CUDA_PIECE if flat.is_cuda else PIECE
+    for start in range(0, n, size):
+        x = flat[start : start + size].float()
         whole = x.numel() // BLOCK * BLOCK
         blocks, tail = x[:whole].view(-1, BLOCK), x[whole:]
         scale = absmax[start // BLOCK :][: -(-x.numel() // BLOCK)]
         torch.amax(blocks.abs(), dim=1, out=scale[: len(blocks)])
         # bitsandbytes multiplies whole blocks by the reciprocal, and divides a partial last one.
-        scaled = (blocks * (1 / scale[: len(blocks), None].clamp(min=TINY))).view(-1)
+        scaled = (blocks * (1 / scale[: len(blocks), None].clamp(min=SMALLEST_SCALE))).view(-1)
         if len(tail):
-            scale[-1] = tail.abs().max().clamp(min=TINY)
+            scale[-1] = tail.abs().max().clamp(min=SMALLEST_SCALE)
             scaled = torch.cat([scaled, tail / scale[-1]])
         if len(scaled) % 2:
             scaled = F.pad(scaled, (0, 1))
@@ -106,7 +108,7 @@ def quantize_nf4(weight, double_quant=False):
             codes += scaled > middle  # 2.6 times as fast as torch.bucketize
         packed[start // 2 :][: len(codes) // 2] = codes[0::2] << 4 | codes[1::2]
     absmax2 = offset = None
-    if not absmax.isfinite().all():
+    if not (absmax.is_meta or absmax.isfinite().all()):
         raise ValueError("the weight has an element that is not finite")
     if double_quant:
         absmax, absmax2, offset = _quantize_absmax(absmax)
@@ -119,7 +121,7 @@ def _quantize_absmax(absmax):
     Look-up mode: bitsandbytes' CPU code rounds the value to one of 65,536 positions first.
     """
     offset = absmax.mean()
-    if not offset.isfinite():
+    if not (offset.is_meta or offset.isfinite()):
         raise ValueError("the mean absmax overflows float32, so it cannot be double quantised")
     centred = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax2 = centred.abs().amax(dim=1)
@@ -146,8 +148,8 @@ def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, in
     if absmax2 is not None:
         scale2 = absmax2.repeat_interleave(NESTED_BLOCK)[: absmax.shape[0]]
         absmax = F.embedding(absmax.to(index), nested[:, None]).view(-1) * scale2 + offset
-    n, chunk = shape.numel(), CUDA_CHUNK if packed.is_cuda else CHUNK
-    if torch.compiler.is_compiling() or n <= chunk or n % BLOCK:
+    n, size = shape.numel(), CUDA_PIECE if packed.is_cuda else PIECE
+    if torch.compiler.is_compiling() or n <= size or n % BLOCK:
         # One kernel when compiled. Blocks need not align with rows, the last may be partial.
         weight = F.embedding(packed.view(-1).to(index), pairs).view(-1)
         if n % BLOCK:
@@ -156,11 +158,11 @@ def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, in
             weight = weight.view(-1, BLOCK) * absmax[:, None]
         return weight.to(dtype).view(shape)
     weight = torch.empty(n, dtype=dtype, device=packed.device).view(-1, BLOCK)
-    step = chunk // BLOCK
-    for start in range(0, len(weight), step):
-        codes = packed.view(-1)[start * BLOCK // 2 : (start + step) * BLOCK // 2]
+    for start in range(0, len(weight), size // BLOCK):
+        rows = slice(start, start + size // BLOCK)
+        codes = packed.view(-1, BLOCK // 2)[rows]
         piece = F.embedding(codes.to(index), pairs).view(-1, BLOCK)
-        weight[start : start + step] = piece.mul_(absmax[start : start + step, None])
+        weight[rows] = piece.mul_(absmax[rows, None])
     return weight.view(shape)
 
 
@@ -215,16 +217,6 @@ class NF4Linear(nn.Module):
         self.register_buffer("nested", nested, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    @classmethod
-    def from_weight(cls, weight, bias=None, double_quant=False):
-        """Quantise a weight (out, in); the bias (out,), if any, stays as it is."""
-        return cls(quantize_nf4(weight, double_quant), bias)
-
-    @classmethod
-    def from_linear(cls, linear, double_quant=False):
-        """Quantise the weight of an `nn.Linear`."""
-        return cls.from_weight(linear.weight, linear.bias, double_quant)
-
     @property
     def quantized(self):
         """The weight as an `NF4Weight` that shares this layer's memory."""
@@ -234,16 +226,20 @@ class NF4Linear(nn.Module):
     @property
     def weight(self):
         """The dequantised weight (out, in), in the dtype that was quantised: a new tensor."""
-        return _dequantize(self.packed, self.absmax, self.absmax2, self.offset, self.pairs,
-                           self.nested, self.shape, self.dtype)
+        return _dequantize(*self._parts(), self.shape, self.dtype)
+
+    def _parts(self):
+        return (self.packed, self.absmax, self.absmax2, self.offset, self.pairs, self.nested)
+
+    def cost(self):
+        """What a step keeps, for common/predict_memory.py: nothing but the layer's own bytes."""
+        return LinearCost(self.shape, weight=None)
 
     def forward(self, x):
         if self.recomputed:
-            return F.linear(x, self.weight.to(x.dtype),
-                            None if self.bias is None else self.bias.to(x.dtype))
-        return _FrozenLinear.apply(
-            x, self.bias, self.shape, self.dtype, self.packed, self.absmax, self.absmax2,
-            self.offset, self.pairs, self.nested)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        return _FrozenLinear.apply(x, self.bias, self.shape, self.dtype, *self._parts())
 
     def _apply(self, fn, recurse=True):
         """What `.to`, `.cuda` and `.half` call. As bytes, float32 scales move but are not cast."""

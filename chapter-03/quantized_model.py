@@ -5,20 +5,21 @@ that the 16-bit model is never there as a whole.
 """
 
 import torch
-from bnb_files import DTYPES, is_bnb, load_bnb
-from lora import apply_adapter
-from loss import chunk_for
-from modeling_llama import LlamaConfig, LlamaForCausalLM, initialise
-from nf4 import BLOCK, NESTED_BLOCK, NF4Linear, NF4Weight
-from nf4_load import load_nf4
+from torch import nn
 
 from common import hub, weights
 from common.adapters import peft
 from common.errors import UserError, located
 from common.files.manifest import MARK, verify
+from common.files.tensors import iter_tensors, tensor_problems
+from bnb_files import DTYPES, is_bnb, iter_bnb
+from lora import apply_adapter
+from loss import chunk_for
+from modeling_llama import LlamaConfig, LlamaForCausalLM, initialise
+from nf4 import NF4Linear, NF4Weight, quantize_nf4
 
 BASES = ("none", "nf4", "nf4-double")  # what an adapter can have been trained on
-
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What these methods do to the base weights cannot be done to four-bit ones.
 DENSE_ONLY = {
     "full": "it trains every weight, in steps far smaller than from one of 16 levels to the next",
@@ -85,40 +86,66 @@ def quantized_model(config, source, dtype, device="cpu", double_quant=False, ini
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
+    parameters, stored = list(model.named_parameters()), False
     if init == "shapes":
-        _shapes(model.to(dtype), double_quant)
+        tensors, device = parameters, "meta"
     elif init == "random":
-        load_nf4(model, _random_tensors(model), double_quant, dtype, device)
-    elif is_bnb(weights.read_config(source)):
-        load_bnb(model, source, dtype, device)
+        tensors = ((name, initialise(name, torch.empty(parameter.shape), config))
+                   for name, parameter in parameters)
     else:
-        load_nf4(model, weights.iter_tensors(source), double_quant, dtype, device)
+        stored = is_bnb(weights.read_config(source))
+        tensors = iter_bnb(source) if stored else iter_tensors(source)
+    load_nf4(model, tensors, double_quant, dtype, device, quantize=not stored)
     model.compute_dtype = dtype
     return model
 
 
-def _random_tensors(model):
-    """Every (name, first value) of a fresh model, one at a time."""
-    for name, parameter in list(model.named_parameters()):
-        yield name, initialise(name, torch.empty(parameter.shape), model.config)
+def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quantize=True):
+    """Fill a model built on the meta device from a stream of (name, tensor), and freeze it.
+
+    The weights of the linear layers inside `layers` are quantised as they come, each layer
+    becoming an `NF4Linear`; embedding, norms, biases and head are kept in `dtype` (default: the
+    checkpoint's), which is also what a weight is cast to before it is quantised. So the peak is
+    the quantised model and one or two tensors. A tensor may also be an `NF4Weight`, taken as it
+    is; with `quantize=False` the others are all kept. Raises UserError that names what is
+    missing, unexpected, mis-shaped or not finite.
+    """
+    missing = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tied = HEAD not in missing
+    for name, tensor in tensors:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # old versions wrote it; we compute it
+        if tied and name in (HEAD, EMBEDDING):  # the checkpoint may hold this tensor twice
+            if EMBEDDING not in missing:
+                if not torch.equal(model.get_parameter(EMBEDDING), tensor.to(device, dtype)):
+                    raise UserError(f"{HEAD} differs from {EMBEDDING}, yet config.json ties them")
+                continue
+            name = EMBEDDING
+        found = {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), None)}
+        _check(found, {name: missing.pop(name)} if name in missing else {})
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        linear = isinstance(module, nn.Linear) and leaf == "weight" and ".layers." in name
+        if linear and quantize and not isinstance(tensor, NF4Weight):
+            with located(f"{name} cannot be quantised"):
+                tensor = quantize_nf4(tensor.to(device, dtype), double_quant)
+        if not isinstance(tensor, NF4Weight):
+            tensor = tensor.to(device, dtype, copy=True)  # what was read is backed by the file
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        elif linear:
+            layer = NF4Linear(tensor).to(device)
+            layer.bias = module.bias  # which may still be to come
+            model.set_submodule(owner, layer)
+        else:
+            raise UserError(f"{name} is quantised, and only linear layers inside `layers` can be")
+    _check({}, missing)
 
 
-def _shapes(model, double_quant):
-    """Put an `NF4Linear` without values in the place of each linear layer within the layers."""
-    def empty(count, dtype):
-        return torch.empty(count, dtype=dtype, device="meta")
-
-    model.requires_grad_(False)
-    for name, layer in list(model.model.layers.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            shape = layer.weight.shape
-            blocks = -(-shape.numel() // BLOCK)
-            second = (empty(-(-blocks // NESTED_BLOCK), torch.float32), empty(1, torch.float32))
-            weight = NF4Weight(
-                empty(-(-shape.numel() // 2), torch.uint8)[:, None],
-                empty(blocks, torch.uint8 if double_quant else torch.float32),
-                *(second if double_quant else (None, None)), shape, layer.weight.dtype)
-            model.model.layers.set_submodule(name, NF4Linear(weight, layer.bias))
+def _check(found, wanted):
+    """Raise UserError if tensors, as headers or by name, are not those that the model wants."""
+    problems = tensor_problems(found, wanted, ("float64", "float32", "float16", "bfloat16"))
+    if problems:
+        raise UserError(f"the checkpoint does not fit config.json: {problems}")
 
 
 # Changed from chapter-02: quantised bases.

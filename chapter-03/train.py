@@ -140,8 +140,7 @@ def main(argv=None):
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
     packs_per_step = ranks.world_size * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
-    predicted = predict.training(
-        config, shapes, data.train.lengths, options, total_steps, shapes.chunk)
+    predicted = predict.training(shapes, data.train.lengths, options, shapes.chunk)
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
@@ -249,7 +248,7 @@ def main(argv=None):
             seconds = time.perf_counter() - started
             metrics.log_step(
                 step, loss, lr, norm, tokens, seconds,
-                predict.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
+                memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
             )
 
             # --- evaluate --- Changed from chapter-02: static shapes.

@@ -7,7 +7,7 @@ import signal
 import time
 
 from common.errors import UserError, one_line, out_of_memory
-from common.metrics import readable_bytes
+from common.memory import readable_bytes
 from common.ranks import say
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, writing
 from common.files.json_files import write_whole
+from common.memory import readable_bytes
 from common.ranks import is_main
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
@@ -115,17 +116,6 @@ class Metrics:
                 if name != "step" and value is not None:
                     self.board.add_scalar(f"{kind}/{name}", value, line["step"])
         return line
-
-
-def readable_bytes(count):
-    """1536 -> "1.5 KiB"; None -> "-"."""
-    if count is None:
-        return "-"
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _row(cells):

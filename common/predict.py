@@ -7,22 +7,21 @@ looks at in the forward, twice that in the backward. (PaLM, arXiv 2204.02311, ap
 """
 
 import re
+from math import prod
 
 import numpy as np
 import torch
 
-from common.adapters.layers import base, linears, matrix
 from common.errors import UserError
-from common.memory import peak_memory_bytes
-from common.metrics import readable_bytes
-from common.predict_memory import memory
+from common.memory import readable_bytes
+from common.predict_memory import layer_costs, linear_cost, memory
 from common.ranks import least, say, world_size
 
-__all__ = ["Prediction", "fit_batch", "flops_per_token", "mean_attended", "memory", "parameters",
-           "peak_flops", "peak_memory_bytes", "training"]
-
-# What `fit_batch` looks for: tokens, tokens, and the share of a GPU's memory that a run may take.
-LARGEST_PACK, SMALLEST_PACK, SHARE = 16384, 2048, 0.85
+PACKS = (16384, 8192, 4096, 2048)  # tokens, as `fit_batch` tries them
+SHARE = 0.85  # of a GPU's memory, that a run may take
+# The kind of a parameter by what its name has in it; what has none of these lies in the blocks.
+KINDS = {"lora_": "adapters", "vera_": "adapters", "embed_tokens": "embedding", "lm_head": "head",
+         "norm": "norms"}
 # Dense TFLOP/s from the makers' data sheets, without structured sparsity: in bfloat16 with
 # float32 accumulation, and in float32 without tensor cores.
 PEAK_TFLOPS = {
@@ -41,26 +40,14 @@ def parameters(model):
 
     A tied matrix counts once, as the embedding. A quantised weight counts as what it stands for.
     """
-    counts = dict.fromkeys(
-        ("total", "trainable", "embedding", "head", "blocks", "norms", "adapters"), 0)
+    counts = dict.fromkeys(("total", "trainable", "blocks", *KINDS.values()), 0)
     for name, parameter in model.named_parameters():
-        kind = "blocks"
-        if "lora_" in name or "vera_" in name:
-            kind = "adapters"
-        elif "embed_tokens" in name:
-            kind = "embedding"
-        elif name.startswith("lm_head"):
-            kind = "head"
-        elif "norm" in name:
-            kind = "norms"
+        kind = next((kind for part, kind in KINDS.items() if part in name), "blocks")
         counts[kind] += parameter.numel()
-        counts["total"] += parameter.numel()
         counts["trainable"] += parameter.numel() * parameter.requires_grad
-    for module in linears(model):
-        if matrix(module) is None:
-            quantised = base(module).in_features * base(module).out_features
-            counts["blocks"] += quantised
-            counts["total"] += quantised
+    counts["blocks"] += sum(prod(cost.shape) for layer in model.model.layers
+                            for cost in layer_costs(layer) if cost.weight is None)
+    counts["total"] = sum(counts[kind] for kind in {"blocks", *KINDS.values()})
     return counts
 
 
@@ -78,30 +65,14 @@ def flops_per_token(model, attended):
     is the other convention in use, where it looks at all of it. Recomputation (activation
     checkpointing, dequantising) does not count: it is not work that the model asks for.
     """
-    matrices = 0
-    for module in linears(model.model):
-        matrices += _matrix_flops(module)
-    if model.lm_head is None:
-        weight = model.model.embed_tokens.weight
-        head = (6 if weight.requires_grad else 4) * weight.numel()
-    else:
-        head = _matrix_flops(model.lm_head)
+    matrices = sum(cost.flops() for layer in model.model.layers for cost in layer_costs(layer))
+    head = linear_cost(model.lm_head or model.model.embed_tokens).flops()
     config = model.config
     width = config.num_attention_heads * config.head_dim
     attention = 6 * config.num_hidden_layers * width * attended
     total = matrices + head + attention
     return {"matrices": matrices, "head": head, "attention": attention, "total": total,
             "full": total + attention}
-
-
-def _matrix_flops(module):
-    """Of a linear layer for one token, with its adapter: x Aᵀ, then times Bᵀ."""
-    inner, weight = base(module), matrix(module)
-    flops = inner.in_features * inner.out_features * (
-        6 if weight is not None and weight.requires_grad else 4)
-    if inner is not module:
-        flops += sum((6 if m.requires_grad else 4) * m.numel() for m in module.factors())
-    return flops
 
 
 def peak_flops(device, dtype):
@@ -151,7 +122,7 @@ class Prediction(dict):
         share = 100 * counts["trainable"] / counts["total"]
         kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in
                           ("blocks", "embedding", "head", "norms", "adapters") if counts[kind])
-        lines = [
+        return "\n".join((
             f"parameters  {_short(counts['total'])}, of which {_short(counts['trainable'])} are "
             f"trained ({share:.3g} %):",
             f"            {kinds}",
@@ -159,51 +130,46 @@ class Prediction(dict):
             f"{_short(flops['head'])}, attention {_short(flops['attention'])}",
             f"            (counted as if not causal: {_short(flops['full'])}FLOP)",
             f"memory      predicted peak {readable_bytes(self.peak)} with {self.tokens} tokens in "
-            "a pack:"]
-        lines += [f"            {readable_bytes(size):>10}  {name}"
-                  for name, size in sorted(self.items(), key=lambda item: -item[1]) if size]
-        return "\n".join(lines)
+            "a pack:",
+            *(f"            {readable_bytes(size):>10}  {name}"
+              for name, size in sorted(self.items(), key=lambda item: -item[1]) if size)))
 
 
-def training(config, model, lengths, options, total_steps, chunk=None):
-    """Predict a run of `total_steps` steps of `model` on documents of these lengths.
+def training(model, lengths, options, chunk=None):
+    """Predict a step of a run of `model` on documents of these lengths.
 
     `options` are the run's: batch_tokens, grad_accum, dtype, device and, where a chapter has them,
     activation_checkpointing and compile (whose packs are filled up). `chunk` is the rows of the
     chunked loss, None for the plain one. The model may be on the "meta" device, its adapters in
-    place. Gives a `Prediction`. `config` is the model's.
+    place. Gives a `Prediction`.
     """
     lengths = np.asarray(lengths)
     compiled = getattr(options, "compile", False)
     tokens = options.batch_tokens if compiled else int(min(options.batch_tokens, lengths.sum()))
-    accumulate = options.grad_accum if total_steps else 1
+    sizes = _memory_of_run(model, options, tokens, options.grad_accum, chunk)
     peak = peak_flops(torch.device(options.device), getattr(torch, options.dtype))
-    return Prediction(
-        _memory_of_run(model, options, tokens, accumulate, chunk), parameters=parameters(model),
-        tokens=tokens, flops=flops_per_token(model, mean_attended(lengths)),
-        peak_flops=None if peak is None else peak * world_size())
+    return Prediction(sizes, parameters=parameters(model), tokens=tokens,
+                      flops=flops_per_token(model, mean_attended(lengths)),
+                      peak_flops=None if peak is None else peak * world_size())
 
 
 def fit_batch(options, model, chunk=None):
     """Fill in --batch-tokens where a GPU's run has left it open, and say so.
 
-    The largest power of two, LARGEST_PACK at most, whose predicted peak is at most SHARE of the
-    GPU's memory; --grad-accum grows so that a step keeps its tokens. (The rest of the memory is
-    for CUDA itself, for what kernels take for a moment, and for gaps between blocks.) `model`
-    needs only shapes. Raises UserError where even SMALLEST_PACK tokens do not fit, or one
-    document of --max-seq-len.
+    The largest of PACKS whose predicted peak is at most SHARE of the GPU's memory; --grad-accum
+    grows so that a step keeps its tokens. (The rest of the memory is for CUDA itself, for what
+    kernels take for a moment, and for gaps between blocks.) `model` needs only shapes. Raises
+    UserError where not even the smallest fits, or one document of --max-seq-len.
     """
     if options.batch_tokens is not None:
         return
     has = least(torch.cuda.get_device_properties(options.device).total_memory)
-    longest = min(options.max_seq_len, model.config.max_position_embeddings, LARGEST_PACK)
-    tokens = LARGEST_PACK
-    while True:
-        accumulate = options.grad_accum * LARGEST_PACK // tokens
+    longest = min(options.max_seq_len, model.config.max_position_embeddings, PACKS[0])
+    for tokens in PACKS:
+        accumulate = options.grad_accum * PACKS[0] // tokens
         peak = sum(_memory_of_run(model, options, tokens, accumulate, chunk).values())
-        if peak <= SHARE * has or tokens // 2 < max(longest, SMALLEST_PACK):
+        if peak <= SHARE * has or tokens // 2 < max(longest, PACKS[-1]):
             break
-        tokens //= 2
     if peak > SHARE * has:
         raise UserError(
             f"packs of {tokens} tokens need {readable_bytes(peak)}, and of the GPU's"

@@ -7,14 +7,67 @@ Sizes: T tokens in the pack, D model width, H query heads, K key/value heads, d 
 F feed-forward width, V vocabulary, r rank; c bytes of one number of the compute dtype.
 """
 
-from common.adapters.layers import base, keeps_input, linears, matrix
+from functools import partial
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor, nn
 
 FLOAT32 = 4  # bytes; master weights, gradients, both Adam moments, norm statistics, the loss
 
 
-def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
-           kernel_joins=False, compiled=False):
+# --- linear layers, which say themselves what they need ---
+
+class LinearCost(NamedTuple):
+    """What a training step needs for a linear layer y = x Wᵀ, beside W itself."""
+
+    shape: tuple  # (out, in)
+    weight: Tensor | None  # W as a parameter; None where it is quantised, so made anew at each use
+    factors: tuple = ()  # of an adapter: A (r, in) and s B (out, r)
+    keeps_input: bool = False  # x, for the gradient of W or of A
+    keeps: int = 0  # numbers of each token beside: of an adapter x Aᵀ, of dropout what it made
+    keeps_output: bool = False  # y, where something is still to be done to it that is trained
+
+    def flops(self):
+        """Of one token in forward and backward: 6 for each number that is trained, else 4."""
+        trained = self.weight is not None and self.weight.requires_grad
+        return (6 if trained else 4) * prod(self.shape) + sum(
+            (6 if matrix.requires_grad else 4) * matrix.numel() for matrix in self.factors)
+
+
+def linear_cost(module):
+    """The `LinearCost` of an nn.Linear, of an embedding that is the output head too, or of what
+    stands in the place of one and says it itself, by a method `cost`."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        weight = module.weight
+        return LinearCost(tuple(weight.shape), weight, keeps_input=weight.requires_grad)
+    return module.cost()
+
+
+def layer_costs(layer):
+    """The `LinearCost`s of a decoder layer: of q, k, v, o, gate, up and down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [linear_cost(module) for module in (
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+
+
+# --- a step ---
+
+def memory(model, tokens, dtype, **how):
     """Bytes by category at the fullest moment of a training step: their sum is the peak.
+
+    Takes what `phases` takes.
+    """
+    return max(phases(model, tokens, dtype, **how).values(), key=lambda sizes: sum(sizes.values()))
+
+
+def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
+           kernel_joins=False, compiled=False):
+    """The moments of a step at which memory can be fullest: name -> {category: bytes}.
+
+    Going forward activations pile up; going backward they make room for gradients. So the peak
+    is at the turning point (the loss), or at the end, when all gradients are there.
 
     `model` needs only shapes (the "meta" device will do), with adapters in place and frozen
     parameters marked. `tokens` is T, of the largest pack. `dtype` is the compute dtype.
@@ -24,30 +77,15 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     kernel for all documents (CUDA, 16 bits) rather than one call for each. `compiled`: what
     surrounds attention is. The optimizer is AdamW, fused, whose step needs nothing of its own.
     """
-    return max(phases(model, tokens, dtype, grad_accum=grad_accum, checkpointing=checkpointing,
-                      chunk=chunk, ranks=ranks, kernel_joins=kernel_joins,
-                      compiled=compiled).values(),
-               key=lambda categories: sum(categories.values()))
-
-
-def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
-           kernel_joins=False, compiled=False):
-    """The moments of a step at which memory can be fullest: name -> {category: bytes}.
-
-    Going forward activations pile up; going backward they make room for gradients. So the peak
-    is at the turning point (the loss), or at the end, when all gradients are there.
-    """
-    c = dtype.itemsize
-    config, layers = model.model.config, list(model.model.layers)
-    embedding = model.model.embed_tokens.weight
-    tied = model.lm_head is None
-    head = embedding if tied else matrix(model.lm_head)
+    c, layers = dtype.itemsize, model.model.layers
+    embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
     V, D = embedding.shape
-    head_trained = head is not None and head.requires_grad
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    if not tied and base(model.lm_head) is not model.lm_head:
+    head = linear_cost(model.model.embed_tokens if tied else model.lm_head)
+    head_trained = head.weight.requires_grad
+    if head.factors:
         chunk = None  # a head with an adapter gives logits
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    one_layer = sum(p.numel() for p in layers[0].parameters())
 
     # --- what stays from step to step ---
     weights = sum(t.nbytes for t in model.parameters()) // ranks
@@ -60,28 +98,25 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     per_layer = [sum(saved_per_token(layer, dtype, kernel_joins, compiled).values())
                  for layer in layers]
     copies = [weight_copies(layer, dtype) for layer in layers]
-    head_copy = c * V * D if head is not None and head.dtype.itemsize != c else 0
+    head_copy = c * V * D if head.weight.dtype.itemsize != c else 0
     if ranks > 1:  # FSDP2 gathers in c: embedding and head for the step, two layers at a time
         copies = [0] * len(layers)
-        head_copy = c * (embedding.numel() * (1 if tied else 2)
-                         + 2 * sum(p.numel() for p in layers[0].parameters()))
-    last = norm_per_token(model.model.norm, D, dtype,
-                          chunk is None and keeps_input(model.lm_head or model.model.embed_tokens))
-    tables = c * config.head_dim  # cos and sin, once for all layers
+        head_copy = c * (embedding.numel() * (1 if tied else 2) + 2 * one_layer)
+    last = norm_per_token(
+        model.model.norm, D, chunk is None and head.keeps_input, dtype=dtype)
+    tables = c * model.model.config.head_dim  # cos and sin, once for all layers
     kept, again = sum(per_layer), 0
-    dear = dear_per_token(layers[0], dtype, compiled)
+    first = layer_costs(layers[0])
     if checkpointing != "none":
-        # Kept: the layer's input, and if selective what is dear to compute. The layer at work is
-        # computed once more, so its own tensors are there a second time.
-        # Attention in blocks has q, k and v there a third time, heads first.
-        again = max(per_layer) * tokens + max(copies)
-        if checkpointing == "selective":
-            again -= dear * tokens
-        if hasattr(layers[0], "run") and not kernel_joins:
-            again += c * tokens * sum(base(getattr(layers[0].self_attn, f"{n}_proj")).out_features
-                                      for n in "qkv")
-        kept = len(layers) * (c * D + dear * (checkpointing == "selective"))
-        copies = [0] * len(copies)
+        # Kept: the layer's input, and if selective what is expensive to compute. The layer at work
+        # is computed once more, so its own tensors are there a second time.
+        expensive = (expensive_per_token(layers[0], dtype, compiled)
+                     if checkpointing == "selective" else 0)
+        again = (max(per_layer) - expensive) * tokens + max(copies)
+        if not kernel_joins:  # attention in blocks has q, k and v there a third time, by heads
+            again += c * tokens * sum(cost.shape[0] for cost in first[:3])
+        kept = len(layers) * (c * D + expensive)
+        copies = [0] * len(layers)
     activations = tokens * (kept + last + tables)
     all_copies = sum(copies) + head_copy
 
@@ -91,15 +126,14 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     # --- what the backward needs for itself ---
     head_gradient = FLOAT32 * V * D * head_trained
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
-    F = base(layers[-1].mlp.up_proj).out_features
+    F = linear_cost(layers[-1].mlp.up_proj).shape[0]
     # A quantised layer's matrices are dequantised in turn, or, in a compiled layer that is computed
     # again, all at once.
-    whole = [base(m).in_features * base(m).out_features for m in linears(layers[0])
-             if matrix(m) is None]
+    whole = [prod(cost.shape) for cost in first if cost.weight is None]
     whole = sum(whole) if compiled and checkpointing == "full" else max(whole, default=0)
     at_work = tokens * (2 * c * D + 2 * c * F) + c * whole + again
     if ranks > 1:  # its whole gradient, in float32 for the reduction too; the gathering's buffer
-        at_work += (2 * c + FLOAT32) * sum(p.numel() for p in layers[0].parameters())
+        at_work += (2 * c + FLOAT32) * one_layer
     # A tied matrix has two gradients in the backward: the head's waits, apart from those of the
     # micro-batches before, for the embedding's. From a plain float32 product it is a view, so that
     # their sum is a third; otherwise autograd adds in place.
@@ -116,19 +150,17 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
                 "activations": activations, f"copies of weights in {compute}": copies,
                 "logits and loss": loss, "layer at work": at_work}
 
-    after_head = all_copies - head_copy * (ranks == 1)
+    gathered = head_copy * (ranks > 1)
     not_yet = FLOAT32 * V * D // ranks if embedding.requires_grad and not tied and not held else 0
     return {
         "loss": moment(held, activations, all_copies, loss),
         "backward of the head": moment(held, activations, all_copies, head_phase),
         "backward of the last layer": moment(
-            held + waiting if held else head_gradient, activations, after_head, at_work=at_work),
+            held + waiting if held else head_gradient, activations, sum(copies) + gathered,
+            at_work=at_work),
         "backward of the first layer": moment(
-            gradients - not_yet, activations // len(layers), head_copy * (ranks > 1),
-            at_work=at_work + waiting),
-        "end of the backward": moment(
-            gradients, tokens * tables, head_copy * (ranks > 1), at_work=in_embedding),
-        "optimizer step": moment(gradients),
+            gradients - not_yet, activations // len(layers), gathered, at_work=at_work + waiting),
+        "end of the backward": moment(gradients, tokens * tables, gathered, at_work=in_embedding),
     }
 
 
@@ -159,85 +191,66 @@ def loss_and_head(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
     return both + c * rows * (V + 2 * D) + max(pieces, share), 2 * both - copy
 
 
+# --- a decoder layer ---
+
 def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
     """What a decoder layer keeps for its backward, bytes per token: named terms, in order.
 
-    Compiled code computes what is cheap a second time: it keeps what goes into a norm as it came,
-    in c and not in float32, and neither x / rms nor silu(gate), nor what DoRA has scaled.
+    Compiled code computes what is cheap a second time, such as silu(gate), or what DoRA has scaled.
     """
-    def norm(module, width, keeps_result, rows=1):
-        if compiled:
-            return c * width * (1 + keeps_result) + FLOAT32 * rows
-        return norm_per_token(module, width, dtype, keeps_result, rows)
-
-    c, attention, mlp = dtype.itemsize, layer.self_attn, layer.mlp
-    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
-    d = attention.head_dim
-    Hd, Kd, F = base(q).out_features, base(k).out_features, base(mlp.up_proj).out_features
-    D = base(q).in_features
-    terms = {}
-    terms["input norm: x, x / rms, result"] = norm(
-        layer.input_layernorm, D, any(map(keeps_input, (q, k, v))))
-    if hasattr(attention.q_norm, "weight"):
+    norm = partial(norm_per_token, dtype=dtype, compiled=compiled)
+    c, attention = dtype.itemsize, layer.self_attn
+    q, k, v, o, gate, up, down = costs = layer_costs(layer)
+    d, qk_norm = attention.head_dim, not isinstance(attention.q_norm, nn.Identity)
+    (Hd, D), Kd, F = q.shape, k.shape[0], up.shape[0]
+    # Chapter 3's attention computes its output again, but not where it is one kernel of the GPU's.
+    keeps_output = kernel_joins or getattr(attention, "keeps_output", True)
+    scaled = costs if not compiled else (v, o, down) if qk_norm else (q, k, v, o, down)
+    return {
+        "input norm: x, x / rms, result": norm(
+            layer.input_layernorm, D, q.keeps_input or k.keeps_input or v.keeps_input),
         # The result is turned by the rotary tables, which keeps none of it.
-        terms["norms of q and k: x, x / rms"] = (
-            norm(attention.q_norm, Hd, False, Hd // d) + norm(attention.k_norm, Kd, False, Kd // d))
-    terms["attention: q, k, v"] = c * (Hd + 2 * Kd)
-    if hasattr(layer, "run") and not kernel_joins:  # chapter 3's blocks: nothing but q, k and v
-        terms["input of o_proj"] = c * Hd * keeps_input(o)
-    else:
-        terms["attention: output, log-sum-exp"] = c * Hd + FLOAT32 * Hd // d
-        # One call a document: the outputs are then joined in a tensor of their own.
-        terms["input of o_proj"] = c * Hd * (keeps_input(o) and not kernel_joins)
-    readers = (m for m in linears(mlp) if m is not mlp.down_proj)
-    terms["feed-forward norm: x, x / rms, result"] = norm(
-        layer.post_attention_layernorm, D, any(map(keeps_input, readers)))
-    terms["gate, up, silu(gate)"] = c * F * (2 if compiled else 3)
-    terms["input of down_proj"] = c * F * keeps_input(mlp.down_proj)
-    terms["adapters"] = sum(adapter_per_token(module, dtype) for module in linears(layer))
-    terms["DoRA: unscaled outputs"] = sum(unscaled_per_token(module, dtype) for module in (
-        *((v, o, mlp.down_proj) if compiled else linears(layer)),
-        *((q, k) if compiled and not hasattr(attention.q_norm, "weight") else ())))
-    return terms
+        "norms of q and k: x, x / rms": (
+            norm(attention.q_norm, Hd, False, Hd // d) + norm(attention.k_norm, Kd, False, Kd // d)
+            if qk_norm else 0),
+        "attention: q, k, v": c * (Hd + 2 * Kd),
+        "attention: output, log-sum-exp": (c * Hd + FLOAT32 * Hd // d) * keeps_output,
+        # One kernel's output is kept already; those of one call a document are joined in another.
+        "input of o_proj": c * Hd * (o.keeps_input and not kernel_joins),
+        "feed-forward norm: x, x / rms, result": norm(
+            layer.post_attention_layernorm, D, gate.keeps_input or up.keeps_input),
+        "gate, up, silu(gate)": c * F * (2 if compiled else 3),
+        "input of down_proj": c * F * down.keeps_input,
+        "adapters": c * sum(cost.keeps for cost in costs),
+        "outputs before DoRA scales them": c * sum(
+            cost.shape[0] for cost in scaled if cost.keeps_output),
+    }
 
 
-def norm_per_token(norm, width, dtype, keeps_result, rows=1):
+def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):
     """RMSNorm keeps x and 1/rms in float32, x/rms if its weight is trained, maybe its result.
 
-    The result is kept by the next product, if that needs it for a gradient of its own.
+    The result is kept by the next product, if that needs it for a gradient of its own. Compiled, x
+    is kept as it came, and x/rms not at all.
     """
     c = dtype.itemsize
+    if compiled:
+        return FLOAT32 * rows + c * width * (1 + keeps_result)
     return FLOAT32 * (width + rows) + c * width * (norm.weight.requires_grad + keeps_result)
 
 
-def dear_per_token(layer, dtype, compiled=False):
+def expensive_per_token(layer, dtype, compiled=False):
     """Outputs of the matrix products and of attention: what selective checkpointing keeps.
 
     Compiled code does not keep the last product, which nothing but the next layer needs (or DoRA).
     """
-    c, d = dtype.itemsize, layer.self_attn.head_dim
-    Hd = base(layer.self_attn.q_proj).out_features
-    kept = Hd + sum(base(m).out_features for m in linears(layer))
-    kept += sum(m.factors()[0].shape[0] for m in linears(layer) if base(m) is not m)  # x Aᵀ
-    if compiled and not unscaled_per_token(layer.mlp.down_proj, dtype):
-        kept -= base(layer.mlp.down_proj).out_features
+    c, d, costs = dtype.itemsize, layer.self_attn.head_dim, layer_costs(layer)
+    (Hd, _), down = costs[0].shape, costs[-1]
+    kept = Hd + sum(cost.shape[0] for cost in costs)
+    kept += sum(len(cost.factors[0]) for cost in costs if cost.factors)  # x Aᵀ
+    if compiled and not down.keeps_output:
+        kept -= down.shape[0]
     return c * kept + FLOAT32 * Hd // d
-
-
-def adapter_per_token(module, dtype):
-    """An adapter keeps x Aᵀ (r); with dropout its own x and the mask."""
-    if base(module) is module:
-        return 0
-    c, A = dtype.itemsize, module.factors()[0]
-    dropped = 2 * c * A.shape[1] if module.dropout else 0
-    return c * A.shape[0] + dropped
-
-
-def unscaled_per_token(module, dtype):
-    """DoRA keeps its output before it is scaled, for the gradient of the magnitudes."""
-    if not hasattr(module, "lora_magnitude_vector"):
-        return 0
-    return dtype.itemsize * module.base.out_features
 
 
 def weight_copies(layer, dtype):
@@ -247,11 +260,7 @@ def weight_copies(layer, dtype):
     adapter's B is multiplied by its scale first, which is a copy in any dtype.)
     """
     c, total = dtype.itemsize, 0
-    for module in linears(layer):
-        weight = matrix(module)
-        if weight is not None and weight.dtype.itemsize != c:
-            total += c * weight.numel()
-        if base(module) is not module:
-            A, B = module.factors()
-            total += c * A.numel() * (A.dtype.itemsize != c) + c * B.numel()
+    for cost in layer_costs(layer):
+        cast = [m for m in (cost.weight, *cost.factors[:1]) if m is not None and m.itemsize != c]
+        total += c * sum(matrix.numel() for matrix in (*cast, *cost.factors[1:]))
     return total

@@ -127,6 +127,11 @@ def full_tensor(tensor):
         return tensor.full_tensor()
 
 
+def own_rows(tensor):
+    """The rows of a parameter or gradient that this rank holds: all, if it is not sharded."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 @torch.no_grad()
 def copy_into(parameter, tensor):
     """Copy a whole `tensor` of any device and dtype into a parameter; if that is sharded, each rank

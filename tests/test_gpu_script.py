@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import ROOT, load
 
+from common.options import read_flags
+
 
 TINY = ["--device", "cpu", "--size", "tiny", "--backend", "eager", "--steps", "2"]
 
@@ -86,7 +88,7 @@ def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkey
     for _, script, arguments in commands:
         module = load(script)
         kind = module.LadderOptions if "ladder" in script else module.ProfileOptions
-        kind(**module.cli.read_flags(kind, "", arguments))
+        kind(**read_flags(kind, "", arguments))
 
     monkeypatch.setattr(gpu, "reports", lambda options: [
         ("profile", "chapter-03/profiling/profile_step.py", [
@@ -128,12 +130,13 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 def test_a_wrong_gradient_is_seen(monkeypatch):
     """The checks compare with documents alone: a pack whose documents see one another fails."""
     checks = load("tests/bench/gpu_checks.py")
-    real = checks.modeling.varlen_attention
+    attention = checks.modeling.Attention
+    real = attention.attend
 
     def one_document(q, k, v, cu_seqlens, max_seqlen):
         return real(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q))
 
-    monkeypatch.setattr(checks.modeling, "varlen_attention", one_document)
+    monkeypatch.setattr(attention, "attend", staticmethod(one_document))
     (_, error, limit), *_ = checks.models(torch.device("cpu"), torch.float32)
     # Alone, documents are packs of one, which this leaves right.
     assert error > 10 * limit

@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import load
 
+from common import predict
+
 model_file, script = load("tests/bench/scale_model.py"), load("tests/bench/scale_out.py")
 Group, Machine = model_file.Group, model_file.Machine
 collective, simulate = model_file.collective, model_file.simulate
@@ -57,7 +59,7 @@ def test_groups_are_all_of_the_model(method):
     model = script.shapes_only("qwen3-0.6b", method)
     dtype = torch.bfloat16 if method == "full" else None
     groups = model_file.groups_of(model, 1000, 512, dtype)
-    flops = script.predict.flops_per_token(model, 512)["total"]
+    flops = predict.flops_per_token(model, 512)["total"]
     assert sum(g.forward + g.backward for g in groups) == pytest.approx(1000 * flops, rel=1e-6)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(g.reduced for g in groups) == 4 * trained

@@ -6,11 +6,12 @@ timed and, in operators.py, those that are only predicted. So both columns mean 
 
 import contextlib
 import re
+import statistics
+import time
 
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from ceilings import wait
 
 BUCKETS = ("matrix products", "attention", "loss", "element-wise", "optimizer", "idle")
 
@@ -30,24 +31,22 @@ def region(name):
         open_regions.pop()
 
 
-@contextlib.contextmanager
-def named_parts(model):
-    """While this is open, the model's forward opens the region "forward", and its head "loss"."""
-    part = contextlib.ExitStack()
-
-    def begin(name):
-        part.close()
-        part.enter_context(region(name))
-
-    hooks = [model.model.register_forward_pre_hook(lambda *_: begin("forward")),
-             model.model.register_forward_hook(lambda *_: begin("loss")),
-             model.register_forward_hook(lambda *_: part.close())]
+def loss_of(model, pack, finish=None):
+    """The model's loss of a pack, or `finish(logits, labels)`, in the region "loss"; within it what
+    comes before the head is in another, "forward"."""
+    inputs, forward = dict(pack), contextlib.ExitStack()
+    begin = model.model.register_forward_pre_hook(
+        lambda *_: forward.enter_context(region("forward")))
+    end = model.model.register_forward_hook(lambda *_: forward.close(), always_call=True)
     try:
-        yield
+        with region("loss"):
+            if finish is None:
+                return model(**inputs)
+            labels = inputs.pop("labels")
+            return finish(model(**inputs), labels)
     finally:
-        part.close()
-        for hook in hooks:
-            hook.remove()
+        begin.remove()
+        end.remove()
 
 
 def bucket(names, kernels=False):
@@ -59,7 +58,8 @@ def bucket(names, kernels=False):
     operators, where the device has nothing to do; but not if it has started `kernels` itself, as
     what a compiler made for a GPU does.
     """
-    if any(name == "optimizer" or name.startswith("Optimizer.") for name in names):
+    part = next((name for name in names if name in ("forward", "loss", "optimizer")), None)
+    if part == "optimizer" or any(name.startswith("Optimizer.") for name in names):
         return "optimizer"
     operator = "::" in names[0] and not names[0].startswith(("autograd::", "torch::autograd"))
     if not (operator or kernels or names[0].startswith("## Call CompiledFxGraph")):
@@ -68,12 +68,41 @@ def bucket(names, kernels=False):
         return "attention"
     if re.fullmatch(r"(aten|bareloop)::(mm|addmm_?|bmm|baddbmm_?)", names[0]):
         return "matrix products"
-    if any(name == "loss" or re.search("CrossEntropy|LogSoftmax|NllLoss", name) for name in names):
+    if part == "loss" or any(re.search("CrossEntropy|LogSoftmax|NllLoss", name) for name in names):
         return "loss"
     return "element-wise"
 
 
 # --- measured ---
+
+def duration(function, device, prepare=lambda: None, repeats=5):
+    """Seconds of a call: the median of a few, after one that does not count.
+
+    `prepare` runs before each, outside the time. On CUDA each is ten calls in a row, so that the
+    wait for the first of them hardly counts.
+    """
+    calls, times = 10 if device.type == "cuda" else 1, []
+    for _ in range(repeats + 1):
+        prepare()
+        times.append(seconds_of(function, device, calls) / calls)
+    return statistics.median(times[1:])
+
+
+def seconds_of(function, device, calls=1):
+    """Seconds of so many calls, until the device has done what was asked of it."""
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device):
+    """Until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 def measure(step, device, trace=None, repeats=3):
     """Run `step()` under the profiler: seconds by bucket, which add up to those of the step.
@@ -83,13 +112,13 @@ def measure(step, device, trace=None, repeats=3):
     that it calls; on CUDA it is that of its kernels, and idle is what is left of the step.
     """
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    runs = []
+    measured = []
     for _ in range(repeats + 1):
         with profile(activities=kinds) as profiler, region("step"):
             step()
             wait(device)
-        runs.append((sum_up(profiler.events(), device), profiler))
-    times, profiler = sorted(runs[1:], key=lambda run: sum(run[0].values()))[repeats // 2]
+        measured.append((sum_up(profiler.events(), device), profiler))
+    times, profiler = sorted(measured[1:], key=lambda one: sum(one[0].values()))[repeats // 2]
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     return times
@@ -126,7 +155,6 @@ def table(predicted, measured):
     """Both side by side, as lines of text; all in milliseconds."""
     rows = [(name, *predicted[name], measured[name]) for name in BUCKETS]
     rows.append(("step", *(sum(column) for column in list(zip(*rows))[1:])))
-    lines = [f"{'milliseconds':<18}{'roofline':>12}{'alone':>12}{'measured':>12}{'rest':>12}"]
-    lines += [f"{name:<18}{1e3 * roofline:>12.1f}{1e3 * alone:>12.1f}{1e3 * seconds:>12.1f}"
-              f"{1e3 * (seconds - alone):>+12.1f}" for name, roofline, alone, seconds in rows]
-    return lines
+    return [f"{'milliseconds':<18}{'roofline':>12}{'alone':>12}{'measured':>12}{'rest':>12}"] + [
+        f"{name:<18}{1e3 * roofline:>12.1f}{1e3 * alone:>12.1f}{1e3 * seconds:>12.1f}"
+        f"{1e3 * (seconds - alone):>+12.1f}" for name, roofline, alone, seconds in rows]

@@ -1,15 +1,16 @@
 """Three bugs that make no result wrong, only the step slow. Find them with the profiler.
 
     python chapter-03/profiling/bugs.py             a healthy step
-    python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and where does it come from?
+    python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and where does it
+                                                    come from?
 
 Each prints the time of every step and how often PyTorch has compiled until then; of the last
 step the operators, counted and those that took longest; and where its timeline lies. Read that,
 not this file.
 """
 
+import contextlib
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ceilings import wait
+from buckets import seconds_of
 from common import hub, weights
 from common.data import encode
 from common.errors import run_main
@@ -26,7 +27,7 @@ from common.files.checkpoint import new_run_folder
 from common.options import choose_device, option, read_flags
 from lora import AdapterConfig
 from modeling_llama import LlamaConfig, LlamaForCausalLM
-from packing import PackSampler, packed_sequence_collate_fn
+from packing import IGNORE, PackSampler, packed_sequence_collate_fn
 from profile_step import step_of
 from train import CHAPTER, to_device
 
@@ -48,22 +49,10 @@ class BugOptions:
     out: str = option(None, "the folder of the timeline")
 
 
-def plant(options, model):
-    """Switch the bugs on that are asked for; gives the chunk of the loss."""
-    if options.bug_1:
-        for name, layer in model.model.layers.named_children():
-            layer.register_forward_hook(check_finite(name))
-    for layer in model.model.layers:
-        layer.mlp.compile(backend=options.backend, dynamic=False)
-    return 16 if options.bug_3 else 1024
-
-
-def check_finite(name):
+def check_finite(layer, inputs, output):
     """A hook that looks whether a layer still gives numbers."""
-    def hook(layer, inputs, output):
-        if not output.abs().max().item() < 1e6:
-            raise FloatingPointError(f"layer {name} has left the numbers")
-    return hook
+    if not output.abs().max().item() < 1e6:
+        raise FloatingPointError("a layer has left the numbers")
 
 
 def packs(options, config, device):
@@ -77,7 +66,7 @@ def packs(options, config, device):
             examples = examples[number:]
         elif room:
             ids = torch.zeros(room, dtype=torch.int64)
-            examples.append((ids, torch.full_like(ids, -100)))
+            examples.append((ids, torch.full_like(ids, IGNORE)))
         yield to_device(packed_sequence_collate_fn(examples), device)
 
 
@@ -87,25 +76,23 @@ def main(argv=None):
     torch.manual_seed(0)
     config = LlamaConfig.from_dict(weights.read_config(hub.resolve("tiny")))
     model = LlamaForCausalLM(config).to(device)
-    model.chunk = plant(options, model)
+    model.chunk = 16 if options.bug_3 else 1024
+    for layer in model.model.layers:
+        layer.mlp.compile(backend=options.backend, dynamic=False)
+        if options.bug_1:
+            layer.register_forward_hook(check_finite)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch._dynamo.config.recompile_limit = max(8, 2 * options.steps)
 
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     for number, pack in enumerate(packs(options, config, device), 1):
         step = step_of(model, optimizer, pack, AdapterConfig(method="full"), 1.0)
-        wait(device)
-        started = time.perf_counter()
-        if number < options.steps:
-            step()
-        else:
-            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-            with profile(activities=kinds) as profiler:
-                step()
-                wait(device)
-        wait(device)
-        print(f"step {number}: {1e3 * (time.perf_counter() - started):8.1f} ms, "
+        last = number == options.steps
+        with profile(activities=kinds) if last else contextlib.nullcontext() as profiler:
+            seconds = seconds_of(step, device)
+        print(f"step {number}: {1e3 * seconds:8.1f} ms, "
               f"{len(pack['labels'])} tokens, compiled so far: "
               f"{torch._dynamo.utils.counters['stats']['unique_graphs']}")
 

@@ -1,7 +1,7 @@
 """From the naive loop to the fast one, a rung at a time: speed, memory, and the predicted gain.
 
-    python chapter-03/profiling/ladder.py --size tiny        half a minute; without, the mid-size model
-    python chapter-03/profiling/ladder.py --size 0.6b        Qwen3-0.6B's shapes, for a GPU
+    python chapter-03/profiling/ladder.py --size tiny    half a minute; without, the mid-size model
+    python chapter-03/profiling/ladder.py --size 0.6b    Qwen3-0.6B's shapes, for a GPU
 
 The same documents on every rung. Only their own tokens count, so padding shows as lost speed.
 A rung keeps what the rungs before it have changed. Each leaves a file when it is done: interrupt
@@ -13,10 +13,8 @@ import json
 import os
 import statistics
 import sys
-import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
@@ -24,22 +22,19 @@ import torch
 import torch.nn.functional as F
 
 import anatomy
-import modeling_llama
 import operators
-from buckets import region
-from ceilings import wait
+from buckets import seconds_of
 from common import hub, predict, weights
 from common.data import encode
 from common.errors import UserError, run_main
 from common.files.json_files import read_json
-from common.metrics import readable_bytes
+from common.memory import readable_bytes
 from common.options import choose_device, option, read_flags
 from compiling import compile_model
-from lora import AdapterConfig, optimizer_groups
+from lora import AdapterConfig
 from modeling_llama import LlamaConfig
 from packing import IGNORE, StaticShape, packed_sequence_collate_fn
-from profile_step import step_of
-from quantized_model import build
+from profile_step import model_and_optimizer, step_of
 from train import Options, to_device
 
 HERE = Path(__file__).resolve().parent
@@ -79,13 +74,12 @@ def documents(size, vocabulary, count, seed):
     """`count` lists of (ids, labels), each of exactly the size's tokens in documents of varied
     length."""
     _, tokens, longest = SIZES[size]
-    pool = encode.virtual(8 * count * tokens // longest + 8, vocabulary, longest, seed)
-    lists, at = [], 0
+    pool = iter(encode.virtual(8 * count * tokens // longest + 8, vocabulary, longest, seed))
+    lists = []
     for _ in range(count):
         chosen, room = [], tokens
         while room:
-            ids, labels = pool[at]
-            at += 1
+            ids, labels = next(pool)
             chosen.append((ids[:room], labels[:room]))
             room -= len(chosen[-1][0])
         lists.append(chosen)
@@ -95,8 +89,8 @@ def documents(size, vocabulary, count, seed):
 def padded(examples):
     """The documents as the rectangle that a padded batch is: all as long as the longest."""
     longest = max(len(ids) for ids, _ in examples)
-    return [(F.pad(ids, (0, longest - len(ids))), F.pad(labels, (0, longest - len(ids)),
-                                                        value=IGNORE)) for ids, labels in examples]
+    return [(F.pad(ids, (0, longest - len(ids))),
+             F.pad(labels, (0, longest - len(ids)), value=IGNORE)) for ids, labels in examples]
 
 
 def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
@@ -115,8 +109,7 @@ def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
 
 def whole_loss(logits, labels):
     """The sum of the losses from all logits at once, in float32."""
-    with region("loss"):
-        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
 def climb(rung, options, device):
@@ -124,38 +117,30 @@ def climb(rung, options, device):
     name, tokens, longest = SIZES[options.size]
     source = hub.resolve(name)
     config = LlamaConfig.from_dict(weights.read_config(source))
-    run = Options(model=str(name), init="random", data=["virtual"], rank=16, alpha=32.0, lr=1e-4,
-                  seed=options.seed, device=device.type, **{key: rung[key] for key in (
-                      "dtype", "method", "quantize", "activation_checkpointing")})
-    torch.manual_seed(run.seed)
-    adapter = AdapterConfig(**{f.name: getattr(run, f.name) for f in fields(AdapterConfig)})
-    model = build(config, run, adapter, device, source, draw_on=device).train()
+    of_rung = {key: rung[key] for key in (
+        "dtype", "method", "quantize", "activation_checkpointing")}
+    training = Options(model=str(name), init="random", lr=1e-4, seed=options.seed,
+                       device=device.type, **of_rung)
+    adapter = AdapterConfig(method=rung["method"], seed=options.seed)
+    model, optimizer = model_and_optimizer(
+        training, adapter, source, config, device, rung["fused"])
+    if not rung["blocks"]:
+        operators.set_attention(model, sliced_attention)
+    finish = None if rung["chunked"] else whole_loss
     lists = documents(options.size, config.vocab_size, options.steps + 1, options.seed)
     mean = predict.mean_attended([len(ids) for ids, _ in lists[0]])
     shape = StaticShape(tokens, max(map(len, lists)), longest) if rung["compile"] else None
-    lists = lists if rung["packed"] else [padded(documents) for documents in lists]
+    lists = lists if rung["packed"] else map(padded, lists)
     packs = [to_device(packed_sequence_collate_fn(x, shape), device) for x in lists]
-    optimizer = torch.optim.AdamW(optimizer_groups(model, adapter, run.lr, 0.1), lr=run.lr,
-                                  foreach=False, fused=rung["fused"])
-    attention = modeling_llama.varlen_attention if rung["blocks"] else sliced_attention
-    finish = None if rung["chunked"] else whole_loss
 
-    with mock.patch.object(modeling_llama, "varlen_attention", attention):
-        ops = operators.record(model, packs[-1], finish, rung["compile"])
-        foreseen = operators.predict(model, packs[-1], ops, device,
-                                     "fused" if rung["fused"] else "plain", attention)
-        if rung["compile"]:
-            compile_model(model)
-        steps = [step_of(model, optimizer, pack, adapter, 1.0, finish) for pack in packs]
-        steps[0]()  # makes the optimizer's moments, and compiles
-        seconds = []
-        for step in steps[1:]:
-            wait(device)
-            started = time.perf_counter()
-            step()
-            wait(device)
-            seconds.append(time.perf_counter() - started)
-        memory = anatomy.measured(steps[0], model, optimizer, device)
+    ops = operators.record(model, packs[-1], finish, rung["compile"])
+    foreseen = operators.predict(model, packs[-1], ops, device, rung["fused"])
+    if rung["compile"]:
+        compile_model(model)
+    first, *steps = (step_of(model, optimizer, pack, adapter, 1.0, finish) for pack in packs)
+    first()  # makes the optimizer's moments, and compiles
+    seconds = [seconds_of(step, device) for step in steps]
+    memory = anatomy.measured(first, model, optimizer, device)
     speed = tokens / statistics.median(seconds)
     rate = speed * predict.flops_per_token(model, mean)["total"]
     peak = predict.peak_flops(device, model.compute_dtype)
@@ -167,30 +152,28 @@ def climb(rung, options, device):
 
 def ladder(options, folder, device):
     """Every rung's row, from its file or measured now."""
-    same = {"size": options.size, "steps": options.steps, "seed": options.seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(), "torch": torch.__version__}
     rung, rows = {}, []
     for number, (name, changes) in enumerate(RUNGS.items(), 1):
         rung.update(changes)
-        if number <= list(RUNGS).index(options.first):
+        rung["compile"] = rung["compile"] and options.compile
+        skipped = name == "compile" and not options.compile
+        if skipped or number <= list(RUNGS).index(options.first):
             continue
-        if rung["compile"] and not options.compile:
-            rung["compile"] = False
-            if name == "compile":
-                continue
+        conditions = {
+            "name": name, "rung": dict(rung), "size": options.size, "steps": options.steps,
+            "seed": options.seed, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
         file = folder / f"{number:02d}-{name.replace(' ', '-')}.json"
         row = read_json(file) if file.is_file() else {}
-        if {key: row.get(key) for key in (*same, "rung")} != {**same, "rung": rung}:
-            row = {"name": name, "rung": dict(rung), **same}
+        if not conditions.items() <= row.items():  # it is of another run, or there is none
             try:
-                row |= climb(rung, options, device)
+                row = conditions | climb(rung, options, device)
             except torch.OutOfMemoryError:
-                row["missing"] = "out of memory"
+                row = conditions | {"missing": "out of memory"}
             except UserError as error:
                 if name != "compile":
                     raise
-                row["missing"] = str(error)
+                row = conditions | {"missing": str(error)}
             gc.collect()
             torch._dynamo.reset()
             temporary = file.with_suffix(".tmp")
@@ -205,7 +188,7 @@ def ladder(options, folder, device):
 
 def markdown(rows):
     """The rows as a table: gains are over the rung before that was measured."""
-    known = [row["mfu"] for row in rows if row.get("mfu") is not None]
+    known = any(row.get("mfu") is not None for row in rows)
     lines = ["| rung | tokens/s | gain | predicted gain | peak memory | "
              + ("MFU |" if known else "GFLOP/s |"), "|---|---|---|---|---|---|"]
     before = None

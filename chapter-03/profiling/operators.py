@@ -1,40 +1,141 @@
-"""The operators of a training step on shapes alone, and how long they will take.
+"""The operators of a training step on shapes alone, and how long they will take on this device.
 
 The real model runs on tensors without numbers (PyTorch's fake tensors), and every operator that
 comes by, forward and backward, is written down: how many FLOPs, how many bytes. Divided by what
-the device can do (ceilings.py) that is seconds, bucket by bucket (buckets.py), before a step runs.
+the device can do that is seconds, bucket by bucket (buckets.py), before a step runs.
+
+Two ceilings make a roofline: how many FLOPs a second in a large matrix product, how many bytes a
+second in a large copy. No model reaches them. Its products have their own shapes, its other
+operators read tensors that are in the cache or are not, in a dtype that the processor computes in
+or has to convert. So each operator is also measured alone, on its own shapes. What is measured is
+remembered.
 """
 
 import collections
+import functools
+import itertools
 import re
-from dataclasses import dataclass
-from unittest import mock
+import weakref
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-import ceilings
-import modeling_llama
 from attention import block_attention
-from buckets import BUCKETS, bucket, named_parts, open_regions, region
+from buckets import BUCKETS, bucket, duration, loss_of, open_regions, region
 from loss import softmax_at_once_
 
-# AdamW's bytes for each trained parameter. "fused" reads p, g, m, v and writes p, m, v. "plain" is
-# one operator after another, in bytes: p - lr·wd·p 8, m + (1-β₁)(g-m) 12, β₂v 8, + (1-β₂)g² 12,
+# AdamW's bytes for each trained parameter. Fused it reads p, g, m, v and writes p, m, v. Otherwise
+# it is one operator after another: p - lr·wd·p 8 bytes, m + (1-β₁)(g-m) 12, β₂v 8, + (1-β₂)g² 12,
 # √ 8, / 8, + ε 8, p - lr·m/… 16. Clipping reads g for its norm, then reads and writes it.
-ADAMW_BYTES = {"fused": 28, "plain": 80}
+ADAMW_BYTES = {True: 28, False: 80}  # whether it is fused
 CLIP_BYTES = 12
 
 
-@dataclass(frozen=True)
-class Op:
+# --- what this device can do ---
+
+@functools.cache
+def large_product(device, dtype):
+    """FLOP/s of a square matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+    return 2 * n**3 / duration(lambda: a @ b, device)
+
+
+@functools.cache
+def large_copy(device):
+    """Bytes per second of a copy, those read and those written."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * size / duration(lambda: target.copy_(source), device)
+
+
+@functools.cache
+def small_operator(device):
+    """Seconds that Python, dispatch and autograd take for an operator with nothing to do."""
+    x = torch.ones(1, device=device, requires_grad=True)
+
+    def chain():
+        y = x
+        for _ in range(500):
+            y = y + 1
+        y.backward()
+
+    return duration(chain, device) / 1000
+
+
+@functools.cache
+def attention(function, device, dtype, lengths, heads, kv_heads, head_dim):
+    """(forward, backward) seconds of attention in one layer, on documents of these lengths.
+
+    `function` is the model's: (q, k, v, cu_seqlens, max_seqlen) to the output.
+    """
+    q, k, v = (torch.randn(sum(lengths), n, head_dim, device=device).to(dtype).requires_grad_()
+               for n in (heads, kv_heads, kv_heads))
+    ends = F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
+
+    def forward():
+        return function(q, k, v, ends, max(lengths))
+
+    output = forward()
+    grad = torch.ones_like(output)
+    backward = duration(
+        lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True), device)
+    return duration(forward, device), backward
+
+
+larger_than_caches = functools.cache(lambda: torch.ones(2**24))
+
+
+class Layout(NamedTuple):
+    """What matters of a tensor for the time of an operator on it."""
+
+    shape: tuple
+    stride: tuple
+    dtype: torch.dtype
+    cached: bool  # whether an operator just before has touched it
+
+    def tensor(self, device):
+        """One like it, of random numbers, or of zeros where integers are wanted."""
+        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride))
+        numbers = torch.rand if self.dtype.is_floating_point else torch.zeros
+        flat = numbers(size * (0 not in self.shape), device=device).to(self.dtype)
+        return flat.as_strided(self.shape, self.stride)
+
+
+@functools.cache
+@torch.no_grad()
+def alone(device, function, leaves, tree):
+    """Seconds of an operator on arguments such as these: flattened, and a `Layout` in place of each
+    tensor."""
+    made = [leaf.tensor(device) if isinstance(leaf, Layout) else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(made, tree)
+    original = args[0].clone() if function._schema.is_mutable else None
+
+    def prepare():
+        if original is not None:  # or e to the power of e to the power of e … is soon no number
+            args[0].copy_(original)
+        if device.type == "cpu":
+            larger_than_caches().add_(1)
+            for leaf, tensor in zip(leaves, made):
+                if isinstance(leaf, Layout) and leaf.cached:
+                    tensor.clone()
+
+    return duration(lambda: function(*args, **kwargs), device, prepare)
+
+
+# --- the operators of a step ---
+
+class Op(NamedTuple):
     """An operator on shapes: what it computes and moves."""
 
     name: str
     bucket: str
-    call: tuple | None  # for `ceilings.alone`
+    call: tuple | None  # for `alone`
     flops: int
     reads: dict  # storage: bytes
     writes: dict
@@ -45,7 +146,7 @@ class Op:
         return sum(self.reads.values()) + sum(self.writes.values())
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Writes down the operators that run while it is active."""
 
     def __init__(self):
@@ -53,16 +154,18 @@ class _Recorder(TorchDispatchMode):
         self.ops, self.recent = [], collections.deque(maxlen=3)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        call = ceilings.call(function, args, kwargs or {}, lambda t: any(
-            _storage(t) in touched for touched in self.recent))
+        leaves, tree = tree_flatten((args, kwargs or {}))
+        layouts = tuple(Layout(tuple(leaf.shape), leaf.stride(), leaf.dtype,
+                               any(_storage(leaf) in touched for touched in self.recent))
+                        if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         result = function(*args, **(kwargs or {}))
         name = "::".join(str(function).split(".")[:2])
         outputs = _tensors(result) or _tensors(args)[:1] * function._schema.is_mutable
         if outputs and not function.is_view and not re.search("empty|detach|prim::", name):
             node = torch._C._current_autograd_node()
             names = [name, *([node.name()] if node else []), *reversed(open_regions)]
-            inputs = _tensors((args, kwargs))
-            self.ops.append(_op(name, bucket(names), call, inputs, outputs))
+            self.ops.append(_op(name, bucket(names), (function, layouts, tree), _tensors(leaves),
+                                outputs))
             self.recent.append({**self.ops[-1].reads, **self.ops[-1].writes})
         return result
 
@@ -71,8 +174,12 @@ def _tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+numbers, count = weakref.WeakKeyDictionary(), itertools.count()  # of storages
+
+
 def _storage(tensor):
-    return tensor.untyped_storage()._cdata
+    """A number for it: its address is given to another when it is gone."""
+    return numbers.setdefault(tensor.untyped_storage(), next(count))
 
 
 def _op(name, kind, call, inputs, outputs):
@@ -80,11 +187,20 @@ def _op(name, kind, call, inputs, outputs):
     writes = {_storage(t): t.nbytes for t in outputs}
     if re.search("embedding$|gather|scatter|index", name):  # a row for each index, not the table
         rows = inputs[-1] if name.endswith("_") else outputs[0]
-        reads, writes = {id(rows): rows.nbytes}, {_storage(outputs[0]): rows.nbytes}
+        reads, writes = {next(count): rows.nbytes}, {_storage(outputs[0]): rows.nbytes}
     elif re.search("::(copy_|fill_|zero_|zeros_like|ones_like)$", name):
         reads.pop(_storage(inputs[0]))  # what it holds is not looked at
     flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if kind == "matrix products" else 0
     return Op(name, kind, call, flops, reads, writes)
+
+
+def set_attention(model, function):
+    """Have all layers of the model attend by `function`; gives the one that they had."""
+    attentions = [layer.self_attn for layer in model.model.layers]
+    before = attentions[0].attend
+    for each in attentions:
+        each.attend = function
+    return before
 
 
 def record(model, pack, finish=None, compiled=False):
@@ -92,30 +208,29 @@ def record(model, pack, finish=None, compiled=False):
     is to be `compiled`, as `fused` has them.
 
     `finish(logits, labels)` gives the loss if the model shall not. Attention is two operators a
-    layer, one each way. Call it before `compile_model`.
+    layer, one each way, whichever the device has. Call it before `compile_model`.
     """
-    def attention(q, k, v, cu_seqlens, max_seqlen):
-        return block_attention(q, k, v, cu_seqlens)  # whichever the device has: it is one operator
-
     def forward_and_backward():  # both while the tensors are exchanged: checkpointing looks twice
-        labels = inputs["labels"] if finish is None else inputs.pop("labels")
-        total = model(**inputs) if finish is None else finish(model(**inputs), labels)
+        total = loss_of(model, inputs, finish)
         with region("backward"):
-            (total / len(labels)).backward()
+            (total / len(inputs["labels"])).backward()
 
     whole = torch.nn.Module()
     whole.model, whole.forward = model, forward_and_backward
     compile_loss = compiled and pack["labels"].device.type == "cuda"
     model.softmax = softmax_at_once_ if compile_loss else None
-    exchanged = mock.patch.object(modeling_llama, "varlen_attention", attention)
-    with FakeTensorMode() as mode, exchanged, named_parts(model), _Recorder() as recorder:
-        fake = {name: mode.from_tensor(tensor)
-                for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
-        inputs = {name: mode.from_tensor(value) if torch.is_tensor(value) else value
-                  for name, value in pack.items()}
-        recorder.ops.clear()
-        torch.func.functional_call(whole, fake, ())
-    model.softmax = None
+    before = set_attention(model, lambda q, k, v, ends, longest: block_attention(q, k, v, ends))
+    try:
+        with FakeTensorMode() as mode, Recorder() as recorder:
+            fake = {name: mode.from_tensor(tensor)
+                    for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
+            inputs = {name: mode.from_tensor(value) if torch.is_tensor(value) else value
+                      for name, value in pack.items()}
+            recorder.ops.clear()
+            torch.func.functional_call(whole, fake, ())
+    finally:
+        model.softmax = None
+        set_attention(model, before)
     kinds = ("element-wise", "loss") if compile_loss else ("element-wise",)
     return fused(recorder.ops, kinds) if compiled else recorder.ops
 
@@ -125,50 +240,53 @@ def fused(ops, kinds=("element-wise",)):
     kernel, as a compiler makes it: what comes from outside is read once, what is used later
     written."""
     last_use = {storage: i for i, op in enumerate(ops) for storage in op.reads}
-    result, reads, made, kind = [], {}, {}, None
-    for i, op in enumerate([*ops, None]):
-        if made and (op is None or op.bucket != kind):
-            writes = {s: size for s, size in made.items() if op is None or last_use.get(s, 0) >= i}
-            result.append(Op("fused", kind, None, 0, reads, writes))
-            reads, made = {}, {}
-        if op is not None and op.bucket in kinds:
-            kind = op.bucket
+    result, end = [], 0
+    for kind, group in itertools.groupby(ops, key=lambda op: op.bucket):
+        group = list(group)
+        end += len(group)
+        if kind not in kinds:
+            result += group
+            continue
+        reads, made = {}, {}
+        for op in group:
             reads.update({s: size for s, size in op.reads.items() if s not in made})
             made.update(op.writes)
-        elif op is not None:
-            result.append(op)
+        writes = {s: size for s, size in made.items()
+                  if end == len(ops) or last_use.get(s, 0) >= end}
+        result.append(Op("fused", kind, None, 0, reads, writes))
     return result
 
 
-def predict(model, pack, ops, device, optimizer="fused", attention=None):
+# --- how long they will take ---
+
+def predict(model, pack, ops, device, fused_optimizer=True):
     """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run.
 
     The first number is FLOPs and bytes over the two large ceilings; the second adds up what every
-    operator takes alone on its own shapes, and the cost of calling it. `ops` are those of
-    `record`, or `fused` of them; `attention` is the model's function for it, if not its own.
+    operator takes alone on its own shapes, and the cost of calling it. `ops` are from `record`.
     """
     config, dtype = model.config, model.compute_dtype
     lengths = tuple(length for length in pack["cu_seqlens"].diff().tolist() if length)
     width = config.num_attention_heads * config.head_dim
     pairs = sum(length * length for length in lengths) / 2  # the causal half
-    forward, backward = ceilings.attention(
-        attention or modeling_llama.varlen_attention, device, dtype, lengths,
+    forward, backward = attention(
+        model.model.layers[0].self_attn.attend, device, dtype, lengths,
         config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    peak, bandwidth = ceilings.large_product(device, dtype), ceilings.large_copy(device)
-    roofline, alone = collections.Counter(), collections.Counter()
+    peak, bandwidth = large_product(device, dtype), large_copy(device)
+    roofline, own = collections.Counter(), collections.Counter()
     for op in ops:
         if op.bucket == "attention":  # two products; in the backward five
             again = op.name.endswith("backward")
             roofline[op.bucket] += (5 if again else 2) * 2 * width * pairs / peak
-            alone[op.bucket] += backward if again else forward
+            own[op.bucket] += backward if again else forward
             continue
         best = op.flops / peak if op.flops else op.bytes / bandwidth
         roofline[op.bucket] += best
-        alone[op.bucket] += ceilings.alone(device, *op.call) if op.call else best
+        own[op.bucket] += alone(device, *op.call) if op.call else best
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    roofline["optimizer"] = trained * (ADAMW_BYTES[optimizer] + CLIP_BYTES) / bandwidth
-    alone["optimizer"] = roofline["optimizer"]
-    calls = len(ops) * ceilings.small_operator(device)
+    roofline["optimizer"] = trained * (ADAMW_BYTES[fused_optimizer] + CLIP_BYTES) / bandwidth
+    own["optimizer"] = roofline["optimizer"]
+    calls = len(ops) * small_operator(device)
     # A GPU computes while Python calls, and is idle only where Python is the slower of the two.
-    alone["idle"] = calls if device.type == "cpu" else max(0.0, calls - alone.total())
-    return {name: (roofline[name], alone[name]) for name in BUCKETS}
+    own["idle"] = calls if device.type == "cpu" else max(0.0, calls - own.total())
+    return {name: (roofline[name], own[name]) for name in BUCKETS}

@@ -1,7 +1,8 @@
 """Predict a training step, measure it, and show both side by side: time and memory.
 
     python chapter-03/profiling/profile_step.py                              the embedded tiny model
-    python chapter-03/profiling/profile_step.py --model chapter-03/mid --init random --data virtual
+    python chapter-03/profiling/profile_step.py --model chapter-03/profiling/mid --init random \
+        --data virtual
     python chapter-03/profiling/profile_step.py --model qwen3-0.6b --init random --data virtual \
         --method full --quantize none --compile
 
@@ -22,7 +23,6 @@ import torch
 
 import anatomy
 import buckets
-import ceilings
 import operators
 from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
@@ -34,7 +34,7 @@ from common.ranks import start_ranks, stop_ranks, world_size
 from lora import AdapterConfig, after_step, before_step, optimizer_groups
 from compiling import compile_model
 from modeling_llama import LlamaConfig
-from packing import IGNORE, PackSampler, StaticShape, packed_sequence_collate_fn
+from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from quantized_model import build, check_base, check_options
 from train import CHAPTER, REAL, TINY, Options, to_device
 
@@ -47,19 +47,24 @@ class ProfileOptions(Options):
                                 "allocation")
 
 
+def model_and_optimizer(options, adapter, source, config, device, fused):
+    """As train.py has them, but that random weights are drawn on the device."""
+    torch.manual_seed(options.seed)
+    model = build(config, options, adapter, device, source, draw_on=device).train()
+    groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
+    return model, torch.optim.AdamW(
+        groups, lr=options.lr, betas=(0.9, 0.95), foreach=False, fused=fused)
+
+
 def step_of(model, optimizer, pack, adapter, clip, finish=None):
     """A function that makes one optimizer step on `pack`, part by part in named regions. The
     loss is the model's own, or `finish(logits, labels)`."""
-    labels = pack["labels"]
-    inputs = pack if finish is None else {n: v for n, v in pack.items() if n != "labels"}
-    targets = max(1, int((labels != IGNORE).sum()))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step():
-        with buckets.named_parts(model):
-            loss = model(**inputs) if finish is None else finish(model(**inputs), labels)
+        loss = buckets.loss_of(model, pack, finish)
         with buckets.region("backward"):
-            (loss / targets).backward()
+            (loss / max(1, len(pack["labelled"]))).backward()
         with buckets.region("optimizer"):
             before_step(model, adapter)
             torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
@@ -81,31 +86,27 @@ def main(argv=None):
     keep_freed(device)
     source = hub.resolve(options.model)
     verify(source)
-    config_json = weights.read_config(source)
     with located(source / "config.json"):
-        config = LlamaConfig.from_dict(check_base(config_json, options))
-    torch.manual_seed(options.seed)
+        config = LlamaConfig.from_dict(check_base(weights.read_config(source), options))
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
     shapes = build(config, options, adapter)
     predict.fit_batch(options, shapes, shapes.chunk)
     data = prepare.load(options, source, config, skills="new").train
-    model = build(config, options, adapter, device, source, draw_on=device).train()
+    model, optimizer = model_and_optimizer(
+        options, adapter, source, config, device, fused=device.type != "mps")
     sampler = PackSampler(data.lengths, options.batch_tokens, options.seed)
     shape = StaticShape.of((sampler, sampler.packs_in(1))) if options.compile else None
     pack = packed_sequence_collate_fn([data[i] for i in sampler.pack(0)], shape)
     pack, tokens = to_device(pack, device), len(pack["labels"])
-    optimizer = torch.optim.AdamW(
-        optimizer_groups(model, adapter, options.lr, options.weight_decay), lr=options.lr,
-        betas=(0.9, 0.95), fused=device.type != "mps")
 
     # --- predicted ---
-    prediction = predict.training(config, model, data.lengths, options, 1, model.chunk)
+    prediction = predict.training(model, data.lengths, options, model.chunk)
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
     ops = operators.record(model, pack, compiled=options.compile)
-    print(f"\nceilings    {ceilings.large_product(device, model.compute_dtype) / 1e9:,.0f} GFLOP/s "
-          f"in a large {options.dtype} product, {ceilings.large_copy(device) / 1e9:.1f} GB/s in a "
-          "large copy")
+    flops, moved = operators.large_product(device, model.compute_dtype), operators.large_copy(device)
+    print(f"\nceilings    {flops / 1e9:,.0f} GFLOP/s in a large {options.dtype} product, "
+          f"{moved / 1e9:.1f} GB/s in a large copy")
     times = operators.predict(model, pack, ops, device)
     total = sum(alone for _, alone in times.values())
     print(f"predicted   {1e3 * total:.1f} ms a step of {tokens} tokens, {tokens / total:,.0f} "
@@ -116,7 +117,7 @@ def main(argv=None):
         compile_model(model)
     step = step_of(model, optimizer, pack, adapter, options.clip)
     step()  # makes the optimizer's moments, and compiles
-    plain = ceilings.duration(step, device, repeats=3)
+    plain = buckets.duration(step, device, repeats=3)
     out = new_run_folder(f"chapter-{CHAPTER}-profile", options.out)
     seconds = buckets.measure(step, device, out / "trace.json.gz")
     found = anatomy.measured(step, model, optimizer, device)

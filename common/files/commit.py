@@ -20,7 +20,7 @@ import torch
 from common.errors import UserError
 from common.files.json_files import write_whole
 from common.files.manifest import MANIFEST, encoded, fingerprint, is_ours, recover, sibling
-from common.metrics import readable_bytes
+from common.memory import readable_bytes
 from common.ranks import is_main, on_all_ranks, on_main, world_size
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)

@@ -24,11 +24,12 @@ import loss_bench
 from contestants import attention_of, peer, trl_row
 from gpu_checks import compile_model, lora, modeling, on, packing
 from helpers import load
+from live_memory import LivePeak, reset_peak_memory
 from report import adamw, held_bytes
 
-from common import hub, predict, weights
+from common import hub, predict, predict_memory, weights
 from common.data.encode import virtual
-from common.memory import LivePeak, peak_memory_bytes, reset_peak_memory
+from common.memory import peak_memory_bytes
 
 # Tokens/s by the end of the card's name: dense, LoRA of rank 16, chapter 1. The cards with less
 # power ("PCIe", "NVL") or memory, and slices of one ("MIG"), have none.
@@ -130,7 +131,7 @@ def rows_of(kind, options, figures, model, budget, measured, goal, **how):
     flops, most = predict.flops_per_token(model, S[options.size]), predict.peak_flops(
         options.device, dtype)
     mfu = [rate * flops[way] / most for way in ("total", "full")] if most else None
-    expected = sum(predict.memory(
+    expected = sum(predict_memory.memory(
         model, budget, dtype, kernel_joins=options.device.type == "cuda" and (
             dtype != torch.float32), **how).values())
     figures[kind] = {"tokens_per_second": rate, "tokens": budget, "mfu": mfu, "peak_bytes": peak,

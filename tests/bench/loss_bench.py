@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from helpers import load
-
-from common.memory import LivePeak
+from live_memory import LivePeak
 
 loss = load("chapter-03/loss.py")
 chunked_cross_entropy = loss.chunked_cross_entropy

@@ -26,12 +26,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
                 str(Path(__file__).parents[2])]
 from contestants import SIZES, WARM, config_of, ours, peer, trl_row
 from helpers import load
+from live_memory import LivePeak
 from report import (adamw, conditions, held_bytes, importable, resident, show_conditions, table,
                     write)
 
 from common import weights
 from common.data.encode import virtual
-from common.memory import LivePeak
 
 TOLERANCE = 1e-3  # relative, of the losses in float32
 

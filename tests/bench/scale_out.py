@@ -27,7 +27,7 @@ from helpers import load
 from report import adamw, conditions, show_conditions, table, write
 from scale_model import MACHINES, Machine, groups_of, simulate
 
-from common import hub, predict, weights
+from common import hub, predict_memory, weights
 from common.ranks import any_rank, is_main, shard, start_ranks, stop_ranks
 
 
@@ -68,7 +68,7 @@ def predictions(machine, counts, attended=2048):
             times = simulate(groups, ranks, machine, trained)
             rate = ranks * tokens / times["step"]
             alone = alone or rate / ranks
-            memory = sum(predict.memory(
+            memory = sum(predict_memory.memory(
                 model, tokens, dtype, chunk=chunk, ranks=ranks, kernel_joins=True, compiled=True,
             ).values())
             found.append({"model": name, "method": method, "tokens_per_rank": tokens,

@@ -23,7 +23,8 @@ from loss import chunk_for  # noqa: E402
 from modeling_llama import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from quantized_model import quantized_model  # noqa: E402
 
-from common.predict import memory, parameters  # noqa: E402
+from common.predict import parameters  # noqa: E402
+from common.predict_memory import memory  # noqa: E402
 from common.weights import read_config  # noqa: E402
 
 GPUS, CONTEXT, TOKENS = (24, 40, 80), 2, 2048

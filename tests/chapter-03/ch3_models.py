@@ -5,8 +5,8 @@ from helpers import load
 
 llama = load("chapter-03/modeling_llama.py")
 lora = load("chapter-03/lora.py")
-nf4_load = load("chapter-03/nf4_load.py")
 packing = load("chapter-03/packing.py")
+quantized_model = load("chapter-03/quantized_model.py")
 
 CONFIG = dict(
     model_type="qwen3", vocab_size=96, hidden_size=64, intermediate_size=128, head_dim=16,
@@ -25,7 +25,7 @@ def build(base="dense", method="full", seed=0, **changes):
         tensors = [(name, p.detach().clone()) for name, p in model.named_parameters()]
         with torch.device("meta"):
             model = llama.LlamaForCausalLM(config)
-        nf4_load.load_nf4(model, tensors)
+        quantized_model.load_nf4(model, tensors)
     if method != "full":
         lora.apply_adapter(model, lora.AdapterConfig(method=method, rank=4, alpha=8.0))
         for parameter in model.parameters():

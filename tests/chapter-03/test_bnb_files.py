@@ -13,7 +13,7 @@ from common.weights import iter_tensors, read_config
 
 bnb_files = load("chapter-03/bnb_files.py")
 nf4 = load("chapter-03/nf4.py")
-nf4_load = load("chapter-03/nf4_load.py")
+load_nf4 = load("chapter-03/quantized_model.py").load_nf4
 modeling = load("chapter-01/modeling_qwen3.py")
 
 GOLDEN = GOLDENS / "bnb"
@@ -26,6 +26,10 @@ def on_meta(folder=GOLDEN / "dense"):
     config = {**read_config(folder), "quantization_config": None}
     with torch.device("meta"):
         return modeling.Qwen3ForCausalLM(modeling.Qwen3Config.from_dict(config))
+
+
+def load_bnb(model, folder):
+    load_nf4(model, bnb_files.iter_bnb(folder), quantize=False)
 
 
 def logits(model):
@@ -46,7 +50,7 @@ def same_tensors(folder, other):
 def test_reads_what_transformers_wrote(kind):
     assert bnb_files.is_bnb(read_config(GOLDEN / kind))
     model = on_meta()
-    bnb_files.load_bnb(model, GOLDEN / kind)
+    load_bnb(model, GOLDEN / kind)
     assert type(model.model.layers[0].mlp.up_proj) is nf4.NF4Linear
     expected = load_file(GOLDEN / "logits.safetensors")[kind]
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6 * expected.abs().max())
@@ -56,7 +60,7 @@ def test_reads_what_transformers_wrote(kind):
 def test_writes_what_transformers_wrote(kind, tmp_path):
     """From the dense checkpoint: tensor for tensor, the JSON of each weight byte for byte."""
     model = on_meta()
-    nf4_load.load_nf4(model, iter_tensors(GOLDEN / "dense"), kind == "double", KINDS[kind])
+    load_nf4(model, iter_tensors(GOLDEN / "dense"), kind == "double", KINDS[kind])
     bnb_files.save_bnb(model, read_config(GOLDEN / "dense"), tmp_path)
     same_tensors(tmp_path, GOLDEN / kind)
     found, expected = (
@@ -70,7 +74,7 @@ def test_writes_what_transformers_wrote(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip(kind, tmp_path):
     model = on_meta()
-    bnb_files.load_bnb(model, GOLDEN / kind)
+    load_bnb(model, GOLDEN / kind)
     bnb_files.save_bnb(model, read_config(GOLDEN / kind), tmp_path)
     same_tensors(tmp_path, GOLDEN / kind)
 
@@ -78,7 +82,7 @@ def test_round_trip(kind, tmp_path):
 def test_dense_layers_and_biases_stay(tmp_path):
     """Folders may leave some layers in 16 bits: they are neither quantised here nor lost."""
     model = on_meta()
-    bnb_files.load_bnb(model, GOLDEN / "double")
+    load_bnb(model, GOLDEN / "double")
     mlp = model.model.layers[0].mlp
     mlp.down_proj = torch.nn.Linear(64, 64)
     mlp.up_proj.bias = torch.nn.Parameter(torch.randn(64))
@@ -90,7 +94,7 @@ def test_dense_layers_and_biases_stay(tmp_path):
     again = on_meta()
     for name in ("down_proj", "up_proj"):
         again.model.layers[0].mlp.set_submodule(name, torch.nn.Linear(64, 64, device="meta"))
-    bnb_files.load_bnb(again, tmp_path)
+    load_bnb(again, tmp_path)
     assert type(again.model.layers[0].mlp.down_proj) is torch.nn.Linear
     assert type(again.model.layers[0].mlp.up_proj) is nf4.NF4Linear
     x = torch.randn(3, 64)
@@ -107,7 +111,7 @@ def test_parts_may_be_spread_over_shards(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     shutil.copy(GOLDEN / "double" / "config.json", tmp_path)
     model = on_meta()
-    bnb_files.load_bnb(model, tmp_path)
+    load_bnb(model, tmp_path)
     torch.testing.assert_close(
         logits(model), load_file(GOLDEN / "logits.safetensors")["double"], rtol=0, atol=1e-5)
 
@@ -154,13 +158,13 @@ def replace(part, tensor):
     (replace("absmax", torch.zeros(64)), f"{UP}: absmax should be"),
     (replace("nested_absmax", torch.tensor([float("nan")])), "nested_absmax has a value"),
     (replace("quant_map", torch.linspace(-1, 1, 16)), "quant_map is not bitsandbytes' table"),
-    (replace("quant_state.bitsandbytes__fp4", torch.zeros(3, dtype=torch.uint8)), "FP4"),
+    (replace("quant_state.bitsandbytes__fp4", torch.zeros(3).byte()), "fp4 is not a part"),
     (replace("SCB", torch.zeros(3)), "SCB is not a part of an NF4 weight"),
-    (replace("quant_state.bitsandbytes__nf4", torch.zeros(3, dtype=torch.uint8)), "not JSON"),
+    (replace("quant_state.bitsandbytes__nf4", torch.zeros(3).byte()), "JSONDecodeError"),
     (state(blocksize=128), "blocks of 128"),
-    (state(dtype="int8"), "lacks or mistypes 'int8'"),
-    (state(shape="wide"), "lacks or mistypes"),
-    (state(nested_offset="much"), "lacks or mistypes"),
+    (state(dtype="int8"), "quant_state is not as it should be: .*int8"),
+    (state(shape="wide"), "quant_state is not as it should be"),
+    (state(nested_offset="much"), "quant_state is not as it should be"),
     (state(nested_offset=float("nan")), "nested_offset is not finite"),
     (state(shape=[32, 128]), "has shape"),
 ])
@@ -170,4 +174,4 @@ def test_damaged_folders_are_refused(edit, message, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(GOLDEN / "double" / "config.json", tmp_path)
     with pytest.raises(UserError, match=message):
-        bnb_files.load_bnb(on_meta(), tmp_path)
+        load_bnb(on_meta(), tmp_path)

@@ -87,7 +87,7 @@ def test_ladder_measures_every_rung_and_goes_on_when_interrupted(tmp_path, capsy
 
 def test_a_compiled_rung_compiles_once_for_all_of_its_packs(monkeypatch):
     # Packs of one number of tokens in unequal numbers of documents: each would compile anew.
-    for name in ("attention", "lora", "loss", "modeling_llama", "nf4", "products"):
+    for name in ("attention", "compiling", "lora", "loss", "modeling_llama", "nf4"):
         monkeypatch.setitem(sys.modules, name, load(f"chapter-03/{name}.py"))
     monkeypatch.setattr(ladder, "compile_model", lambda model: compile_model(model, "aot_eager"))
     torch._dynamo.reset()

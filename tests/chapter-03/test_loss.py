@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import load
+from live_memory import LivePeak
 from torch._dynamo.utils import counters
 
-from common.memory import LivePeak
 
 loss_file = load("chapter-03/loss.py")
 chunked_cross_entropy = loss_file.chunked_cross_entropy

@@ -1,4 +1,4 @@
-"""common/memory.py: what is freed is kept. (LivePeak is held to the prediction: test_predict.py.)"""
+"""common/memory.py: what is freed is kept."""
 
 import ctypes
 import os

@@ -10,7 +10,8 @@ from faults import Faults, disk_full, end_process, forked
 
 from common import metrics
 from common.errors import UserError
-from common.metrics import FIELDS, Metrics, readable_bytes
+from common.memory import readable_bytes
+from common.metrics import FIELDS, Metrics
 
 
 def lines(run):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from checks import refused
 from helpers import ROOT, load
+from live_memory import LivePeak, live_tensor_bytes, reset_peak_memory
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import predict, predict_memory
-from common.memory import LivePeak, live_tensor_bytes, reset_peak_memory
+from common import memory, predict, predict_memory
 from common.weights import read_config
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -212,7 +212,7 @@ def test_predicted_peak_is_the_measured_one(case, dtype):
         t.nbytes for state in optimizer.state.values() for t in state.values())
     with LivePeak() as live:
         step()
-    predicted = predict.memory(
+    predicted = predict_memory.memory(
         model, len(pack["labels"]), dtype, grad_accum=grad_accum, checkpointing=checkpointing,
         chunk=1024 if chapter == 3 else None)
     tolerance = 0.03 if checkpointing == "none" else 0.06
@@ -265,7 +265,7 @@ def test_quantised_weights_count_as_they_are():
     nf4 = load("chapter-03/nf4.py")
     model, _ = small(1, torch.bfloat16)
     model.to(torch.bfloat16).requires_grad_(False)
-    dense = predict.memory(model, 64, torch.bfloat16)["weights"]
+    dense = predict_memory.memory(model, 64, torch.bfloat16)["weights"]
     before = predict.parameters(model)
     for double, per_weight in ((False, 0.5 + 4 / 64), (True, 0.5 + 1 / 64 + 4 / 64 / 256)):
         model, _ = small(1, torch.bfloat16)
@@ -274,14 +274,14 @@ def test_quantised_weights_count_as_they_are():
         for module in list(model.model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    quantised = nf4.NF4Linear.from_linear(child, double)
+                    quantised = nf4.NF4Linear(nf4.quantize_nf4(child.weight, double))
                     setattr(module, name, quantised)
                     tables |= {id(t): t.nbytes for t in (quantised.pairs, quantised.nested)
                                if t is not None}
                     saved += child.weight.numel() * (2 - per_weight)
         after = predict.parameters(model)
         assert (after["total"], after["blocks"]) == (before["total"], before["blocks"])
-        quantised = predict.memory(model, 64, torch.bfloat16)["weights"]
+        quantised = predict_memory.memory(model, 64, torch.bfloat16)["weights"]
         assert dense - quantised == pytest.approx(saved - sum(tables.values()), rel=1e-3)
         flops = predict.flops_per_token(model, 64)
         assert flops["matrices"] == 4 * before["blocks"]
@@ -425,7 +425,7 @@ def test_prediction_of_a_run():
     """Everything together, as train.py uses it: on shapes alone, with no memory to speak of."""
     options = SimpleNamespace(dtype="bfloat16", device="cpu", batch_tokens=512, grad_accum=1)
     model = built_in("qwen3-0.6b", 1)
-    predicted = predict.training(model.config, model, [2048] * 9, options, 10)
+    predicted = predict.training(model, [2048] * 9, options)
     assert predicted.peak == sum(predicted.values()) == pytest.approx(10.37e9, rel=0.01)
     assert predicted.mfu(1e3) is None
     predicted.peak_flops = 312e12
@@ -434,15 +434,15 @@ def test_prediction_of_a_run():
     text = predicted.report()
     assert "596 M" in text and "4.281 GFLOP" in text and "9.7 GiB" in text
     # Fewer tokens than the budget: the pack is as large as the data.
-    assert predict.training(model.config, model, [100, 20], options, 1).tokens == 120
+    assert predict.training(model, [100, 20], options).tokens == 120
 
 
 def test_peak_memory_of_the_process():
     device = torch.device("cpu")
-    before = predict.peak_memory_bytes(device)
+    before = memory.peak_memory_bytes(device)
     assert 2**26 < before < 2**40
     block = torch.ones(2**26)  # 256 MiB, written
-    assert predict.peak_memory_bytes(device) >= max(before, block.nbytes)
+    assert memory.peak_memory_bytes(device) >= max(before, block.nbytes)
     reset_peak_memory(device)
-    assert predict.peak_memory_bytes(torch.device("meta")) is None
+    assert memory.peak_memory_bytes(torch.device("meta")) is None
     assert math.isfinite(before)

@@ -131,11 +131,11 @@ BUGS = [
     (22, "a tied head is adapted", [
         ("common/adapters/targets.py", "            if tied:", "            if False:")]),
     (23, "merged into weights that were rounded once more", [
-        ("chapter-03/lora.py", "return wide(self.base.weight) + full_tensor(B @ A)",
-         "return wide(self.base.weight.bfloat16()) + full_tensor(B @ A)")]),
+        ("chapter-03/lora.py", "return full_precision(self.base.weight) + full_tensor(B @ A)",
+         "return full_precision(self.base.weight.bfloat16()) + full_tensor(B @ A)")]),
     (24, "merged without the scale", [
-        ("chapter-02/lora.py", "return wide(self.base.weight) + full_tensor(B @ A)",
-         "return wide(self.base.weight) + full_tensor(B @ A) / self.scale")]),
+        ("chapter-02/lora.py", "return full_precision(self.base.weight) + full_tensor(B @ A)",
+         "return full_precision(self.base.weight) + full_tensor(B @ A) / self.scale")]),
     (24, "the merged weight is not kept", [
         ("chapter-02/merge.py", "module.base.weight.copy_(merged)\n", "pass\n")]),
     (25, "any name is followed", [
@@ -151,8 +151,8 @@ BUGS = [
     (27, "chapter 1 adds up in bfloat16", [
         (CH1, "logits = model(**inputs).float()", "logits = model(**inputs)")]),
     (27, "chapter 3 adds up in bfloat16", [
-        ("chapter-03/loss.py", "wide = torch.promote_types(hidden.dtype, torch.float32)",
-         "wide = hidden.dtype")]),
+        ("chapter-03/loss.py", "sum_dtype = torch.promote_types(hidden.dtype, torch.float32)",
+         "sum_dtype = hidden.dtype")]),
     (28, "bits per byte are reported", [
         ("common/metrics.py", "Report an evaluation", "Report bits per byte: an evaluation")]),
 ]

@@ -31,9 +31,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from helpers import load
+from live_memory import live_tensor_bytes
 
 import small_runs
-from common import memory
 
 
 PACKS = 8  # the fixed list
@@ -56,7 +56,7 @@ def leg(train, arguments, last_step, killed):
     def watch(step, total, options):
         if step == last_step:
             gc.collect()  # (what only waits for the collector is not alive, and comes and goes)
-            live.append(memory.live_tensor_bytes())
+            live.append(live_tensor_bytes())
         if step == last_step and not killed:
             os.kill(os.getpid(), signal.SIGTERM)
         elif step > last_step:
@@ -92,7 +92,7 @@ def soak(folder, steps, every=5, model=("--model", "tiny")):
         measured.append({
             "step": step, "seconds": statistics.median(
                 line["step_seconds"] for line in lines[-every:]),
-            "resident": resident(), "live": live, "left": memory.live_tensor_bytes(),
+            "resident": resident(), "live": live, "left": live_tensor_bytes(),
             "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()})
     return measured
 

@@ -11,8 +11,8 @@ from helpers import load
 from svg import (BLUE, GREEN, GREY, INK, OLIVE, ORANGE, PINK, PURPLE, RED, TEAL, document, line,
                  polygon, rectangle, text)
 
-from common import hub, predict, weights
-from common.metrics import readable_bytes
+from common import hub, predict_memory, weights
+from common.memory import readable_bytes
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, OLIVE, PINK, GREY)
 
@@ -62,12 +62,12 @@ def runs():
         third.LlamaConfig.from_dict(config), source, torch.bfloat16, init="shapes")
     small = own.apply_adapter(small, own.AdapterConfig())
     chunked = options | {"chunk": 1024}
-    yield "every weight, whole logits", predict.memory(dense, **options)
-    yield "every weight, chunked loss", predict.memory(dense, **chunked)
-    yield "LoRA r 16, whole logits", predict.memory(adapted, **options)
-    yield "LoRA r 16 on NF4, chunked loss", predict.memory(small, **chunked)
-    yield "the same, activation checkpointing", predict.memory(small, **chunked,
-                                                               checkpointing="full")
+    yield "every weight, whole logits", predict_memory.memory(dense, **options)
+    yield "every weight, chunked loss", predict_memory.memory(dense, **chunked)
+    yield "LoRA r 16, whole logits", predict_memory.memory(adapted, **options)
+    yield "LoRA r 16 on NF4, chunked loss", predict_memory.memory(small, **chunked)
+    yield "the same, activation checkpointing", predict_memory.memory(
+        small, **chunked, checkpointing="full")
 
 
 def memory():
