@@ -5,28 +5,27 @@ be, what is held out, and a few questions that show before and after what the mo
 """
 
 import hashlib
-import inspect
 import os
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 from common import hub
-from common.data import datasets, encode, formats, masks, parts, turns
+from common.data import encode
+from common.data.cache import cached
 from common.data.chat import Chat, fixed_date
+from common.data.datasets import Records, parse_columns
 from common.data.encode import Encoded
+from common.data.parts import THOUGHTS
 from common.data.template import Refused
-from common.errors import UserError, printable
+from common.errors import UserError, one_line
 from common.files.json_files import read_json
 from common.ranks import say
 from common.tiny import skills as tiny
 
 SHOWN = 4  # questions whose answers are printed
 TINY_DOCUMENTS = 20_000  # of --data tiny
-ASKED = 100  # documents of each set on which exact match is measured (tiny data only)
-# What decides about tokens and masks: a change of it finds no old files in the cache.
-CODE = [inspect.getfile(one) for one in (Chat, datasets, encode, formats, masks, parts, turns)]
+SCORED = 100  # documents of each set on which exact match is measured (tiny data only)
 WIDTH = 76  # characters of a line that shows a question or an answer
 
 
@@ -52,7 +51,7 @@ class Data:
 
     def digest(self):
         """A hash of the documents that are trained on, in their order."""
-        return hashlib.sha256(self.train.digests[self.train.chosen].tobytes()).hexdigest()
+        return hashlib.sha256(self.train.documents["digest"].tobytes()).hexdigest()
 
     def show_example(self):
         """Print one training document with the trained tokens marked."""
@@ -74,27 +73,27 @@ def load(options, source, config, skills):
     forgotten.
     """
     limit = longest_document(options, config)
-    if {"virtual", "tiny"} & set(options.data):
+    if {"virtual", "tiny"} & {*options.data}:
         if len(options.data) > 1:
             raise UserError("--data tiny and --data virtual stand alone, not beside files")
-        flags = ["--eval-data", "--columns", "--rendered"]
-        flags += ["--chat-template", "--strict-template"] * (options.data == ["virtual"])
-        for flag in flags:
-            if getattr(options, flag[2:].replace("-", "_")):
-                raise UserError(f"{flag} goes with a file of your own in --data; "
-                                f"{options.data[0]} has all it needs")
+        own = ["eval_data", "columns", "rendered"]
+        own += ["chat_template", "strict_template"] * (options.data == ["virtual"])
+        for name in own:
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} goes with a file of your own in "
+                                f"--data; {options.data[0]} has all it needs")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
         held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
         return Data(source, train, held_out, None, {}, False)
     chat = Chat.load(source, options.chat_template)
 
-    def encoded(records, key, files=(), title="data"):
-        key = [key, limit, options.too_long, config.vocab_size, chat.fingerprint,
-               options.strict_template, options.rendered]
-        return encode.cached(
-            lambda: encode.encode(records, chat, limit, options.too_long, config.vocab_size, title,
-                                  options.strict_template), key, [*CODE, *files], title)
+    def encoded(records, key, files, title):
+        return cached(
+            lambda file: encode.encode(records, chat, limit, options.too_long, config.vocab_size,
+                                       title, options.strict_template, file),
+            [key, limit, options.too_long, config.vocab_size, chat.fingerprint,
+             options.strict_template, options.rendered], files, title)
 
     if options.data == ["tiny"]:
         def of(name, part, count, title):
@@ -105,23 +104,26 @@ def load(options, source, config, skills):
         train, records = of(skills, "train", TINY_DOCUMENTS, "data")
         say_what_differs(chat, records)
         held_out, records = of(skills, "eval", 200, "held out")
-        quizzes = {skills: questions(chat, held_out, records, ASKED, limit)}
+        quizzes = {skills: questions(chat, held_out, records, SCORED, limit)}
         if skills != "base":
-            quizzes["base"] = questions(chat, *of("base", "eval", 200, "base skills"), ASKED, limit)
+            base = of("base", "eval", 200, "base skills")
+            quizzes["base"] = questions(chat, *base, SCORED, limit)
         return Data(source, train, held_out, chat, quizzes, True)
 
-    columns = datasets.parse_columns(options.columns) if options.columns else None
-    read = partial(datasets.read_records, columns=columns, rendered=options.rendered)
-    files = hub.resolve_data(options.data)
-    train = encoded(read(files), columns, files)
-    say_what_differs(chat, read(files))
+    columns = parse_columns(options.columns) if options.columns else None
+
+    def of_files(names, flag, title):
+        records = Records(hub.resolve_data(names, flag), columns, options.rendered)
+        return encoded(records, columns, records.paths, title), records
+
+    train, records = of_files(options.data, "--data", "data")
+    say_what_differs(chat, records)
     if options.eval_data:
-        files = hub.resolve_data(options.eval_data, "--eval-data")
-        held_out = encoded(read(files), columns, files, "held out")
+        held_out, records = of_files(options.eval_data, "--eval-data", "held out")
         encode.say_shared(train, held_out)
     else:
         train, held_out = encode.split(train, options.seed)
-    quiz = questions(chat, held_out, read(files), SHOWN, limit)
+    quiz = questions(chat, held_out, records, SHOWN, limit)
     data = Data(source, train, held_out, chat, {"held-out": quiz}, False)
     if options.resume and not options.allow_changes:
         began = read_json(Path(options.resume) / "train_config.json").get("data")
@@ -142,8 +144,8 @@ def questions(chat, documents, records, count, limit):
     more, there is no question.
     """
     wanted, found = {}, []
-    for i, n in enumerate(documents.chosen[:count]):
-        wanted.setdefault(int(documents.records[n]), []).append(documents[i])
+    for i, number in enumerate(documents.documents["record"][:count].tolist()):
+        wanted.setdefault(number, []).append(documents[i])
     for number, record in enumerate(records):
         for ids, labels in wanted.pop(number, ()):
             try:
@@ -159,25 +161,27 @@ def questions(chat, documents, records, count, limit):
 
 def _question(chat, record, ids, trained):
     """The Question on a record and its document."""
-    if record.get("rendered"):  # the prompt is in the text
+    if "messages" in record:
+        turn, prompt, ids, start, end = _last_answer(chat, record)
+        said = (one.get("content") for one in record["messages"][:turn][::-1])
+        text, expected = next(filter(None, said), ""), ids[start:end]
+    elif record.get("rendered"):  # the prompt is in the text
         start = trained.index(True) or 1
-        return _made(chat, chat.decode(ids[:start]), ids[:start], ids[start:])
-    if "text" in record:
+        text, prompt, expected = chat.decode(ids[:start]), ids[:start], ids[start:]
+    else:
         text = chat.decode(ids[:min(16, len(ids) - 1)]).rstrip("\ufffd \n")
         prompt = chat.encode_prompt(text)
-        return _made(chat, text, prompt, ids[len(prompt):])
-    turn, prompt, ids, start, end = _asked(chat, record)
-    before = record["messages"][:turn][::-1]
-    text = next((one["content"] for one in before if one.get("content")), "")
-    return _made(chat, text, prompt, ids[start:end])
+        expected = ids[len(prompt):]
+    return Question(text, prompt, [*takewhile(lambda one: one not in chat.stop_ids, expected)])
 
 
-def _asked(chat, record):
+def _last_answer(chat, record):
     """(number of the last trained message of a conversation, the ids of its prompt, the ids of the
     document, where in these the last trained ones begin and end). Raises Refused."""
     messages = record["messages"]
-    turns = [n for n, one in enumerate(messages) if one["role"] == "assistant"
-             and one.get("train") is not False and _says(one)]
+    turns = [n for n, one in enumerate(messages)
+             if one["role"] == "assistant" and one.get("train") is not False
+             and any(str(one.get(key) or "").strip() for key in ("content", "tool_calls", *THOUGHTS))]
     more = {name: value for name, value in record.items() if name not in ("messages", "where")}
     ids, trained = chat.encode_messages(messages, **more)
     if not turns or not any(trained):
@@ -192,7 +196,7 @@ def say_what_differs(chat, records):
     conversations = (record for record in islice(records, 200) if "messages" in record)
     for record in islice(conversations, SHOWN):
         try:
-            _, prompt, ids, start, end = _asked(chat, record)
+            _, prompt, ids, start, end = _last_answer(chat, record)
         except Refused:
             continue
         both = [chat.decode(one, skip_special=False) for one in (prompt, ids)]
@@ -223,17 +227,6 @@ def say_what_differs(chat, records):
         return
 
 
-def _says(message):
-    """Whether an assistant's message has anything in it to train on."""
-    return any(str(message.get(key) or "").strip()
-               for key in ("content", "tool_calls", *parts.THOUGHTS))
-
-
-def _made(chat, text, prompt, rest):
-    ends = [i for i, token in enumerate(rest) if token in chat.stop_ids]
-    return Question(text, prompt, rest[:ends[0]] if ends else rest)
-
-
 def answer_questions(data, model, generate):
     """The model's greedy answers: {quiz: [(Question, answer ids), ...]}."""
     was_training = model.training
@@ -256,6 +249,9 @@ def exact_match(results):
 
 def show_answers(data, results, when):
     """Print the first few answers of each quiz and, where it means something, exact match."""
+    def line(text):
+        return one_line(text.strip() or "(nothing)", WIDTH)
+
     for name, answers in results.items():
         title = f"\n{name}, {when} training"
         if data.scored:
@@ -264,10 +260,6 @@ def show_answers(data, results, when):
         say(title)
         for question, answer in answers[:SHOWN]:
             mark = " " if not data.scored else "+" if question.expected == answer else "-"
-            say(f"  {mark} {_line(question.text)}\n      {_line(data.chat.decode(answer))}")
+            say(f"  {mark} {line(question.text)}\n      {line(data.chat.decode(answer))}")
             if question.expected != answer:
-                say(f"      (expected: {_line(data.chat.decode(question.expected))})")
-
-
-def _line(text):
-    return printable(" ".join(text.split()) or "(nothing)", WIDTH)
+                say(f"      (expected: {line(data.chat.decode(question.expected))})")

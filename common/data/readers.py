@@ -7,7 +7,6 @@ line.
 
 import contextlib
 import csv
-import difflib
 import gzip
 import io
 import itertools
@@ -18,11 +17,10 @@ import stat
 import zlib
 from pathlib import Path
 
-from common.errors import UserError, one_line
+from common.errors import UserError, nearest, one_line
 
 LONGEST_LINE = 2**28  # bytes
 LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can hold anything
-SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
@@ -49,9 +47,7 @@ def check(path):
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        readable = path.parent.is_dir() and os.access(path.parent, os.R_OK)
-        names = os.listdir(path.parent) if readable else []
-        raise UserError(f"{path}: no such file{nearest(path.name, names)}") from None
+        raise UserError(f"{path}: no such file{similar(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{one_line(path)}: cannot be read ({one_line(error)})") from None
     if not stat.S_ISREG(status.st_mode):
@@ -59,6 +55,15 @@ def check(path):
         raise UserError(f"{path}: {what}; give files that end in {KINDS}")
     check_kind(path)
     return status.st_size
+
+
+def similar(path, others=()):
+    """" (did you mean X?)" for a path that is not there, of what lies beside it, and of others."""
+    try:
+        beside = os.listdir(path.parent)
+    except (OSError, ValueError):
+        beside = []
+    return nearest(path.name, [*others, *beside])
 
 
 def check_kind(path):
@@ -74,12 +79,6 @@ def check_kind(path):
         raise UserError(f"{path}: its name must end in {KINDS}; convert other kinds to .jsonl, "
                         "one JSON object a line (a spreadsheet: save it as CSV UTF-8)")
     return kind
-
-
-def nearest(name, names):
-    """"; did you mean ...?" if one of the names is close, else nothing."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 @contextlib.contextmanager
@@ -132,7 +131,7 @@ def lines(path, choose=None):
     for number, line, done in _lines(path):
         text = line.rstrip()  # or its end would count as another line
         if text:
-            yield f"{path}:{number}", parse(json.loads, path, number, text), done
+            yield f"{path}:{number}", _parse(json.loads, path, number, text), done
 
 
 def json_file(path, choose=None):
@@ -142,7 +141,7 @@ def json_file(path, choose=None):
     if at == len(text):
         return
     if text[at] != "[":
-        value, end = parse(_DECODER.raw_decode, path, 1, text, at)
+        value, end = _parse(_DECODER.raw_decode, path, 1, text, at)
         if _space(text, end) < len(text):
             yield from lines(path)
         elif isinstance(value, dict) and isinstance(value.get("data"), list):
@@ -151,65 +150,58 @@ def json_file(path, choose=None):
         else:
             yield str(path), value, size
         return
-    number = 0  # a list is decoded item by item, so that it is never held whole
-    while text[at] == "[" or text[at] == ",":
+    for number in itertools.count(1):  # a list, item by item, so that it is never held whole
         at = _space(text, at + 1)
-        if number == 0 and text[at:at + 1] == "]":
-            break
-        number += 1
-        value, at = parse(_DECODER.raw_decode, path, 1, text, at)
-        yield f"{path}: example {number}", value, size * at // len(text)
+        if number == 1 and text[at:at + 1] == "]":
+            return
+        value, at = _parse(_DECODER.raw_decode, path, 1, text, at)
         at = _space(text, at)
-        if text[at:at + 1] not in (",", "]"):
+        last = text[at:at + 1] != ","
+        if last and text[at:].strip() != "]":
             line = text.count("\n", 0, at) + 1
-            raise UserError(f"{path}:{line}: not valid JSON (Expecting ',' or ']')")
-    if _space(text, at + 1) < len(text):
-        line = text.count("\n", 0, at) + 1
-        raise UserError(f"{path}:{line}: not valid JSON (Extra data after the list)")
+            raise UserError(f"{path}:{line}: not valid JSON (Expecting ',' or ']', which ends it)")
+        yield f"{path}: example {number}", value, size * at // len(text)
+        if last:
+            return
 
 
 def table(path, choose=None):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
-    done, columns = 0, None
     first, header = next(((n, line) for n, line, _ in _lines(path) if line.strip()), (0, ""))
     said = re.match("sep=(.)\\s*$", header)  # as Excel writes it
     separator = said[1] if said else "\t" if suffix(path) == ".tsv" else ","
     if separator == "," and ";" in header and "," not in header:
         separator = ";"  # Excel, where a comma stands in numbers
+    done, columns, line = 0, None, 1 + bool(said)
 
     def text():
         nonlocal done
-        for number, line, done in _lines(path):
+        for number, text_line, done in _lines(path):
             if not (said and number == first):
-                yield from io.StringIO(line, newline="")  # an old Mac's lines end in \r only
+                yield from io.StringIO(text_line, newline="")  # an old Mac's lines end in \r only
 
     csv.field_size_limit(LONGEST_LINE)
     rows = csv.reader(text(), delimiter=separator, strict=True)
-    while True:
-        line = rows.line_num + 1 + bool(said)  # a row may go on to further lines
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise UserError(f"{path}:{line}: not valid CSV ({one_line(error)}); is a quotation "
-                            "mark left open, or one within a cell not doubled?") from None
-        if row is None:
-            return
-        if not row:
-            continue
-        if columns is None:
-            columns = [name.strip() for name in row]
-            while columns and not columns[-1]:  # a spreadsheet's empty columns
-                columns.pop()
-            wanted = _chosen(columns, choose, f"{path}:{line}")
-            continue
-        while len(row) > len(columns) and not row[-1]:
-            row.pop()
-        if len(row) != len(columns):
-            mark = SEPARATORS.get(separator, separator)
-            raise UserError(f"{path}:{line}: {len(row)} cells, but the header has {len(columns)}; "
-                            f"a cell with a {mark} in it must stand in double quotes")
-        value = {name: cell for name, cell in zip(columns, row) if name in wanted}
-        yield f"{path}:{line}", value, done
+    try:
+        for row in rows:
+            if row and columns is None:
+                columns = [name.strip() for name in row]
+                while columns and not columns[-1]:  # a spreadsheet's empty columns
+                    columns.pop()
+                wanted = _chosen(columns, choose, f"{path}:{line}")
+            elif row:
+                while len(row) > len(columns) and not row[-1]:
+                    row.pop()
+                if len(row) != len(columns):
+                    raise UserError(f"{path}:{line}: {len(row)} cells, but the header has "
+                                    f"{len(columns)}; a cell with {separator!r} in it must stand "
+                                    "in double quotes")
+                cells = zip(columns, row)
+                yield f"{path}:{line}", {name: one for name, one in cells if name in wanted}, done
+            line = rows.line_num + 1 + bool(said)  # a row may go on to further lines
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: not valid CSV ({one_line(error)}); is a quotation mark "
+                        "left open, or one within a cell not doubled?") from None
 
 
 def parquet(path, choose=None):
@@ -225,7 +217,8 @@ def parquet(path, choose=None):
             for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", _as_json(row), min(size, size * number // rows)
+                    row = json.loads(json.dumps(row, default=_as_text, ensure_ascii=False))
+                    yield f"{path}: row {number}", row, min(size, size * number // rows)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         place = f"{path}: row {number + 1} or after" if number else path
         raise UserError(f"{place}: not readable as Parquet ({one_line(error)}); is it "
@@ -251,15 +244,9 @@ def _chosen(names, choose, where):
     return names if chosen is None else list(chosen)
 
 
-def _as_json(value):
-    """A value of Parquet with what JSON has no word for (dates, decimals, bytes) as text."""
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    if isinstance(value, bytes):
-        return value.decode()
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+def _as_text(value):
+    """What JSON has no word for: dates, decimals, bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 # By their names' ends; where the same data is there in several, the first is taken.
@@ -284,7 +271,7 @@ def _decode(raw, path, number=1):
                         "file as UTF-8") from None
 
 
-def parse(function, path, line, text, *at):
+def _parse(function, path, line, text, *at):
     """`function(text, *at)`, a parser of JSON, its errors placed; `text` begins at `line`."""
     try:
         return function(text, *at)

@@ -13,12 +13,11 @@ The names are paths below the data set, with "/". Files of one split share a lab
 import re
 
 from common.data import readers
-from common.errors import UserError
+from common.errors import UserError, listed, nearest
 
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
             "license.txt", "readme.txt", "requirements.txt")
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "heldout", "held"}
-NAMED = 8  # labels in a message
 
 _SHARD = re.compile(r"(?:^|[-._])(\d+)-of-(\d+).*")
 _NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
@@ -34,35 +33,37 @@ def choose(names, part, place, flag, page=None, unread=()):
     those that are held out. `unread` is what else is there. Raises UserError where nothing, or more
     than one thing, can be meant.
     """
+    def line(what, others=()):
+        there = f" (also there: {listed(others)})" if others else ""
+        return f"{flag.lstrip('-')}: {place}: {what}{there}"
+
     if part in names:
         readers.check_kind(part)
-        return [part], _line(place, part, [], flag) if page else None
+        return [part], line(part) if page else None
     groups, others = _groups(names, local=page is None)
     if not groups:
         for name in names:
             if name.endswith(".arrow"):
                 readers.check_kind(f"{place}/{name}")
-        where = f"; see {page}" if page else ""
-        raise UserError(f"{place} holds no file that ends in {readers.KINDS}{where}")
-    labels = _default(_inside(groups, part, place, flag), page is None, place, flag)
+        raise UserError(f"{place} holds no file that ends in {readers.KINDS}"
+                        + (f"; see {page}" if page else ""))
+    labels = _labels(groups, part, page is None, place, flag)
     files = sorted(file for one in labels for file in groups[one])
     others = [*(one for one in groups if one not in labels), *others, *unread]
     absent = missing(files)
-    if not (page or others or absent):
-        return files, None
-    count = f"{len(files)} of {len(files) + absent}" if absent else str(len(files))
-    what = f"{count} file{'s' if count != '1' else ''}"
     if len(files) == 1 and not absent and not part:
         what = files[0]
-    elif len(labels) == 1:
-        what = f"{labels[0]}, {what}"
-    return files, _line(place, what, others, flag)
+    else:
+        count = f"{len(files)} of {len(files) + absent}" if absent else len(files)
+        what = (f"{labels[0]}, " if len(labels) == 1 else "") + f"{count} file" + (
+            "s" if len(files) + absent > 1 else "")
+    return files, line(what, others) if page or others or absent else None
 
 
 def is_data(name):
     """Whether a file of a data set holds examples, as far as its name tells."""
-    *folders, file = name.split("/")
-    hidden = any(component.startswith(".") for component in (*folders, file))
+    hidden = any(component.startswith(".") for component in name.split("/"))
+    file = name.rpartition("/")[2]
     return readers.suffix(name) is not None and not hidden and file.lower() not in NOT_DATA
 
 
@@ -79,8 +80,7 @@ def missing(files):
     """How many files are not there of those that `-00000-of-00003` in the others' names counts."""
     there, wanted = set(), {}
     for name in files:
-        shard = _SHARD.search(name.rpartition("/")[2])
-        if shard:
+        if shard := _SHARD.search(name.rpartition("/")[2]):
             kind = label(name), shard[2]
             there.add((kind, int(shard[1])))
             wanted[kind] = int(shard[2])
@@ -92,48 +92,48 @@ def _groups(names, local):
 
     A text file beside others is as a rule no data: it counts if there is nothing else.
     """
+    def kind(name):
+        return [*readers.READERS].index(readers.suffix(name)), name.lower().endswith(".gz")
+
     everything = sorted(filter(is_data, names))
     data = [name for name in everything if readers.suffix(name) != ".txt"] or everything
-    kinds = {}
+    others = [name for name in everything if name not in data] if local else []
+    groups = {}
     for name in data:
-        kind = list(readers.READERS).index(readers.suffix(name)), name.lower().endswith(".gz")
-        kinds.setdefault(label(name), {}).setdefault(kind, []).append(name)
-    groups, others = {}, [name for name in everything if name not in data] if local else []
-    for found, by_kind in kinds.items():
-        first, *rest = sorted(by_kind)
-        groups[found] = by_kind[first]
-        others += [by_kind[kind][0] for kind in rest]
+        groups.setdefault(label(name), []).append(name)
+    for one, files in groups.items():
+        first = min(map(kind, files))
+        others += {kind(file): file for file in files[::-1] if kind(file) != first}.values()
+        groups[one] = [file for file in files if kind(file) == first]
     return groups, others
 
 
-def _inside(groups, part, place, flag):
-    """The labels that `part` stands for: one, the end of a single one, or a folder of some."""
+def _labels(groups, part, local, place, flag):
+    """The labels that `part` stands for: one, the end of a single one, or of a folder of some
+    those to train on, or for --eval-data, those to hold out."""
+    def several(labels):
+        return UserError(f"{place} holds {listed(labels)}: name one, as in {flag} "
+                         f"{place}:{labels[0]}")
+
     path = "/".join(_without_data(part.rstrip("/").split("/")))
-    for exact in (part, path):
-        if exact in groups:
-            return [exact]
+    exact = [one for one in (part, path) if one in groups]
     last = [one for one in groups if one.rpartition("/")[2] == path]
-    inside = [one for one in groups if not path or one.startswith(path + "/")]
-    if len(last) == 1 or inside:
-        return last if len(last) == 1 else inside
-    if last:
-        raise _several(last, place, flag)
-    files = [file for group in groups.values() for file in group]
-    raise UserError(f"{place} has no {part!r}{readers.nearest(part, [*groups, *files])}; it holds "
-                    f"{_listed(groups)}, as in {flag} {place}:{next(iter(groups))}")
-
-
-def _default(labels, local, place, flag):
-    """Those of several labels to train on, or for --eval-data, those to hold out."""
+    labels = [one for one in groups if not path or one.startswith(path + "/")]
+    if exact or len(last) == 1:
+        return (exact or last)[:1]
+    if last and not labels:
+        raise several(last)
+    if not labels:
+        files = [file for group in groups.values() for file in group]
+        raise UserError(f"{place} has no {part!r}{nearest(part, [*groups, *files])}; it holds "
+                        f"{listed(groups)}, as in {flag} {place}:{next(iter(groups))}")
     train, held_out = ([one for one in labels if _purpose(one) == purpose]
                        for purpose in ("train", "held out"))
     wanted = held_out if flag == "--eval-data" and held_out else train
     if len(labels) == 1 or len(wanted) == 1:
         return wanted or labels
-    if wanted or not local:
-        raise _several(wanted or labels, place, flag)
-    if len(held_out) == len(labels):
-        raise _several(labels, place, flag)
+    if wanted or not local or len(held_out) == len(labels):
+        raise several(wanted or labels)
     return [one for one in labels if one not in held_out]
 
 
@@ -143,24 +143,9 @@ def _purpose(label):
         words = re.split(r"[\W\d_]+", component.lower())
         if any(word.startswith("train") for word in words):
             return "train"
-        if HELD_OUT & set(words):
+        if HELD_OUT & {*words}:
             return "held out"
     return None
-
-
-def _several(labels, place, flag):
-    return UserError(f"{place} holds {_listed(labels)}: name one, as in {flag} {place}:{labels[0]}")
-
-
-def _line(place, what, others, flag):
-    there = f" (also there: {_listed(others)})" if others else ""
-    return f"{flag.lstrip('-')}: {place}: {what}{there}"
-
-
-def _listed(labels):
-    labels = list(labels)
-    more = [f"{len(labels) - NAMED} more"] if len(labels) > NAMED else []
-    return ", ".join(labels[:NAMED] + more)
 
 
 def _without_data(folders):

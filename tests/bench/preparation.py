@@ -47,7 +47,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=7)
     options = parser.parse_args()
     chat = Chat.load(options.tokenizer)
-    records = list(islice(datasets.read_records(options.data, options.columns), options.count))
+    records = list(islice(datasets.Records(options.data, options.columns), options.count))
     groups = [records[i:i + options.turns] for i in range(0, len(records), options.turns)]
     records = [{**group[0], "messages": sum((one["messages"] for one in group), [])}
                for group in groups]

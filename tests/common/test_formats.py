@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.data.formats import columns_to_read, convert
+from common.data.formats import convert
 from common.data.template import Refused
 from common.errors import UserError
 
@@ -226,13 +226,6 @@ def test_two_system_texts():
         assert messages(value) == [system, USER, HELLO]
     with pytest.raises(Refused, match="different texts"):
         messages({"messages": [system, USER, HELLO], "system": "other"})
-
-
-def test_columns_that_are_read_of_a_table():
-    assert columns_to_read(["id", "prompt", "completion", "chosen", "score"]) == [
-        "prompt", "completion"]
-    assert columns_to_read(["id", "prompt", "chosen", "rejected"]) == [
-        "prompt", "chosen", "rejected"]
 
 
 @pytest.mark.parametrize("value, message", [

@@ -78,8 +78,8 @@ def test_a_wrong_name_suggests_the_nearest(tmp_path, monkeypatch, answer):
     (tmp_path / "runs" / "final").mkdir(parents=True)
     for name, near in (
             ("qwen3-06b", "qwen3-0.6b"), ("Llama-3.2-1B", "llama-3.2-1b"), ("tinny", "tiny"),
-            ("./runs/finall", "runs/final"), ("run", "runs")):
-        with refused(name, "no such folder", "did you mean", near, "owner/name"):
+            ("./runs/finall", "final"), ("run", "runs")):
+        with refused(f"{name}: no such folder (did you mean {near}?)", "owner/name"):
             hub.resolve(name)
     with refused("--adapter ./typo", "no such folder"):
         hub.resolve("./typo", "--adapter")
@@ -114,10 +114,10 @@ TRANSPORT = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library in use
      ["a/b: no such folder here, and no such model on the Hub", "hf auth login"]),
     (errors.LocalEntryNotFoundError("no\nroute"), False, ["no connection", "cache", TINY]),
     (errors.LocalEntryNotFoundError("offline"), True,
-     ["not complete in the cache", "HF_HUB_OFFLINE is set", TINY]),
+     ["nor complete in the Hub's cache", "HF_HUB_OFFLINE is set: unset it", TINY]),
     (errors.OfflineModeIsEnabled("offline"), True, ["HF_HUB_OFFLINE is set", TINY]),
-    (http(errors.HfHubHTTPError, 503), False, ["the Hub answered 503", "try again", TINY]),
-    (http(errors.HfHubHTTPError, 429), False, ["the Hub answered 429"]),
+    (http(errors.HfHubHTTPError, 503), False, ["the Hub", "failed for a/b", "503", "try again", TINY]),
+    (http(errors.HfHubHTTPError, 429), False, ["failed for a/b", "429", "try again"]),
     (errors.HFValidationError("Repo id must be\n..."), False, ["nor a valid name"]),
     (TRANSPORT("timed\nout"), False, ["failed for a/b", "timed out", TINY]),
     (ConnectionResetError(104, "reset"), False, ["failed for a/b", "reset", TINY]),
@@ -145,7 +145,7 @@ def test_a_missing_repository_may_be_a_mistyped_folder(tmp_path, monkeypatch, an
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "final").mkdir(parents=True)
     answer.value = http(errors.RepositoryNotFoundError, 404)
-    with refused("did you mean runs/final"):
+    with refused("(did you mean final?)"):
         hub.resolve("runs/finall")
 
 
@@ -299,7 +299,7 @@ def test_data_that_is_not_there_or_not_readable(tmp_path, monkeypatch, answer):
             hub.resolve_data(name)
     with refused("e holds train_b, train_c: name one, as in --data e:train_b"):
         hub.resolve_data("e")
-    with refused("e has no 'trian_b'; did you mean train_b?; it holds test_a, train_b, train_c, as "
+    with refused("e has no 'trian_b' (did you mean train_b?); it holds test_a, train_b, train_c, as "
                  "in --eval-data e:test_a"):
         hub.resolve_data("e:trian_b", flag="--eval-data")
     with refused("e has no 'test_b.json'", "did you mean test_a.json"):
@@ -310,10 +310,8 @@ def test_data_that_is_not_there_or_not_readable(tmp_path, monkeypatch, answer):
 
 
 def test_an_unreadable_folder(tmp_path, monkeypatch, answer):
-    def walk(folder, onerror):
-        onerror(PermissionError(13, "Permission denied"))
-    monkeypatch.setattr(hub.os, "walk", walk)
-    with refused(f"{tmp_path}: cannot be read (Permission denied)"):
+    monkeypatch.setattr(hub.os, "access", lambda path, mode: False)  # root may read anything
+    with refused(f"{tmp_path}: cannot be read"):
         hub.resolve_data(tmp_path)
 
 
@@ -404,7 +402,7 @@ def test_the_files_of_a_data_set_are_chosen(tmp_path, answer, parquet, files, pa
     (GSM8K, "", ["a/b holds main/train, socratic/train: name one, as in --data a/b:main/train"]),
     (GSM8K, "train", ["a/b holds main/train, socratic/train: name one"]),
     (GSM8K, "mian", ["a/b has no 'mian'", "it holds main/test, main/train, socratic/test"]),
-    (ULTRACHAT, "train_stf", ["a/b has no 'train_stf'; did you mean train_sft?"]),
+    (ULTRACHAT, "train_stf", ["a/b has no 'train_stf' (did you mean train_sft?)"]),
     (ULTRACHAT, "train", ["a/b has no 'train'", "it holds test_gen, test_sft, train_gen, "]),
     (["m/en.json", "m/de.json"], "m", ["a/b holds m/de, m/en: name one, as in --data a/b:m/de"]),
     (["README.md", "data/x.arrow"], "", ["a/b/data/x.arrow: Arrow files are not read"]),
@@ -477,7 +475,7 @@ def test_offline_the_file_is_chosen_from_the_cache(tmp_path, monkeypatch, answer
 
     # Of three files that belong together one is there: half a data set is none.
     (snapshot / "data" / "train.json").rename(snapshot / "data" / "train-00000-of-00003.json")
-    with refused("a/b", "not complete in the cache", "HF_HUB_OFFLINE"):
+    with refused("a/b", "nor complete in the Hub's cache", "HF_HUB_OFFLINE"):
         hub.resolve_data("a/b")
     name = "data/train-00000-of-00003.json"
     assert hub.resolve_data(f"a/b:{name}") == [snapshot / name]

@@ -89,14 +89,13 @@ def test_rendered_conversations_teach_what_messages_teach(tmp_path):
         load(tmp_path, rendered)
     data = load(tmp_path, rendered, rendered=True)
     assert (data.train.tokens == plain.train.tokens).all()
-    assert (data.train.trained == plain.train.trained).all()
     first = data.quizzes["held-out"][0]
     assert first.prompt == data.chat.encode_prompt(rows[0]["messages"][:1])
 
 
 def test_of_rendered_texts_without_a_header_all_is_trained_and_that_is_said(tmp_path, capsys):
     data = load(tmp_path, [{"text": "user: a\nassistant: b<|im_end|>\n"}], rendered=True)
-    assert data.train.trained.all()
+    assert data.train.tokens["trained"].all()
     assert "1 without the header of an assistant's turn: trained whole" in capsys.readouterr().out
 
 
@@ -258,4 +257,4 @@ def test_data_names_of_every_kind_are_resolved_for_both_sides(tmp_path, capsys):
     data = load(tmp_path, [row("a", "b")], data=[str(folder)], eval_data=f"{folder}:test")
     assert len(data.train) == len(data.held_out) == 2
     assert "train.jsonl (also there: test)" in capsys.readouterr().out
-    assert hub.resolve_data(str(folder), lambda text: None) == [folder / "train.jsonl"]
+    assert hub.resolve_data(str(folder)) == [folder / "train.jsonl"]

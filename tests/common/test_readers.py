@@ -163,9 +163,9 @@ def test_a_long_cell(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.csv", "a,b\n1,2\n3\n", ":3: 1 cells, but the header has 2; a cell with a comma"),
+    ("a.csv", "a,b\n1,2\n3\n", ":3: 1 cells, but the header has 2; a cell with ','"),
     ("a.csv", 'a,b\n"1\n\n",2\n3,4,5\n', ":5: 3 cells, but the header has 2"),
-    ("a.tsv", "a\tb\n1,2\n", ":2: 1 cells, but the header has 2; a cell with a tab"),
+    ("a.tsv", "a\tb\n1,2\n", ":2: 1 cells, but the header has 2; a cell with '\\t'"),
     ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', ":3: not valid CSV (unexpected end of data); is a quot"),
     ("a.csv", 'a\n"x"y\n', ":2: not valid CSV"),
     ("a.csv", "a,b,a\n1,2,3\n", ":1: two columns are called 'a'"),
