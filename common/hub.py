@@ -14,12 +14,11 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (
-    CacheNotFound, EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
-    LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError)
+    EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
+    OfflineModeIsEnabled, RepositoryNotFoundError)
 
 from common.data import readers, splits
-from common.errors import UserError, one_line
-from common.ranks import say
+from common.errors import UserError, nearest, one_line
 
 COMMON = Path(__file__).resolve().parent
 ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
@@ -48,7 +47,7 @@ def resolve(name, flag="--model"):
     if os.path.exists(path):
         raise UserError(f"{path} is a file: give the folder that holds the model")
     if not _HUB_ID.fullmatch(text):
-        near = readers.similar(path, ("tiny", *ARCHITECTURES))
+        near = _similar(path, ("tiny", *ARCHITECTURES))
         raise UserError(f"{flag} {text}: no such folder{near}; a model on the Hub is owner/name")
     with _plain_words(text, "model"):
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=PATTERNS))
@@ -59,9 +58,9 @@ def resolve_data(name, flag="--data"):
 
     A name is a file that `common/data/readers.py` reads, a folder of such files, a data set on the
     Hub (`owner/name`), or a part of one of the latter two, a split or a file: `owner/name:test`.
-    Which files that means is decided in `common/data/splits.py`; where there was a choice, the
-    screen says it. Raises UserError, naming `flag`, where there is no such thing, where several
-    could be meant, or where it cannot be had or read here.
+    Which files that means is decided, and said, in `common/data/splits.py`. Raises UserError,
+    naming `flag`, where there is no such thing, where several could be meant, or where it cannot
+    be had or read here.
     """
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]
@@ -73,24 +72,17 @@ def resolve_data(name, flag="--data"):
     place, _, part = (text, "", "") if os.path.isdir(path) else text.partition(":")
     folder = Path(os.path.expanduser(place))
     if os.path.isdir(folder):
-        names, unread = _files_below(folder, deep=part)
-        chosen, note = splits.choose(names, part, place, flag, unread=unread)
-        if note:
-            say(note)
+        if not os.access(folder, os.R_OK):
+            raise UserError(f"{folder}: cannot be read (no permission)")
+        chosen = splits.choose(_files_below(folder), part, place, flag)
         return [folder / file for file in chosen]
     if not _HUB_ID.fullmatch(place) or readers.suffix(path) and not part:
-        near = readers.similar(path, ("tiny", "virtual"))
+        near = _similar(path, ("tiny", "virtual"))
         raise UserError(f"{flag} {text}: no such file or folder{near}; a data set on the Hub is "
                         "owner/name or owner/name:split")
-    if readers.suffix(part):
-        chosen, note = [part], f"{flag.lstrip('-')}: {place}: {part}"
-    else:
-        chosen, note = _choose(place, part, flag)
-    for file in chosen:
-        readers.check_kind(file)  # before anything is downloaded
-    say(note)
     paths = []
-    for file in chosen:
+    for file in _choose(place, part, flag):
+        readers.check_kind(file)
         with _plain_words(place, "dataset", file):
             paths.append(Path(huggingface_hub.hf_hub_download(place, file, repo_type="dataset")))
     return paths
@@ -109,48 +101,37 @@ def whole_name(name):
     return os.path.abspath(folder) + colon + part if colon and os.path.isdir(folder) else name
 
 
-def _files_below(folder, deep):
-    """(the files of a folder as paths below it, its subfolders with data that are not read).
-
-    Files in subfolders count only if it has no data itself, or if `deep`.
-    """
-    if not os.access(folder, os.R_OK):
-        raise UserError(f"{folder}: cannot be read (no permission)")
-    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*")
-                   if file.is_file())
-    top = [name for name in names if "/" not in name]
-    if deep or not any(map(splits.is_data, top)):
-        return names, []
-    return top, sorted({name.partition("/")[0] + "/" for name in names
-                        if "/" in name and splits.is_data(name)})
+def _files_below(folder):
+    """The files of a folder as paths below it."""
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*")
+                  if file.is_file())
 
 
 def _choose(repo, part, flag):
-    """The files of a data set on the Hub that `part` stands for, and what to say of the choice."""
+    """The files of a data set on the Hub that `part` stands for."""
+    if readers.suffix(part):
+        return splits.choose([part], part, repo, flag, _page(repo, "dataset"))
     offline = None
     try:
         with _plain_words(repo, "dataset"):
             names = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
-    except UserError as error:
-        names, offline = _cached(repo), error
-        if not names:
-            raise
-    chosen, note = splits.choose(names, part, repo, flag, _page(repo, "dataset"))
+    except UserError as error:  # then, of what is in the cache
+        offline = error
+        try:
+            names = _files_below(Path(huggingface_hub.snapshot_download(
+                repo, repo_type="dataset", local_files_only=True, allow_patterns=[])))
+        except LocalEntryNotFoundError:
+            raise error from None
+    chosen = splits.choose(names, part, repo, flag, _page(repo, "dataset"))
     if offline and splits.missing(chosen):
         raise offline
-    return chosen, note
+    return chosen
 
 
-def _cached(repo):
-    """The names of those files of a data set that are in the Hub's cache."""
-    try:
-        repos = huggingface_hub.scan_cache_dir().repos
-    except CacheNotFound:
-        return []
-    return sorted({
-        file.file_path.relative_to(revision.snapshot_path).as_posix()
-        for cached in repos if (cached.repo_id, cached.repo_type) == (repo, "dataset")
-        for revision in cached.revisions for file in revision.files})
+def _similar(path, names=()):
+    """" (did you mean X?)" for a path that is not there: what lies beside it, or one of `names`."""
+    beside = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    return nearest(path.name, [*names, *beside])
 
 
 def _page(repo, kind):
@@ -186,7 +167,7 @@ def _what_to_do(error, repo, kind, file):
          f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami` shows who "
          "you are)"),
         (RepositoryNotFoundError, f"{repo}: no such folder here, and no such {kind} on the Hub"
-         f"{readers.similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN"),
+         f"{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN"),
         ((LocalEntryNotFoundError, OfflineModeIsEnabled), f"{repo} is no folder here, nor complete "
          f"in the Hub's cache, and {offline} {again}"),
         (EntryNotFoundError, f"{repo} has no file {file}: see {page}/tree/main"),

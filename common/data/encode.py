@@ -1,8 +1,7 @@
-"""Records to documents of token ids and labels: once, streaming.
+"""Records to documents of token ids and labels.
 
-The tokens of all documents lie one behind the other in a file, to which they are written as they
-are made, and from which they are mapped. So a million short documents need some hundred megabytes
-of memory. `common/data/cache.py` keeps that file for the next run.
+The tokens of all documents are written to a file as they are made, and mapped from there: so a
+million short documents need some hundred megabytes of memory.
 """
 
 import hashlib
@@ -135,8 +134,7 @@ def _chunks(records):
               disable=None if is_main() else True) as bar:
         for number, record in enumerate(records):
             chunk.append((number, record.get("where", f"example {number + 1}"), record))
-            texts = record.get("messages", [record])
-            characters += sum(len(str(text.get("text") or text.get("content"))) for text in texts)
+            characters += len(str(record))
             if len(chunk) == BATCH or characters > CHARACTERS:
                 yield chunk
                 bar.update(records.done - bar.n if files else len(chunk))
@@ -146,26 +144,26 @@ def _chunks(records):
 
 def _tokenise(chunk, chat, note, strict):
     """(number, place, record, layout, ids, trained) of each record that can be used; else `note`."""
-    kept = []
+    kept, texts = [], {True: [], False: []}  # by what the tokenizer shall add
     for number, where, record in chunk:
         try:
             if "refused" in record:
                 raise Refused(record["refused"])
-            kept.append((number, where, record, chat.layout(record)))
+            layout = chat.layout(record)
         except Refused as error:
             if strict and isinstance(error, LeftOut):
                 raise UserError(f"{where}: {error} (--strict-template)") from None
             note(f"skipped, {error}", where)
-    found, groups = {}, {True: [], False: []}  # by what the tokenizer shall add
-    for n, (*_, layout) in enumerate(kept):
-        if layout.spans is None and len(layout.text) > PIECE:
-            found[n] = _long(layout.text, chat)
-        else:
-            groups[layout.whole].append(n)
-    for whole, group in groups.items():  # tokenizers are fast on many texts at once, in parallel
-        found.update(zip(group, chat.tokenise([kept[n][-1].text for n in group], whole)))
-    for n, one in enumerate(kept):
-        yield (*one, *chat.finish(one[-1], found.pop(n)))
+            continue
+        long = layout.spans is None and len(layout.text) > PIECE
+        kept.append((number, where, record, layout, long))
+        if not long:
+            texts[layout.whole].append(layout.text)
+    # Tokenizers are fast on many texts at once, in parallel.
+    encodings = {whole: iter(chat.tokenise(some, whole)) for whole, some in texts.items()}
+    for *one, layout, long in kept:
+        encoding = _long(layout.text, chat) if long else next(encodings[layout.whole])
+        yield (*one, layout, *chat.finish(layout, encoding))
 
 
 def _long(text, chat):

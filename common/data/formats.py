@@ -7,9 +7,8 @@
     text               {"text"}: all of it is trained
 
 An example with the keys of two formats is read as the first of them in this order (Alpaca's own
-file has a "text" as well). Null counts as absent. "system" and "tools" go with all but text. What
-has a meaning is honoured or refused: turns with the weight 0, calls in their older forms, null
-keys that Arrow has filled in, pairs of a chosen and a rejected answer. Other keys are noted.
+file has a "text" as well). Null counts as absent. What has a meaning is honoured or refused, and
+other keys are noted.
 """
 
 import json
@@ -59,19 +58,13 @@ def convert(value, where, ignored, rendered=False):
         if rendered:
             record["rendered"] = True
     elif _truth(value.get("label")) is not None and "'label'" not in ignored:
-        raise UserError(f"{where}: 'label' says which answers are good (KTO's format), and all "
-                        f"would be trained on; {POST_TRAINING}. If it means something else, "
-                        "rename or remove it")
+        raise UserError(f"{where}: 'label' says which answers are good (KTO's format); "
+                        f"{POST_TRAINING}. If it means something else, rename or remove it")
     else:
-        used |= {*BESIDE, *(["input"] if isinstance(value[keys[0]], str) else [])}
+        used |= {*BESIDE, *(["input"] if len(keys) == 2 and isinstance(value[keys[0]], str) else [])}
         if value.get("tools") and value.get("functions"):
             used.remove("functions")
-        if len(keys) == 1 and value.get("history"):
-            raise UserError(f"{where}: earlier turns in 'history' beside {keys[0]!r}: put them "
-                            "into the list itself")
-        messages = _conversation if len(keys) == 1 else _question_and_answer
-        record = {"messages": messages(value, *keys, where, ignored)}
-        _add_system(record["messages"], value, where)
+        record = {"messages": _messages(value, keys, where, ignored)}
         tools = _tools(value, where)
         if tools:
             record["tools"] = tools
@@ -115,23 +108,38 @@ def _truth(value):
     return TRUTH.get(str(value).strip().lower())
 
 
-def _add_system(messages, value, where):
-    """Put the text of the key "system" in front, unless it is there already."""
-    text = _text(value, "system", where)
-    if text.strip() and messages and messages[0]["role"] == "system":
-        if messages[0]["content"].strip() != text.strip():
-            raise Refused('its "system" and its system message are different texts')
-    elif text.strip():
-        messages.insert(0, {"role": "system", "content": text})
+def _messages(value, keys, where, ignored):
+    """The messages of an example: of one list, or of a question and its answer."""
+    system = _text(value, "system", where)
+    parts = [[{"role": "system", "content": system}] if system.strip() else []]
+    for key, role in zip(keys, ("user", "assistant")):
+        if len(keys) == 1 or isinstance(value[key], list) and key in ("prompt", "completion"):
+            parts.append(_conversation(value, key, where, ignored))
+        else:
+            more = _text(value, "input", where) if role == "user" else ""
+            text = _text(value, key, where) + ("\n\n" + more if more.strip() else "")
+            parts.append([{"role": role, "content": text}])
+    systems = [part.pop(0) for part in parts if part and part[0]["role"] == "system"]
+    if len({one["content"].strip() for one in systems}) > 1:
+        raise Refused("its system texts differ")
+    if len(keys) == 1:
+        if value.get("history"):
+            raise UserError(f"{where}: 'history' beside {keys[0]!r}: put its turns into the list")
+        return systems[-1:] + parts[1]
+    _, before, after = parts
+    if len(after) > len(before) and after[:len(before)] == before:
+        after = after[len(before):]  # it was the whole conversation, as chosen answers are
+    for message in before:
+        if message["role"] == "assistant":
+            message["train"] = False
+    return systems[-1:] + _history(value, where) + before + after
 
-
-# --- formats ---
 
 def _conversation(value, key, where, ignored):
     """The messages of a list of turns, in either spelling; a call is its speaker's."""
     turns = _parsed(value, key, where)
     if not isinstance(turns, list):
-        raise UserError(f"{where}: {key} must be a list, not {_kind(turns)}")
+        raise UserError(f"{where}: {key} must be a list, not {type(turns).__name__}")
     messages = []
     for turn in turns:
         message = _message(turn, where, ignored)
@@ -146,29 +154,6 @@ def _conversation(value, key, where, ignored):
     return messages
 
 
-def _question_and_answer(value, question, answer, where, ignored):
-    """The messages of an example with these two keys: texts, or lists of messages."""
-    sides = []
-    for key, role in ((question, "user"), (answer, "assistant")):
-        if isinstance(value[key], list) and key in ("prompt", "completion"):
-            sides.append(_conversation(value, key, where, ignored))
-        else:
-            text, more = _text(value, key, where), _text(value, "input", where)
-            if role == "user" and more.strip():
-                text += "\n\n" + more
-            sides.append([{"role": role, "content": text}])
-    system = [side.pop(0) for side in sides if side and side[0]["role"] == "system"]
-    if len(system) == 2 and system[0] != system[1]:
-        raise Refused("its prompt and its completion have different system messages")
-    before, after = sides
-    if len(after) > len(before) and after[:len(before)] == before:
-        after = after[len(before):]  # it was the whole conversation, as chosen answers are
-    for message in before:
-        if message["role"] == "assistant":
-            message["train"] = False
-    return system[:1] + _history(value, where) + before + after
-
-
 def _history(value, where):
     """Earlier turns, [[question, answer], ...], as messages."""
     pairs = _parsed(value, "history", where) or []
@@ -178,8 +163,6 @@ def _history(value, where):
     return [{"role": role, "content": text} for pair in pairs
             for role, text in zip(("user", "assistant"), pair)]
 
-
-# --- turns, calls and tools ---
 
 def _message(turn, where, ignored):
     """A turn in either spelling, {"role", "content", ...} or {"from", "value"}, as the former."""
@@ -216,8 +199,7 @@ def _content(turn, where):
         return _text({"content": content}, "content", where)
     kinds = {str(part.get("type") or "text") for part in content} - {"text"}
     if kinds:
-        raise UserError(f"{where}: content of type {one_line(sorted(kinds))}; only text is trained "
-                        "on")
+        raise UserError(f"{where}: content of type {one_line(sorted(kinds))}; only text is read")
     return "".join(_text(part, "text", where) for part in content)
 
 
@@ -283,12 +265,10 @@ def _without_nulls(value, schema):
     return value
 
 
-# --- values ---
-
 def _present(value, what, where):
     """The keys of an object that are there: not null, and not NaN, which is pandas' word for it."""
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {what} must be a JSON object, not {_kind(value)}")
+        raise UserError(f"{where}: {what} must be a JSON object, not {type(value).__name__}")
     return {key: one for key, one in value.items() if one is not None and one == one}
 
 
@@ -310,10 +290,5 @@ def _json(text, error):
 def _text(value, key, where):
     found = value.get(key)
     if found is not None and not isinstance(found, str):
-        raise UserError(f"{where}: {key!r} must be text, not {_kind(found)}")
+        raise UserError(f"{where}: {key!r} must be text, not {type(found).__name__}")
     return found or ""
-
-
-def _kind(value):
-    return {list: "a list", dict: "an object", str: "text", bool: "a truth value", int: "a number",
-            float: "a number", type(None): "null"}.get(type(value), type(value).__name__)

@@ -11,24 +11,23 @@ import gzip
 import io
 import itertools
 import json
-import os
 import re
 import stat
 import zlib
 from pathlib import Path
 
-from common.errors import UserError, nearest, one_line
+from common.errors import UserError, one_line
 
 LONGEST_LINE = 2**28  # bytes
 LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can hold anything
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
-def read(path, choose=None):
+def read(path, choose=list):
     """Yield (where, value, bytes of the file done so far) for each value in a data file.
 
-    A file with columns (CSV, TSV, Parquet) is asked for some of them: `choose` gets their names
-    and gives back those to read, None for all. Raises UserError, at once or on the way.
+    Of a file with columns (CSV, TSV, Parquet) those are read that `choose` gives back of their
+    names. Raises UserError, at once or on the way.
     """
     path = Path(path)
     return READERS[check_kind(path)](path, choose)
@@ -46,38 +45,21 @@ def check(path):
     """The size of a data file, or a UserError that says why it is none."""
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file{similar(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{one_line(path)}: cannot be read ({one_line(error)})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise UserError(f"{path}: {what}; give files that end in {KINDS}")
+        raise UserError(f"{path}: not a file; {KINDS}")
     check_kind(path)
     return status.st_size
-
-
-def similar(path, others=()):
-    """" (did you mean X?)" for a path that is not there, of what lies beside it, and of others."""
-    try:
-        beside = os.listdir(path.parent)
-    except (OSError, ValueError):
-        beside = []
-    return nearest(path.name, [*others, *beside])
 
 
 def check_kind(path):
     """The suffix of a path, which need not be there, or a UserError if it cannot be read here."""
     kind = suffix(path)
+    if kind is None:
+        raise UserError(f"{path}: not a kind of file that is read; {KINDS}")
     if kind == ".parquet":
         _pyarrow(path)
-    if Path(path).suffix.lower() == ".arrow":
-        raise UserError(f"{path}: Arrow files are not read; load the data set where it was made "
-                        "and write it with ds.to_parquet(\"x.parquet\") or "
-                        "ds.to_json(\"x.jsonl\")")
-    if kind is None:
-        raise UserError(f"{path}: its name must end in {KINDS}; convert other kinds to .jsonl, "
-                        "one JSON object a line (a spreadsheet: save it as CSV UTF-8)")
     return kind
 
 
@@ -118,7 +100,7 @@ def _lines(path):
             yield number, _decode(line, path, number), done()
 
 
-def plain_text(path, choose=None):
+def plain_text(path, choose):
     """The file whole, its line ends made \\n."""
     text, size = _whole(path)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -126,7 +108,7 @@ def plain_text(path, choose=None):
         yield str(path), {"text": text}, size
 
 
-def lines(path, choose=None):
+def lines(path, choose):
     """The JSON value of each line that is not blank."""
     for number, line, done in _lines(path):
         text = line.rstrip()  # or its end would count as another line
@@ -134,7 +116,7 @@ def lines(path, choose=None):
             yield f"{path}:{number}", _parse(json.loads, path, number, text), done
 
 
-def json_file(path, choose=None):
+def json_file(path, choose):
     """A list, {"data": [...]}, or, as many .json files are in truth, JSON lines."""
     text, size = _whole(path)
     at = _space(text, 0)
@@ -143,7 +125,7 @@ def json_file(path, choose=None):
     if text[at] != "[":
         value, end = _parse(_DECODER.raw_decode, path, 1, text, at)
         if _space(text, end) < len(text):
-            yield from lines(path)
+            yield from lines(path, choose)
         elif isinstance(value, dict) and isinstance(value.get("data"), list):
             for number, item in enumerate(value["data"], 1):
                 yield f"{path}: example {number}", item, size
@@ -157,7 +139,7 @@ def json_file(path, choose=None):
         value, at = _parse(_DECODER.raw_decode, path, 1, text, at)
         at = _space(text, at)
         last = text[at:at + 1] != ","
-        if last and text[at:].strip() != "]":
+        if last and (text[at:at + 1] != "]" or _space(text, at + 1) < len(text)):
             line = text.count("\n", 0, at) + 1
             raise UserError(f"{path}:{line}: not valid JSON (Expecting ',' or ']', which ends it)")
         yield f"{path}: example {number}", value, size * at // len(text)
@@ -165,7 +147,7 @@ def json_file(path, choose=None):
             return
 
 
-def table(path, choose=None):
+def table(path, choose):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
     first, header = next(((n, line) for n, line, _ in _lines(path) if line.strip()), (0, ""))
     said = re.match("sep=(.)\\s*$", header)  # as Excel writes it
@@ -204,7 +186,7 @@ def table(path, choose=None):
                         "left open, or one within a cell not doubled?") from None
 
 
-def parquet(path, choose=None):
+def parquet(path, choose):
     """The rows of a Parquet file, as JSON would have them."""
     pyarrow, number = _pyarrow(path), 0
     try:
@@ -237,11 +219,10 @@ def _pyarrow(path):
 
 def _chosen(names, choose, where):
     """The columns to read of those that a file has."""
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{where}: two columns are called {one_line(repr(twice))}; rename one")
-    chosen = None if choose is None else choose(names)
-    return names if chosen is None else list(chosen)
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: two columns are called {one_line(repr(name))}; rename one")
+    return choose(names)
 
 
 def _as_text(value):
@@ -252,7 +233,9 @@ def _as_text(value):
 # By their names' ends; where the same data is there in several, the first is taken.
 READERS = {".jsonl": lines, ".json": json_file, ".csv": table, ".tsv": table, ".parquet": parquet,
            ".txt": plain_text}
-KINDS = f"{', '.join(READERS)} (or, but for Parquet, any of these with .gz)"
+KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also with .gz); convert "
+         "others to .jsonl, one JSON object a line (a spreadsheet: save it as CSV UTF-8; a data "
+         'set in Arrow files: ds.to_json("x.jsonl") or ds.to_parquet("x.parquet"))')
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 

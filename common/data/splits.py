@@ -14,6 +14,7 @@ import re
 
 from common.data import readers
 from common.errors import UserError, listed, nearest
+from common.ranks import say
 
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
             "license.txt", "readme.txt", "requirements.txt")
@@ -24,40 +25,33 @@ _NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
 _SAYS_NOTHING = re.compile(r"(part|shard|data|file|chunk)?[-_.]?\d*", re.IGNORECASE)
 
 
-def choose(names, part, place, flag, page=None, unread=()):
-    """The files that are meant among `names`, and a line that says so (None: it goes without).
+def choose(names, part, place, flag, page=None):
+    """The files that are meant among `names`; where there was a choice, the screen says it.
 
     `place` is the data set as it was named, and `part` what stood behind the colon: a file, a
     label, the last component of one, a folder of several, or "". `page` is the data set's address
-    on the Hub; in a local folder (None) all files are taken if none is named for training, but
-    those that are held out. `unread` is what else is there. Raises UserError where nothing, or more
-    than one thing, can be meant.
+    on the Hub. In a local folder (None) all files are taken if none is named for training, but
+    those that are held out, and subfolders count only if it has no files itself. Raises UserError
+    where nothing, or more than one thing, can be meant.
     """
-    def line(what, others=()):
-        there = f" (also there: {listed(others)})" if others else ""
-        return f"{flag.lstrip('-')}: {place}: {what}{there}"
-
     if part in names:
         readers.check_kind(part)
-        return [part], line(part) if page else None
-    groups, others = _groups(names, local=page is None)
-    if not groups:
-        for name in names:
-            if name.endswith(".arrow"):
-                readers.check_kind(f"{place}/{name}")
-        raise UserError(f"{place} holds no file that ends in {readers.KINDS}"
-                        + (f"; see {page}" if page else ""))
-    labels = _labels(groups, part, page is None, place, flag)
-    files = sorted(file for one in labels for file in groups[one])
-    others = [*(one for one in groups if one not in labels), *others, *unread]
-    absent = missing(files)
-    if len(files) == 1 and not absent and not part:
-        what = files[0]
+        files, others, absent = [part], [], 0
     else:
-        count = f"{len(files)} of {len(files) + absent}" if absent else len(files)
-        what = (f"{labels[0]}, " if len(labels) == 1 else "") + f"{count} file" + (
-            "s" if len(files) + absent > 1 else "")
-    return files, line(what, others) if page or others or absent else None
+        groups, others = _groups(names, deep=part or page)
+        if not groups:
+            raise UserError(f"{page or place} holds no file that can be read; {readers.KINDS}")
+        labels = _labels(groups, part, page is None, place, flag)
+        files = sorted(file for one in labels for file in groups[one])
+        others, absent = [one for one in groups if one not in labels] + others, missing(files)
+    what = files[0]
+    if part not in names and (part or absent or len(files) > 1):
+        count = f"{len(files)} of {len(files) + absent}" if absent else str(len(files))
+        what = (f"{labels[0]}, " if len(labels) == 1 else "") + f"{count} file{'s' * (count != '1')}"
+    if page or others or absent:
+        there = f" (also there: {listed(others)})" if others else ""
+        say(f"{flag.lstrip('-')}: {place}: {what}{there}")
+    return files
 
 
 def is_data(name):
@@ -87,25 +81,24 @@ def missing(files):
     return max(0, sum(wanted.values()) - len(there))
 
 
-def _groups(names, local):
-    """{label: files}, of one suffix each, and what is there in a second one, for a message.
-
-    A text file beside others is as a rule no data: it counts if there is nothing else.
-    """
+def _groups(names, deep):
+    """{label: files}, of one suffix each, and, for a message, what is there that is left aside:
+    the same in a second suffix, text files where there are others, subfolders unless `deep`."""
     def kind(name):
         return [*readers.READERS].index(readers.suffix(name)), name.lower().endswith(".gz")
 
-    everything = sorted(filter(is_data, names))
-    data = [name for name in everything if readers.suffix(name) != ".txt"] or everything
-    others = [name for name in everything if name not in data] if local else []
+    data = sorted(filter(is_data, names))
+    top = [name for name in data if deep or "/" not in name] or data
+    chosen = [name for name in top if readers.suffix(name) != ".txt"] or top
+    others = [name for name in top if name not in chosen]
     groups = {}
-    for name in data:
+    for name in chosen:
         groups.setdefault(label(name), []).append(name)
     for one, files in groups.items():
         first = min(map(kind, files))
         others += {kind(file): file for file in files[::-1] if kind(file) != first}.values()
         groups[one] = [file for file in files if kind(file) == first]
-    return groups, others
+    return groups, others + sorted({f"{name.split('/')[0]}/" for name in {*data} - {*top}})
 
 
 def _labels(groups, part, local, place, flag):

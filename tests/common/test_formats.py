@@ -176,7 +176,7 @@ def test_prompt_and_completion_as_messages():
                   {"prompt": said("c"), "completion": "d", "system": "s\n"}):
         found = messages(value)
         assert [one["content"].strip() for one in found] == ["s", "c", "d"]
-    with pytest.raises(Refused, match="different system messages"):
+    with pytest.raises(Refused, match="system texts differ"):
         messages({"prompt": [system, USER], "completion": [{**system, "content": "t"}, HELLO]})
 
 
@@ -224,7 +224,7 @@ def test_two_system_texts():
     for value in ({"messages": [system, USER, HELLO], "system": "s"},
                   {"messages": [USER, HELLO], "system": "s"}):
         assert messages(value) == [system, USER, HELLO]
-    with pytest.raises(Refused, match="different texts"):
+    with pytest.raises(Refused, match="system texts differ"):
         messages({"messages": [system, USER, HELLO], "system": "other"})
 
 

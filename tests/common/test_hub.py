@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import sys
 from types import SimpleNamespace
@@ -46,7 +47,6 @@ def answer(monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "HfApi",
         lambda: SimpleNamespace(list_repo_files=reply(lambda: given.files)))
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: SimpleNamespace(repos=[]))
     return given
 
 
@@ -280,7 +280,7 @@ def test_missing_shards_are_said(tmp_path, monkeypatch, answer):
 
 def test_data_that_is_not_there_or_not_readable(tmp_path, monkeypatch, answer):
     monkeypatch.chdir(tmp_path)
-    with refused("holds no file that ends in .jsonl, .json, .csv, .tsv, .parquet, .txt"):
+    with refused("holds no file that can be read", "end in .jsonl, .json, .csv, .tsv, .parquet, .txt"):
         hub.resolve_data(tmp_path)
     fill(tmp_path, "train.jsonl", "table.xlsx", "ds/data-00000-of-00001.arrow", "ds/state.json",
          "dd/train/data-00000-of-00001.arrow", "dd/dataset_dict.json", "e/test_a.json",
@@ -292,10 +292,10 @@ def test_data_that_is_not_there_or_not_readable(tmp_path, monkeypatch, answer):
             hub.resolve_data(name)  # a path that looks like a Hub id
     with refused("--eval-data tinny", "did you mean tiny"):
         hub.resolve_data("tinny", flag="--eval-data")
-    with refused("table.xlsx", "must end in"):
+    with refused("table.xlsx", "end in .jsonl"):
         hub.resolve_data("table.xlsx")
     for name in ("ds", "dd", "ds/data-00000-of-00001.arrow"):
-        with refused(f"{name}", ".arrow: Arrow files are not read", "ds.to_parquet"):
+        with refused(f"{name}", "Arrow files: ds.to_json", "ds.to_parquet"):
             hub.resolve_data(name)
     with refused("e holds train_b, train_c: name one, as in --data e:train_b"):
         hub.resolve_data("e")
@@ -351,7 +351,8 @@ def test_without_pyarrow_nothing_is_downloaded(monkeypatch, answer, name):
      ["alpaca_data_cleaned.json"], "alpaca_data_cleaned.json"),
     (["data/train.jsonl", "data/test.jsonl"], "", ["data/train.jsonl"],
      "data/train.jsonl (also there: test)"),
-    (["alpaca.json", "urls.txt", "sub/x.txt"], "", ["alpaca.json"], "alpaca.json"),
+    (["alpaca.json", "urls.txt", "sub/x.txt"], "", ["alpaca.json"],
+     "alpaca.json (also there: sub/x.txt, urls.txt)"),
     (["a.txt", "README.md"], "", ["a.txt"], "a.txt"),
     (["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"], "",
      ["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"],
@@ -405,10 +406,9 @@ def test_the_files_of_a_data_set_are_chosen(tmp_path, answer, parquet, files, pa
     (ULTRACHAT, "train_stf", ["a/b has no 'train_stf' (did you mean train_sft?)"]),
     (ULTRACHAT, "train", ["a/b has no 'train'", "it holds test_gen, test_sft, train_gen, "]),
     (["m/en.json", "m/de.json"], "m", ["a/b holds m/de, m/en: name one, as in --data a/b:m/de"]),
-    (["README.md", "data/x.arrow"], "", ["a/b/data/x.arrow: Arrow files are not read"]),
-    (["README.md"], "README.md", ["README.md: its name must end in .jsonl"]),
-    (["README.md"], "", ["a/b holds no file that ends in .jsonl, .json",
-                         "see " + constants.ENDPOINT + "/datasets/a/b"]),
+    (["README.md", "data/x.arrow"], "", ["a/b holds no file that can be read", "Arrow files: ds.to_json"]),
+    (["README.md"], "README.md", ["README.md: not a kind of file that is read", "end in .jsonl"]),
+    (["README.md"], "", [constants.ENDPOINT + "/datasets/a/b holds no file", "end in .jsonl, .json"]),
     ([], "", ["holds no file"]),
 ])
 def test_a_data_set_without_one_obvious_split(answer, files, part, parts):
@@ -446,13 +446,8 @@ def test_labels(name, label):
 
 def test_offline_the_file_is_chosen_from_the_cache(tmp_path, monkeypatch, answer):
     answer.files = errors.OfflineModeIsEnabled("offline")
+    answer.value = errors.LocalEntryNotFoundError("nothing")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with refused("a/b", "HF_HUB_OFFLINE", TINY):
-        hub.resolve_data("a/b")
-
-    def no_cache():
-        raise errors.CacheNotFound("nothing", cache_dir="x")
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", no_cache)
     with refused("a/b", "HF_HUB_OFFLINE", TINY):
         hub.resolve_data("a/b")
 
@@ -466,11 +461,9 @@ def test_offline_the_file_is_chosen_from_the_cache(tmp_path, monkeypatch, answer
     (snapshot / "data" / "train.json").symlink_to(repo / "blobs" / "77")
     monkeypatch.undo()
     assert constants.HF_HUB_OFFLINE  # from conftest.py
-    scan, download = huggingface_hub.scan_cache_dir, huggingface_hub.hf_hub_download
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: scan(tmp_path))
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download",
-        lambda *names, **options: download(*names, **options, cache_dir=tmp_path))
+    for name in ("snapshot_download", "hf_hub_download"):
+        function = functools.partial(getattr(huggingface_hub, name), cache_dir=tmp_path)
+        monkeypatch.setattr(huggingface_hub, name, function)
     assert hub.resolve_data("a/b") == [snapshot / "data" / "train.json"]
 
     # Of three files that belong together one is there: half a data set is none.
