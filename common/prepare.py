@@ -14,9 +14,9 @@ from common import hub
 from common.data import encode
 from common.data.cache import cached
 from common.data.chat import Chat, fixed_date
-from common.data.datasets import Records, parse_columns
 from common.data.encode import Encoded
 from common.data.parts import THOUGHTS
+from common.data.readers import Records, parse_columns
 from common.data.template import Refused
 from common.errors import UserError, one_line
 from common.files.json_files import read_json
@@ -73,53 +73,47 @@ def load(options, source, config, skills):
     forgotten.
     """
     limit = longest_document(options, config)
-    if {"virtual", "tiny"} & {*options.data}:
-        if len(options.data) > 1:
-            raise UserError("--data tiny and --data virtual stand alone, not beside files")
-        own = ["eval_data", "columns", "rendered"]
-        own += ["chat_template", "strict_template"] * (options.data == ["virtual"])
-        for name in own:
-            if getattr(options, name):
-                raise UserError(f"--{name.replace('_', '-')} goes with a file of your own in "
-                                f"--data; {options.data[0]} has all it needs")
+    embedded = {"virtual", "tiny"} & {*options.data}
+    own = ["eval_data", "columns", "rendered"]
+    own += ["chat_template", "strict_template"] if "virtual" in embedded else []
+    others = [f"--{name.replace('_', '-')}" for name in own if getattr(options, name)]
+    if embedded and (others or len(options.data) > 1):
+        raise UserError(f"--data {' '.join(embedded)} stands alone; what goes with data of your own: "
+                        f"{', '.join(others) or 'other files'}")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
         held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
         return Data(source, train, held_out, None, {}, False)
     chat = Chat.load(source, options.chat_template)
 
-    def encoded(records, key, files, title):
+    def encoded(records, title, files=()):
+        what = [records.columns, records.rendered] if files else records
         return cached(
             lambda file: encode.encode(records, chat, limit, options.too_long, config.vocab_size,
                                        title, options.strict_template, file),
-            [key, limit, options.too_long, config.vocab_size, chat.fingerprint,
-             options.strict_template, options.rendered], files, title)
+            [what, limit, options.too_long, config.vocab_size, chat.fingerprint,
+             options.strict_template], files, title)
 
     if options.data == ["tiny"]:
-        def of(name, part, count, title):
-            records = tiny.records(name, part, count, seed=options.seed)
-            key = ["tiny", name, part, count, options.seed]
-            return encoded(records, key, [tiny.__file__], title), records
-
-        train, records = of(skills, "train", TINY_DOCUMENTS, "data")
+        records = tiny.records(skills, "train", TINY_DOCUMENTS, options.seed)
+        train = encoded(records, "data")
         say_what_differs(chat, records)
-        held_out, records = of(skills, "eval", 200, "held out")
-        quizzes = {skills: questions(chat, held_out, records, SCORED, limit)}
-        if skills != "base":
-            base = of("base", "eval", 200, "base skills")
-            quizzes["base"] = questions(chat, *base, SCORED, limit)
-        return Data(source, train, held_out, chat, quizzes, True)
+        held_out, quizzes = {}, {}
+        for name in dict.fromkeys((skills, "base")):
+            records = tiny.records(name, "eval", 200, options.seed)
+            held_out[name] = encoded(records, "held out" if name == skills else "base skills")
+            quizzes[name] = questions(chat, held_out[name], records, SCORED, limit)
+        return Data(source, train, held_out[skills], chat, quizzes, True)
+
+    def from_files(names, flag, title):
+        records = Records(hub.resolve_data(names, flag), columns, options.rendered)
+        return records, encoded(records, title, records.paths)
 
     columns = parse_columns(options.columns) if options.columns else None
-
-    def of_files(names, flag, title):
-        records = Records(hub.resolve_data(names, flag), columns, options.rendered)
-        return encoded(records, columns, records.paths, title), records
-
-    train, records = of_files(options.data, "--data", "data")
+    records, train = from_files(options.data, "--data", "data")
     say_what_differs(chat, records)
     if options.eval_data:
-        held_out, records = of_files(options.eval_data, "--eval-data", "held out")
+        records, held_out = from_files(options.eval_data, "--eval-data", "held out")
         encode.say_shared(train, held_out)
     else:
         train, held_out = encode.split(train, options.seed)
@@ -146,16 +140,14 @@ def questions(chat, documents, records, count, limit):
     wanted, found = {}, []
     for i, number in enumerate(documents.documents["record"][:count].tolist()):
         wanted.setdefault(number, []).append(documents[i])
-    for number, record in enumerate(records):
-        for ids, labels in wanted.pop(number, ()):
+    for number, record in enumerate(islice(records, max(wanted) + 1)):
+        for ids, labels in wanted.get(number, ()):
             try:
                 question = _question(chat, record, ids.tolist(), (labels >= 0).tolist())
             except Refused:  # say, a conversation after which the template has no prompt
                 continue
             if 0 < len(question.prompt) < limit:
                 found.append(question)
-        if not wanted:
-            break
     return found
 
 
@@ -207,20 +199,18 @@ def say_what_differs(chat, records):
                      "they are; --chat-template FILE gives it one")
         elif ids[:len(prompt)] == prompt and start > len(prompt):
             doubt = (f"behind a prompt the documents go on with {written}, of which the beginning "
-                     "is not trained: the chat template's {% generation %} should include it, or "
-                     "the model will not be asked what it knows")
+                     "is not trained: the template's {% generation %} should include it")
         elif ids[:len(prompt)] != prompt and at == len(both[0]):
-            doubt = (f"a prompt ends in other tokens than the same text in the documents has, at "
-                     f"{asked}: the chat template's generation prompt should end where a token "
-                     "does, as a rule without a space")
+            doubt = (f"a prompt ends in other tokens than the same text in the documents, at {asked}"
+                     ": the template's generation prompt should end where a token does")
         elif ids[:start] != prompt:
             doubt = (f"what is asked is not what is trained: where a prompt has {asked}, the "
-                     f"documents have {written}. Documents with <think> where it has that, or "
-                     "another template (--chat-template FILE), would help")
+                     f"documents have {written}; another template (--chat-template FILE), or "
+                     "documents with <think> where it has that, would help")
         elif ids[end - 1] not in chat.stop_ids:
-            doubt = ("no end-of-turn token is trained, so the model will not learn to stop: the "
-                     f"answers end in {chat.decode(ids[end - 3:end], False)!r}; the chat "
-                     "template's {% generation %} should include it")
+            doubt = ("no end-of-turn token is trained, so the model will not learn to stop: answers "
+                     f"end in {chat.decode(ids[end - 3:end], False)!r}; the template's "
+                     "{% generation %} should include it")
         else:
             continue
         say(f"warning: {doubt}")
@@ -249,9 +239,6 @@ def exact_match(results):
 
 def show_answers(data, results, when):
     """Print the first few answers of each quiz and, where it means something, exact match."""
-    def line(text):
-        return one_line(text.strip() or "(nothing)", WIDTH)
-
     for name, answers in results.items():
         title = f"\n{name}, {when} training"
         if data.scored:
@@ -260,6 +247,10 @@ def show_answers(data, results, when):
         say(title)
         for question, answer in answers[:SHOWN]:
             mark = " " if not data.scored else "+" if question.expected == answer else "-"
-            say(f"  {mark} {line(question.text)}\n      {line(data.chat.decode(answer))}")
+            say(f"  {mark} {_line(question.text)}\n      {_line(data.chat.decode(answer))}")
             if question.expected != answer:
-                say(f"      (expected: {line(data.chat.decode(question.expected))})")
+                say(f"      (expected: {_line(data.chat.decode(question.expected))})")
+
+
+def _line(text):
+    return one_line(text.strip() or "(nothing)", WIDTH)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.data.datasets import Records
 from common.data.parts import LeftOut
+from common.data.readers import Records
 from common.data.template import Refused
 from common.errors import UserError, listed, printable
 from common.ranks import is_main, say
@@ -68,7 +68,7 @@ class Encoded:
 
 def encode(records, chat, max_length, too_long="truncate", vocab_size=None, title="data",
            strict=False, file=None):
-    """Tokenise `records` (see common/data/datasets.py) into an `Encoded`, saying what was left out.
+    """Tokenise `records` (see `formats.convert`) into an `Encoded`, saying what was left out.
 
     A conversation longer than `max_length` tokens is cut, dropped or an error, as `too_long` says.
     A text is cut into consecutive documents, each of which begins with the last token of the one
@@ -83,35 +83,34 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     file = file or tempfile.TemporaryFile()
     reasons, rows, written = {}, array("q"), 0
 
-    def note(reason, where):
+    def note(reason, where, by_template=False):
+        if by_template and strict:
+            raise UserError(f"{where}: {reason} (--strict-template)")
         reason = reason if reason in reasons or len(reasons) < KINDS else "skipped, other reasons"
         count, first = reasons.get(reason, (0, where))
         reasons[reason] = count + 1, first
 
     for chunk in _chunks(records):
-        for number, where, record, layout, ids, trained in _tokenise(chunk, chat, note, strict):
+        for number, where, record, layout, ids, trained in _tokenise(chunk, chat, note):
             if vocab_size is not None and len(ids) and ids.max() >= vocab_size:
                 raise UserError(f"{where}: token {ids.max()} is not below the model's vocab_size "
                                 f"{vocab_size}: is this its tokenizer?")
-            if strict and layout.left_out:
-                raise UserError(f"{where}: the chat template leaves out "
-                                f"{', '.join(layout.left_out)} (--strict-template)")
             for what in layout.left_out:
-                note(f"without {what}: the chat template leaves that out", where)
+                note(f"without {what}: the chat template leaves that out", where, True)
             for reason in layout.notes if trained[1:].any() else ():
                 note(reason, where)
             tokens = np.empty(len(ids), TOKEN)
             tokens["id"], tokens["trained"] = ids, trained
             for start, end in _documents(where, record, len(ids), max_length, too_long, note):
-                if trained[start + 1:end].any():  # nothing predicts a document's first token
-                    file.write(tokens[start:end].tobytes())
-                    digest = hashlib.sha256(ids[start:end]).digest()[:8]
-                    rows.extend((written, end - start, int(trained[start:end].sum()), number,
-                                 int.from_bytes(digest, "little", signed=True)))
-                    written += end - start
-                else:
+                if not trained[start + 1:end].any():  # nothing predicts a document's first token
                     note("skipped, nothing in it to train on"
                          + (f" within {max_length} tokens" if end < len(ids) else ""), where)
+                    continue
+                file.write(tokens[start:end].tobytes())
+                digest = hashlib.sha256(ids[start:end]).digest()[:8]
+                rows.extend((written, end - start, int(trained[start:end].sum()), number,
+                             int.from_bytes(digest, "little", signed=True)))
+                written += end - start
     notes = [f"{count:,} {reason} (first: {first})" for reason, (count, first)
              in sorted(reasons.items(), key=lambda item: -item[1][0])]
     if isinstance(records, Records) and records.ignored:
@@ -142,7 +141,7 @@ def _chunks(records):
         yield chunk
 
 
-def _tokenise(chunk, chat, note, strict):
+def _tokenise(chunk, chat, note):
     """(number, place, record, layout, ids, trained) of each record that can be used; else `note`."""
     kept, texts = [], {True: [], False: []}  # by what the tokenizer shall add
     for number, where, record in chunk:
@@ -151,9 +150,7 @@ def _tokenise(chunk, chat, note, strict):
                 raise Refused(record["refused"])
             layout = chat.layout(record)
         except Refused as error:
-            if strict and isinstance(error, LeftOut):
-                raise UserError(f"{where}: {error} (--strict-template)") from None
-            note(f"skipped, {error}", where)
+            note(f"skipped, {error}", where, isinstance(error, LeftOut))
             continue
         long = layout.spans is None and len(layout.text) > PIECE
         kept.append((number, where, record, layout, long))
@@ -190,12 +187,11 @@ def _documents(where, record, length, max_length, too_long, note):
         return [(0, length)]
     if too_long == "error":
         raise UserError(f"{where}: {length:,} tokens, the limit is {max_length:,} (--max-seq-len, "
-                        "--batch-tokens, the model's positions); raise it, or choose --too-long "
-                        "truncate or drop")
-    if too_long == "truncate" and "text" in record and "rendered" not in record:
+                        "--batch-tokens, the model's positions); raise it, or see --too-long")
+    cut = too_long == "truncate"
+    if cut and "text" in record and "rendered" not in record:
         return [(start, min(start + max_length, length))
                 for start in range(0, length - 1, max_length - 1)]
-    cut = too_long == "truncate"
     note(f"{'cut' if cut else 'dropped'}, longer than {max_length} tokens", where)
     return [(0, max_length)] if cut else []
 
@@ -223,26 +219,23 @@ def split(encoded, seed, share=0.02, most=200):
     No document is on both sides: one that occurs several times is trained on, every time, or, if
     there are no others, held out with all its copies.
     """
-    if len(encoded) < 2:
-        raise UserError("one example cannot also be held out: add some, or give --eval-data")
+    count = len(encoded)
     _, groups, copies = np.unique(encoded.documents["digest"], return_inverse=True,
                                   return_counts=True)
     if len(copies) == 1:
-        raise UserError(f"all {len(encoded):,} documents are the same: give others with "
-                        "--eval-data, to be held out")
-    order = np.random.default_rng((seed, 1)).permutation(len(encoded))
-    count = min(most, max(1, int(share * len(encoded))))
+        raise UserError(f"nothing can be held out, as all documents ({count:,}) are the same: give "
+                        "others with --eval-data")
+    order = np.random.default_rng((seed, 1)).permutation(count)
     single = copies[groups[order]] == 1
-    held = order[single][:count]
+    held = order[single][:min(most, max(1, int(share * count)))]
     if not len(held):
         held = np.flatnonzero(groups == groups[order[0]])
     say(f"held out: {len(held):,} of these documents (--eval-data takes others)")
     if not single.all():
-        say(f"held out: {int((~single).sum()):,} documents occur more than once; none of them is "
-            "both trained on and held out")
-    training = np.isin(np.arange(len(encoded)), held, invert=True)
-    return tuple(Encoded(encoded.tokens, encoded.documents[part])
-                 for part in (training, np.sort(held)))
+        say(f"held out: {(~single).sum():,} documents occur more than once; none of them is both "
+            "trained on and held out")
+    is_held = np.isin(np.arange(count), held)
+    return tuple(Encoded(encoded.tokens, encoded.documents[part]) for part in (~is_held, is_held))
 
 
 def say_shared(train, held_out):

@@ -1,8 +1,8 @@
-"""Data files to the values in them, one at a time, with the place of each.
+"""Data files to records: the examples of all of them, one at a time, with the place of each.
 
 JSON, JSON lines, CSV, TSV and plain text, each also compressed (`.jsonl.gz`), and Parquet where
 pyarrow is installed. Any bytes in a file give values or a UserError that names the file and the
-line.
+line. What an example may look like is in `formats.py`.
 """
 
 import contextlib
@@ -11,16 +11,100 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import stat
 import zlib
 from pathlib import Path
 
-from common.errors import UserError, one_line
+from common.data.formats import FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, convert, quoted
+from common.data.template import Refused
+from common.errors import UserError, listed, nearest, one_line
 
 LONGEST_LINE = 2**28  # bytes
 LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can hold anything
 ROWS = 256  # of a Parquet file that are in memory at a time
+
+
+def parse_columns(text):
+    """--columns prompt=question,completion=answer as {"prompt": "question", ...}."""
+    columns = {}
+    for part in text.split(","):
+        name, _, column = (piece.strip() for piece in part.partition("="))
+        if not column or name not in NAMES:
+            hint = f" (did you mean {column}={name}?)" if column in NAMES else nearest(name, NAMES)
+            raise UserError(f"--columns {text}: {part.strip()!r} is not NAME=COLUMN, with a NAME of "
+                            f"{', '.join(NAMES)}{hint}")
+        if name in columns:
+            raise UserError(f"--columns {text}: {name!r} is given twice")
+        columns[name] = column
+    if not any(columns.keys() >= {*keys} for keys in FORMATS):
+        raise UserError(f"--columns {text}: it must name all keys of one format: {KNOWN}")
+    return columns
+
+
+class Records:
+    """The records of data files, in order, one at a time, as often as they are iterated over.
+
+    `paths` are the files, or a single one. `columns` renames keys: {"prompt": "question"} reads
+    "question" as the prompt. `rendered` says that a "text" is a whole conversation, control tokens
+    included. Paths are checked at once, contents as they are read; what is wrong is a UserError
+    with file and line. `size` and `done` (bytes) tell how far it is; `ignored` which keys had no
+    part in it, and where the first was.
+    """
+
+    def __init__(self, paths, columns=None, rendered=False):
+        paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        self.paths, self.columns, self.rendered = [*map(Path, paths)], columns or {}, rendered
+        self.sizes = [*map(check, self.paths)]
+        self.size, self.done, self.ignored = sum(self.sizes), 0, {}
+
+    def __iter__(self):
+        before, met = 0, set()  # bytes of earlier files; keys that an example had
+        for path, size in zip(self.paths, self.sizes):
+            nothing = True
+            for where, value, done in read(path, lambda names: self._wanted(names, path)):
+                nothing, self.done = False, before + done
+                try:
+                    if self.columns and suffix(path) != ".txt" and isinstance(value, dict):
+                        met |= value.keys()
+                        value = self._renamed(value, where)
+                    record = convert(value, where, self.ignored, self.rendered)
+                except Refused as error:
+                    record = {"refused": str(error)}
+                yield {**record, "where": where}
+            if nothing:
+                raise UserError(f"{path}: empty, no example in it")
+            self.done = before = before + size
+        for column in {*self.columns.values()} - met:
+            self.ignored.setdefault(f"{quoted(column)} of --columns, which no example has",
+                                    str(self.paths[-1]))
+
+    def _wanted(self, names, path):
+        """The columns to read of those that a file has; the others are noted."""
+        wanted = {*self.columns.values(), *MEANT} if self.columns else {*NAMES, *MEANT}
+        formats = [self.columns.values()] if self.columns else FORMATS
+        if not any({*names} >= {*keys} for keys in formats):
+            return names  # the error about the first row names them
+        for name in names:
+            if name not in wanted:
+                self.ignored.setdefault(quoted(name), str(path))
+        return [name for name in names if name in wanted]
+
+    def _renamed(self, value, where):
+        for name, column in self.columns.items():
+            if value.get(column) is None and name not in OPTIONAL:
+                raise UserError(f"{where}: {quoted(column)} is not there, or null (--columns "
+                                f"{name}={one_line(column)}); its keys are "
+                                f"{listed(map(quoted, value)) or '(none)'}")
+        mapped = {*self.columns.values()}
+        renamed = {name: value[column] for name, column in self.columns.items() if column in value}
+        for key in value:
+            if key in MEANT and key not in renamed and key not in mapped:
+                renamed[key] = value[key]
+            elif key not in mapped:
+                self.ignored.setdefault(quoted(key), where)
+        return renamed
 
 
 def read(path, choose=list):
@@ -71,7 +155,7 @@ def _opened(path):
             packed = path.name.lower().endswith(".gz")
             yield gzip.GzipFile(fileobj=file) if packed else file, file.tell
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({one_line(error)}); copy or download it "
+        raise UserError(f"{path}: not a whole gzip file ({one_line(error)}): copy or download it "
                         "again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -82,8 +166,8 @@ def _whole(path):
     with _opened(path) as (file, done):
         raw = file.read(LARGEST_UNPACKED + 1 if isinstance(file, gzip.GzipFile) else -1)
         if isinstance(file, gzip.GzipFile) and len(raw) > LARGEST_UNPACKED:
-            raise UserError(f"{path}: more than {LARGEST_UNPACKED >> 20} MiB when unpacked; unpack "
-                            "it first (gunzip), or write .jsonl.gz, one JSON object a line")
+            raise UserError(f"{path}: more than {LARGEST_UNPACKED >> 20} MiB when unpacked: gunzip "
+                            "it first, or write .jsonl.gz, one JSON object a line")
         return _decode(raw, path), done()
 
 
@@ -95,8 +179,7 @@ def _lines(path):
             if not line:
                 return
             if len(line) == LONGEST_LINE:
-                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; "
-                                "write one example a line")
+                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB")
             yield number, _decode(line, path, number), done()
 
 
@@ -119,12 +202,12 @@ def lines(path, choose):
 def json_file(path, choose):
     """A list, {"data": [...]}, or, as many .json files are in truth, JSON lines."""
     text, size = _whole(path)
-    at = _space(text, 0)
+    at = _SPACE.match(text).end()
     if at == len(text):
         return
     if text[at] != "[":
         value, end = _parse(_DECODER.raw_decode, path, 1, text, at)
-        if _space(text, end) < len(text):
+        if _SPACE.match(text, end).end() < len(text):
             yield from lines(path, choose)
         elif isinstance(value, dict) and isinstance(value.get("data"), list):
             for number, item in enumerate(value["data"], 1):
@@ -133,17 +216,17 @@ def json_file(path, choose):
             yield str(path), value, size
         return
     for number in itertools.count(1):  # a list, item by item, so that it is never held whole
-        at = _space(text, at + 1)
+        at = _SPACE.match(text, at + 1).end()
         if number == 1 and text[at:at + 1] == "]":
             return
         value, at = _parse(_DECODER.raw_decode, path, 1, text, at)
-        at = _space(text, at)
-        last = text[at:at + 1] != ","
-        if last and (text[at:at + 1] != "]" or _space(text, at + 1) < len(text)):
-            line = text.count("\n", 0, at) + 1
+        after = _AFTER_ITEM.match(text, at)
+        if not after:
+            line = text.count("\n", 0, _SPACE.match(text, at).end()) + 1
             raise UserError(f"{path}:{line}: not valid JSON (Expecting ',' or ']', which ends it)")
+        at = after.end() - 1
         yield f"{path}: example {number}", value, size * at // len(text)
-        if last:
+        if after[1] != ",":
             return
 
 
@@ -175,9 +258,8 @@ def table(path, choose):
                 while len(row) > len(columns) and not row[-1]:
                     row.pop()
                 if len(row) != len(columns):
-                    raise UserError(f"{path}:{line}: {len(row)} cells, but the header has "
-                                    f"{len(columns)}; a cell with {separator!r} in it must stand "
-                                    "in double quotes")
+                    raise UserError(f"{path}:{line}: {len(row)} cells, and {len(columns)} columns; "
+                                    f"is a cell with {separator!r} in it not in double quotes?")
                 cells = zip(columns, row)
                 yield f"{path}:{line}", {name: one for name, one in cells if name in wanted}, done
             line = rows.line_num + 1 + bool(said)  # a row may go on to further lines
@@ -203,8 +285,7 @@ def parquet(path, choose):
                     yield f"{path}: row {number}", row, min(size, size * number // rows)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         place = f"{path}: row {number + 1} or after" if number else path
-        raise UserError(f"{place}: not readable as Parquet ({one_line(error)}); is it "
-                        "damaged?") from None
+        raise UserError(f"{place}: not readable as Parquet, or damaged ({one_line(error)})") from None
 
 
 def _pyarrow(path):
@@ -212,8 +293,7 @@ def _pyarrow(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow, which is not installed: pip install "
-                        "pyarrow") from None
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
     return pyarrow
 
 
@@ -238,10 +318,7 @@ KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also wit
          'set in Arrow files: ds.to_json("x.jsonl") or ds.to_parquet("x.parquet"))')
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _space(text, at):
-    return _SPACE.match(text, at).end()
+_AFTER_ITEM = re.compile(r"[ \t\r\n]*(,|\][ \t\r\n]*\Z)")
 
 
 def _decode(raw, path, number=1):
@@ -250,8 +327,7 @@ def _decode(raw, path, number=1):
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line = number + raw.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save the "
-                        "file as UTF-8") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
 
 
 def _parse(function, path, line, text, *at):

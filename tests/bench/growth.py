@@ -118,7 +118,7 @@ def write_documents(path, count):
 def prepare(path):
     """What a run does with its data before the first step: seconds of each part, peak memory."""
     from common import hub
-    from common.data import cache, datasets, encode
+    from common.data import cache, encode, readers
     from common.data.chat import Chat
 
     packing, chat = load("chapter-01/packing.py"), Chat.load(hub.resolve("tiny"))
@@ -127,7 +127,7 @@ def prepare(path):
     def encoded():
         started = time.perf_counter()
         result = cache.cached(lambda file: encode.encode(
-            datasets.Records(path), chat, 2048, file=file), "growth", [path])
+            readers.Records(path), chat, 2048, file=file), "growth", [path])
         return result, time.perf_counter() - started
 
     documents, first = encoded()

@@ -1,4 +1,4 @@
-"""common/data/datasets.py and common/data/readers.py: formats by their keys, and every kind of bad file."""
+"""common/data/readers.py: records of every format from files, and every kind of bad file."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.data import readers
-from common.data.datasets import Records, parse_columns
+from common.data.readers import Records, parse_columns
 from common.errors import UserError
 
 

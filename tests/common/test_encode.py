@@ -16,8 +16,8 @@ from helpers import GOLDENS
 from common.data import encode
 from common.data.cache import cached
 from common.data.chat import Chat
-from common.data.datasets import Records
 from common.data.encode import show_example, split, virtual
+from common.data.readers import Records
 from common.errors import UserError
 
 

@@ -341,7 +341,7 @@ def test_without_pyarrow_nothing_is_downloaded(monkeypatch, answer, name):
     for module in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
     answer.files = ["train-00000-of-00001.parquet"]
-    with refused(".parquet: Parquet needs pyarrow, which is not installed: pip install pyarrow"):
+    with refused(".parquet: Parquet needs pyarrow: pip install pyarrow"):
         hub.resolve_data(name)
     assert downloads(answer) == []
 

@@ -15,7 +15,7 @@ import torch
 from helpers import GOLDENS, ROOT, load
 
 from common import hub, metrics, weights
-from common.data import cache, datasets, encode
+from common.data import cache, encode, readers
 from common.data.chat import Chat
 from common.errors import UserError, located
 from common.files import checkpoint, manifest, state
@@ -104,7 +104,7 @@ def prepare_data(folder):
 def read_data(folder, names):
     """The records, their tokens, and the columns that a person might name."""
     def records(name, columns=None):
-        return datasets.Records(hub.resolve_data(folder / name), columns)
+        return readers.Records(hub.resolve_data(folder / name), columns)
 
     columns = {"prompt": "instruction", "completion": "output"}
     each(*(lambda name=name: encode.encode(records(name), _chat, 64, vocab_size=512)
@@ -272,11 +272,11 @@ def read_run(folder, names):
     def parsed(*arguments):
         return parse(TrainOptions, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
 
-    readers = {
+    by_name = {
         "train_config.json": lambda: parsed("--resume", str(folder)),
         "options.json": lambda: parsed("--device", "cpu", "--config", str(folder / "options.json")),
         "metrics.jsonl": lambda: metrics.Metrics(folder, 10, start_step=3).close()}
-    each(*(readers[name] for name in names))
+    each(*(by_name[name] for name in names))
 
 
 def prepare_manifest(folder):
