@@ -1,7 +1,7 @@
 """Names to local files: built-in architectures, folders, and the Hugging Face Hub.
 
-Everything that can go wrong between a name and a file is told in one line, with the next command
-to type. Downloads go through huggingface_hub, with its cache and its progress bars.
+Downloads go through huggingface_hub, with its cache and its progress bars; what goes wrong is told
+in one line, with the next command to type.
 """
 
 import errno
@@ -34,13 +34,11 @@ def resolve(name, flag="--model"):
 
     A folder of ARCHITECTURES holds config.json only, for `--init random`. A Hub id (`owner/name`)
     is downloaded, or found in the Hub's cache. Raises UserError, naming `flag`, where there is no
-    such thing, with the nearest name, or where it cannot be had (gated, private, offline).
+    such thing, with the nearest name, or where it cannot be had.
     """
     text = str(name)
-    if text == "tiny":
-        return COMMON / "tiny"
-    if text in ARCHITECTURES:
-        return COMMON / "architectures" / text
+    if text in ("tiny", *ARCHITECTURES):
+        return COMMON / "tiny" if text == "tiny" else COMMON / "architectures" / text
     path = Path(os.path.expanduser(text))
     if os.path.isdir(path):
         return path
@@ -56,11 +54,10 @@ def resolve(name, flag="--model"):
 def resolve_data(name, flag="--data"):
     """The data files that `name` stands for, as a list of paths; `name` may be a list of names.
 
-    A name is a file that `common/data/readers.py` reads, a folder of such files, a data set on the
-    Hub (`owner/name`), or a part of one of the latter two, a split or a file: `owner/name:test`.
-    Which files that means is decided, and said, in `common/data/splits.py`. Raises UserError,
-    naming `flag`, where there is no such thing, where several could be meant, or where it cannot
-    be had or read here.
+    A name is a file, a folder, a data set on the Hub (`owner/name`), or a part of one of the latter
+    two, a split or a file: `owner/name:test`. Which files that means is decided, and said, in
+    `common/data/splits.py`. Raises UserError, naming `flag`, where there is no such thing, where
+    several could be meant, or where it cannot be had or read here.
     """
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]
@@ -89,16 +86,21 @@ def resolve_data(name, flag="--data"):
 
 
 def whole_name(name):
-    """A local file or folder by its absolute path, so that it is found from any other folder, with
-    `:split` behind it or not; what is no such path, and what means something else first (`tiny`,
-    `virtual`...), as it is."""
+    """A local file or folder, `:split` behind it or not, by its absolute path; other names, and
+    what means something else first (`tiny`, `virtual`...), as they are."""
+    path = os.path.expanduser(name)
     if name in ("auto", "tiny", "virtual", *ARCHITECTURES):
         return name
-    path = os.path.expanduser(name)
     if os.path.exists(path):
         return os.path.abspath(path)
     folder, colon, part = path.partition(":")
     return os.path.abspath(folder) + colon + part if colon and os.path.isdir(folder) else name
+
+
+def _similar(path, names=()):
+    """" (did you mean X?)" for a path that is not there: what lies beside it, or one of `names`."""
+    beside = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    return nearest(path.name, [*names, *beside])
 
 
 def _files_below(folder):
@@ -109,33 +111,21 @@ def _files_below(folder):
 
 def _choose(repo, part, flag):
     """The files of a data set on the Hub that `part` stands for."""
-    if readers.suffix(part):
-        return splits.choose([part], part, repo, flag, _page(repo, "dataset"))
-    offline = None
+    offline, names = None, [part] if readers.suffix(part) else []
     try:
         with _plain_words(repo, "dataset"):
-            names = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
-    except UserError as error:  # then, of what is in the cache
+            names = names or huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
+    except UserError as error:
         offline = error
-        try:
+        try:  # what an earlier run has left in the Hub's cache
             names = _files_below(Path(huggingface_hub.snapshot_download(
                 repo, repo_type="dataset", local_files_only=True, allow_patterns=[])))
         except LocalEntryNotFoundError:
             raise error from None
-    chosen = splits.choose(names, part, repo, flag, _page(repo, "dataset"))
+    chosen = splits.choose(names, part, repo, flag, f"{constants.ENDPOINT}/datasets/{repo}")
     if offline and splits.missing(chosen):
         raise offline
     return chosen
-
-
-def _similar(path, names=()):
-    """" (did you mean X?)" for a path that is not there: what lies beside it, or one of `names`."""
-    beside = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-    return nearest(path.name, [*names, *beside])
-
-
-def _page(repo, kind):
-    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
 
 
 @contextmanager
@@ -153,7 +143,7 @@ def _plain_words(repo, kind, file=None):
 def _what_to_do(error, repo, kind, file):
     """The words for the first that `error` is: to the library, a gated repository is a kind of
     missing one, and what is not in its cache a kind of missing file."""
-    page = _page(repo, kind)
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
     data = " --data tiny" if script.endswith("train.py ") else ""
     again = f"try again, or, to do without the Hub: {script}--model tiny{data}"

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
+import numpy as np
+
 from common import hub
 from common.data import encode
 from common.data.cache import cached
@@ -67,10 +69,9 @@ def longest_document(options, config):
 def load(options, source, config, skills):
     """The `Data` of this run.
 
-    `source` is the model's folder (for its tokenizer), `config` the model's. `skills` ("base" or
-    "new") are what --data tiny stands for: the skills that the embedded model learns from
-    scratch, or those that it has never seen; then the base skills are asked too, to show what is
-    forgotten.
+    `source` is the model's folder, for its tokenizer. `skills` are what --data tiny stands for:
+    "base", which the embedded model learns from scratch, or "new", which it has never seen; then
+    the base skills are asked too, to show what is forgotten.
     """
     limit = longest_document(options, config)
     embedded = {"virtual", "tiny"} & {*options.data}
@@ -114,7 +115,10 @@ def load(options, source, config, skills):
     say_what_differs(chat, records)
     if options.eval_data:
         records, held_out = from_files(options.eval_data, "--eval-data", "held out")
-        encode.say_shared(train, held_out)
+        shared = np.isin(held_out.documents["digest"], train.documents["digest"]).sum()
+        if shared:
+            say(f"held out: {shared:,} of these documents are in the training data too, so their "
+                "loss says little")
     else:
         train, held_out = encode.split(train, options.seed)
     quiz = questions(chat, held_out, records, SHOWN, limit)
@@ -129,13 +133,11 @@ def load(options, source, config, skills):
 
 
 def questions(chat, documents, records, count, limit):
-    """A `Question` on each of the first `count` documents of an `Encoded`, in the order of the
-    records that they came from.
+    """A `Question` on each of the first `count` documents of an `Encoded`, as `records` has them.
 
-    `records` are all of them, from the first on. A conversation is asked its last trained turn,
-    with the generation prompt of the template, never with a piece of the document; a text is asked
-    to go on from its first words. Where the template refuses, or the prompt has `limit` tokens or
-    more, there is no question.
+    A conversation is asked its last trained turn, with the generation prompt of the template, never
+    with a piece of the document; a text is asked to go on from its first words. Where the template
+    refuses, or the prompt has `limit` tokens or more, there is no question.
     """
     wanted, found = {}, []
     for i, number in enumerate(documents.documents["record"][:count].tolist()):

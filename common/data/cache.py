@@ -28,9 +28,8 @@ def cached(make, key, files=(), title="data"):
     """The `Encoded` that `make(file)` gives, or gave with the same `key` and `files` earlier.
 
     `make` writes the tokens to the file that it is given, as `encode` does. `key` is anything that
-    JSON can write; of the files, the content counts, and that of our own code. What is damaged is
-    made again, loudly; a cache that cannot be written is only said. Of several processes, one makes
-    the data and the others wait for it.
+    JSON can write; of `files`, the content counts, and that of our own code. What is damaged is
+    made again, loudly. Of several processes, one makes the data and the others wait for it.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     path = home / "bareloop" / "encoded" / _digest(key, [*CODE, *files])

@@ -27,18 +27,16 @@ BATCH, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at onc
 PIECE = 2**16  # characters: a longer text is tokenised in pieces, in parallel
 KINDS = 1000  # of reasons to leave something out that are counted apart
 TOKEN = np.dtype([("id", np.int32), ("trained", bool)])
-DOCUMENT = np.dtype([
-    ("start", np.int64), ("length", np.int64),  # its place among the tokens
-    ("trained", np.int64),  # how many of them are trained
-    ("record", np.int64),   # the number of the record that it came from, skipped ones counted too
-    ("digest", np.int64)])  # a hash of its token ids
+DOCUMENT = np.dtype([(name, np.int64) for name in (
+    "start", "length", "trained", "record", "digest")])  # see `Encoded`
 
 
 class Encoded:
     """Documents of token ids. `encoded[i]` is (input_ids, labels), int64, labels not yet shifted.
 
-    `tokens` are TOKEN, `documents` some of the DOCUMENTs in them; `lengths` (int64) the documents'
-    lengths. `notes`: what was left out when they were made, line by line.
+    `tokens` is an array of TOKEN, one document behind the other, and `documents` one of DOCUMENT:
+    where each starts, its length, how many of its tokens are trained, the number of the record that
+    it came from, skipped ones counted too, and a hash of its ids. `notes`: what was left out.
     """
 
     def __init__(self, tokens, documents, notes=()):
@@ -72,11 +70,10 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
 
     A conversation longer than `max_length` tokens is cut, dropped or an error, as `too_long` says.
     A text is cut into consecutive documents, each of which begins with the last token of the one
-    before: so nothing of it is lost, and every token but the first is predicted once. Records that
-    cannot be used (empty, nothing to train on, control tokens in the text, refused by the
-    template) are skipped, counted and named; so is what the template leaves out of the others,
-    unless `strict`: then it is an error. Raises UserError where a token id is not below
-    `vocab_size`, or nothing is left. The tokens go to `file`, by default one without a name.
+    before: so every token but the first is predicted once. Records that cannot be used (empty, say)
+    are skipped, counted and named; so is what the template leaves out of the others, unless
+    `strict`: then it is an error. Raises UserError where a token id is not below `vocab_size`, or
+    nothing is left. The tokens go to `file`, by default one without a name.
     """
     if max_length < 2:
         raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
@@ -133,7 +130,8 @@ def _chunks(records):
               disable=None if is_main() else True) as bar:
         for number, record in enumerate(records):
             chunk.append((number, record.get("where", f"example {number + 1}"), record))
-            characters += len(str(record))
+            texts = record.get("messages", [record])
+            characters += sum(len(str(text.get("text") or text.get("content"))) for text in texts)
             if len(chunk) == BATCH or characters > CHARACTERS:
                 yield chunk
                 bar.update(records.done - bar.n if files else len(chunk))
@@ -199,8 +197,7 @@ def _documents(where, record, length, max_length, too_long, note):
 def virtual(count, vocab_size, max_length, seed):
     """`count` documents of random tokens, all trained, for throughput where there is no data.
 
-    Lengths are log-normal, as lengths of instruction data are: half of them below a quarter of
-    `max_length`, none above it.
+    Lengths are log-normal, as in instruction data: half are below a quarter of `max_length`.
     """
     random = np.random.default_rng(seed)
     lengths = np.exp(random.normal(np.log(max(2, max_length / 4)), 0.8, count))
@@ -216,8 +213,8 @@ def virtual(count, vocab_size, max_length, seed):
 def split(encoded, seed, share=0.02, most=200):
     """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many.
 
-    No document is on both sides: one that occurs several times is trained on, every time, or, if
-    there are no others, held out with all its copies.
+    No document is on both sides: of equal ones all are trained on, or all held out where there are
+    no others.
     """
     count = len(encoded)
     _, groups, copies = np.unique(encoded.documents["digest"], return_inverse=True,
@@ -228,22 +225,13 @@ def split(encoded, seed, share=0.02, most=200):
     order = np.random.default_rng((seed, 1)).permutation(count)
     single = copies[groups[order]] == 1
     held = order[single][:min(most, max(1, int(share * count)))]
-    if not len(held):
-        held = np.flatnonzero(groups == groups[order[0]])
+    held = held if len(held) else np.flatnonzero(groups == groups[order[0]])
     say(f"held out: {len(held):,} of these documents (--eval-data takes others)")
     if not single.all():
         say(f"held out: {(~single).sum():,} documents occur more than once; none of them is both "
             "trained on and held out")
     is_held = np.isin(np.arange(count), held)
     return tuple(Encoded(encoded.tokens, encoded.documents[part]) for part in (~is_held, is_held))
-
-
-def say_shared(train, held_out):
-    """Print how many of the documents of `held_out`, another file's, are trained on too."""
-    shared = np.isin(held_out.documents["digest"], train.documents["digest"]).sum()
-    if shared:
-        say(f"held out: {shared:,} of these documents are in the training data too, so their loss "
-            "says little")
 
 
 def show_example(encoded, chat, limit=400):

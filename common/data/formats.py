@@ -41,10 +41,9 @@ def convert(value, where, ignored, rendered=False):
     """{"messages": [...], "tools"?} or {"text"} of an example, a dict as it stands in a file.
 
     Each message is {"role", "content", ...} as OpenAI has it, calls in "tool_calls" with objects
-    as arguments, and with "train": False if it is not to be trained on. `ignored` is a dict in
-    which keys are noted that have no part in it, with the first place. `rendered` says that texts
-    are whole conversations. Raises Refused for an example that can be left out, and UserError,
-    with the place, for a file that is not what it should be.
+    as arguments, and with "train": False if it is not to be trained on. `ignored` is a dict to
+    which keys are added that have no part in it, with the place. Raises Refused for an example
+    that can be left out, and UserError for a file that is not what it should be.
     """
     value = _present(value, "an example", where)
     keys = next((keys for keys in FORMATS if value.keys() >= {*keys}), None)
@@ -54,9 +53,7 @@ def convert(value, where, ignored, rendered=False):
         raise Refused("its weight is 0")
     used = {*keys, *(key for key in WEIGHTS if _truth(value.get(key)) is not None)}
     if keys == ("text",):
-        record = {"text": _text(value, "text", where)}
-        if rendered:
-            record["rendered"] = True
+        record = {"text": _text(value, "text", where), **({"rendered": True} if rendered else {})}
     elif _truth(value.get("label")) is not None and "'label'" not in ignored:
         raise UserError(f"{where}: 'label' says which answers are good (KTO's format); "
                         f"{POST_TRAINING}. If it means something else, rename or remove it")
@@ -64,11 +61,9 @@ def convert(value, where, ignored, rendered=False):
         used |= {*BESIDE, *(["input"] if len(keys) == 2 and isinstance(value[keys[0]], str) else [])}
         if value.get("tools") and value.get("functions"):
             used.remove("functions")
-        record = {"messages": _messages(value, keys, where, ignored)}
-        tools = _tools(value, where)
-        if tools:
-            record["tools"] = tools
-        _finish_calls(record["messages"], tools)
+        messages, tools = _messages(value, keys, where, ignored), _tools(value, where)
+        _finish_calls(messages, tools)
+        record = {"messages": messages, "tools": tools} if tools else {"messages": messages}
     for key in value:
         if key not in used:
             ignored.setdefault(quoted(key), where)
@@ -137,11 +132,8 @@ def _messages(value, keys, where, ignored):
 
 def _conversation(value, key, where, ignored):
     """The messages of a list of turns, in either spelling; a call is its speaker's."""
-    turns = _parsed(value, key, where)
-    if not isinstance(turns, list):
-        raise UserError(f"{where}: {key} must be a list, not {type(turns).__name__}")
     messages = []
-    for turn in turns:
+    for turn in _must_be(list, _parsed(value, key, where), key, where):
         message = _message(turn, where, ignored)
         before = messages[-1] if messages else {"role": None}
         if message["role"] == CALLER:
@@ -156,9 +148,8 @@ def _conversation(value, key, where, ignored):
 
 def _history(value, where):
     """Earlier turns, [[question, answer], ...], as messages."""
-    pairs = _parsed(value, "history", where) or []
-    if not isinstance(pairs, list) or not all(
-            isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in pairs):
+    pairs = _must_be(list, _parsed(value, "history", where) or [], "history", where)
+    if not all(isinstance(one, list) and [*map(type, one)] == [str, str] for one in pairs):
         raise UserError(f"{where}: history must be a list of [question, answer] pairs of texts")
     return [{"role": role, "content": text} for pair in pairs
             for role, text in zip(("user", "assistant"), pair)]
@@ -174,15 +165,15 @@ def _message(turn, where, ignored):
     read = ("role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS)
     message = {"role": role, "content": _content(turn, where),
                **{key: one for key, one in turn.items() if key not in read}}
-    calls = _parsed(turn, "tool_calls", where) or []
+    calls = _must_be(list, _parsed(turn, "tool_calls", where) or [], "tool_calls", where)
     legacy = _parsed(turn, "function_call", where)
-    if not isinstance(calls, list) or (calls or legacy) and role not in (CALLER, "assistant"):
-        raise UserError(f"{where}: tool_calls must be a list, in a turn of the assistant")
     if role == CALLER:
         called = _json(message["content"], Refused("a turn that calls a function and is not JSON"))
         calls, message["content"] = called if isinstance(called, list) else [called], ""
     elif legacy:
         calls = [*calls, legacy]
+    if calls and role not in (CALLER, "assistant"):
+        raise UserError(f"{where}: tool_calls belong in a turn of the assistant")
     if calls:
         message["tool_calls"] = [_call(call) for call in calls]
     if not _trains(turn, "a turn", where):
@@ -223,31 +214,25 @@ def _call(call):
 def _finish_calls(messages, tools):
     """Make all arguments objects: those that are text by what they say, those that were objects
     without the null keys that Arrow fills in, but for those that a schema of their tool names."""
-    schemas = {}
-    for tool in tools:
-        inner = tool.get("function", tool)
-        if isinstance(inner, dict):
-            schemas[str(inner.get("name"))] = inner.get("parameters")
-    for message in messages:
-        for call in message.get("tool_calls", ()):
-            function = call["function"]
-            given = function["arguments"]
-            if isinstance(given, str):
-                given = given.strip() and _json(
-                    given, Refused("the arguments of a tool call are not JSON"))
-            else:
-                given = _without_nulls(given, schemas.get(function["name"]))
-            if given and not isinstance(given, dict):
-                raise Refused("the arguments of a tool call are no JSON object")
-            function["arguments"] = given or {}
+    functions = [tool.get("function", tool) for tool in tools]
+    schemas = {str(one.get("name")): one.get("parameters") for one in functions
+               if isinstance(one, dict)}
+    for function in (call["function"] for one in messages for call in one.get("tool_calls", ())):
+        given = function["arguments"]
+        if not isinstance(given, str):
+            given = _without_nulls(given, schemas.get(function["name"]))
+        elif given:
+            given = _json(given, Refused("the arguments of a tool call are not JSON"))
+        if given and not isinstance(given, dict):
+            raise Refused("the arguments of a tool call are no JSON object")
+        function["arguments"] = given or {}
 
 
 def _tools(value, where):
     """The tools of an example, each {"type": "function", "function": {...}}."""
-    tools = _parsed(value, "tools" if value.get("tools") else "functions", where) or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{where}: tools must be a list of objects")
-    tools = [_without_nulls(tool, {}) for tool in tools]
+    key = "tools" if value.get("tools") else "functions"
+    tools = _must_be(list, _parsed(value, key, where) or [], key, where)
+    tools = [_without_nulls(_must_be(dict, tool, "a tool", where), {}) for tool in tools]
     return [tool if "function" in tool or "name" not in tool else
             {"type": "function", "function": tool} for tool in tools]
 
@@ -265,11 +250,18 @@ def _without_nulls(value, schema):
     return value
 
 
+def _must_be(kind, value, what, where):
+    """`value`, which must be a dict, a list or a str."""
+    if not isinstance(value, kind):
+        names = {dict: "a JSON object", list: "a list", str: "text"}
+        raise UserError(f"{where}: {what} must be {names[kind]}, not {type(value).__name__}")
+    return value
+
+
 def _present(value, what, where):
     """The keys of an object that are there: not null, and not NaN, which is pandas' word for it."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {what} must be a JSON object, not {type(value).__name__}")
-    return {key: one for key, one in value.items() if one is not None and one == one}
+    return {key: one for key, one in _must_be(dict, value, what, where).items()
+            if one is not None and one == one}
 
 
 def _parsed(value, key, where):
@@ -289,6 +281,4 @@ def _json(text, error):
 
 def _text(value, key, where):
     found = value.get(key)
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"{where}: {key!r} must be text, not {type(found).__name__}")
-    return found or ""
+    return "" if found is None else _must_be(str, found, repr(key), where)

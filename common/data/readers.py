@@ -46,11 +46,10 @@ def parse_columns(text):
 class Records:
     """The records of data files, in order, one at a time, as often as they are iterated over.
 
-    `paths` are the files, or a single one. `columns` renames keys: {"prompt": "question"} reads
-    "question" as the prompt. `rendered` says that a "text" is a whole conversation, control tokens
-    included. Paths are checked at once, contents as they are read; what is wrong is a UserError
-    with file and line. `size` and `done` (bytes) tell how far it is; `ignored` which keys had no
-    part in it, and where the first was.
+    `columns` renames keys: {"prompt": "question"} reads "question" as the prompt. `rendered` says
+    that a "text" is a whole conversation, control tokens included. Paths are checked at once,
+    contents as they are read; what is wrong is a UserError with file and line. `size` and `done`
+    (bytes) tell how far it is; `ignored` which keys had no part in it, and where the first was.
     """
 
     def __init__(self, paths, columns=None, rendered=False):

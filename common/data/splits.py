@@ -20,19 +20,21 @@ NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
             "license.txt", "readme.txt", "requirements.txt")
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "heldout", "held"}
 
+_SUFFIX = re.compile(r"\.\w+(\.gz)?$", re.IGNORECASE)
 _SHARD = re.compile(r"(?:^|[-._])(\d+)-of-(\d+).*")
 _NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
 _SAYS_NOTHING = re.compile(r"(part|shard|data|file|chunk)?[-_.]?\d*", re.IGNORECASE)
+_NO_PART_OF_IT = re.compile(r"^((data|default)?/)*")  # folders that only say that there is data
 
 
 def choose(names, part, place, flag, page=None):
     """The files that are meant among `names`; where there was a choice, the screen says it.
 
-    `place` is the data set as it was named, and `part` what stood behind the colon: a file, a
-    label, the last component of one, a folder of several, or "". `page` is the data set's address
-    on the Hub. In a local folder (None) all files are taken if none is named for training, but
-    those that are held out, and subfolders count only if it has no files itself. Raises UserError
-    where nothing, or more than one thing, can be meant.
+    `place` is the data set as it was named, `page` its address on the Hub, and `part` what stood
+    behind the colon: a file, a label, the last component of one, a folder of several, or "". In a
+    local folder (no `page`) all files are taken if none is named for training, but those that are
+    held out, and subfolders count only if it has no files itself. Raises UserError where nothing,
+    or more than one thing, can be meant.
     """
     if part in names:
         readers.check_kind(part)
@@ -56,29 +58,23 @@ def choose(names, part, place, flag, page=None):
 
 def is_data(name):
     """Whether a file of a data set holds examples, as far as its name tells."""
-    hidden = any(component.startswith(".") for component in name.split("/"))
-    file = name.rpartition("/")[2]
-    return readers.suffix(name) is not None and not hidden and file.lower() not in NOT_DATA
+    hidden = "/." in f"/{name}"
+    return bool(readers.suffix(name)) and not hidden and name.split("/")[-1].lower() not in NOT_DATA
 
 
 def label(name):
     """What a data file is called for: its path without what numbers it and what says nothing."""
-    *folders, file = name.split("/")
-    stem = file[:-3] if file.lower().endswith(".gz") else file
-    stem = _NUMBER.sub("", _SHARD.sub("", stem[:stem.rindex(".")]))
-    folders = _without_data(folders)
-    return "/".join(folders if _SAYS_NOTHING.fullmatch(stem) else [*folders, stem]) or "default"
+    folder, slash, file = _NO_PART_OF_IT.sub("", name).rpartition("/")
+    stem = _NUMBER.sub("", _SHARD.sub("", _SUFFIX.sub("", file)))
+    return (folder if _SAYS_NOTHING.fullmatch(stem) else folder + slash + stem) or "default"
 
 
 def missing(files):
     """How many files are not there of those that `-00000-of-00003` in the others' names counts."""
-    there, wanted = set(), {}
-    for name in files:
-        if shard := _SHARD.search(name.rpartition("/")[2]):
-            kind = label(name), shard[2]
-            there.add((kind, int(shard[1])))
-            wanted[kind] = int(shard[2])
-    return max(0, sum(wanted.values()) - len(there))
+    found = [(label(name), _SHARD.search(name.split("/")[-1])) for name in files]
+    there = {(kind, shard[2], int(shard[1])) for kind, shard in found if shard}
+    wanted = sum(int(count) for kind, count in {one[:2] for one in there})
+    return max(0, wanted - len(there))
 
 
 def _groups(names, deep):
@@ -104,22 +100,19 @@ def _groups(names, deep):
 def _labels(groups, part, local, place, flag):
     """The labels that `part` stands for: one, the end of a single one, or of a folder of some
     those to train on, or for --eval-data, those to hold out."""
-    def several(labels):
-        return UserError(f"{place} holds {listed(labels)}: name one, as in {flag} "
+    def several(labels, why=""):
+        return UserError(f"{why}{place} holds {listed(labels)}: name one, as in {flag} "
                          f"{place}:{labels[0]}")
 
-    path = "/".join(_without_data(part.rstrip("/").split("/")))
+    path = _NO_PART_OF_IT.sub("", part.rstrip("/") + "/").rstrip("/")
     exact = [one for one in (part, path) if one in groups]
     last = [one for one in groups if one.rpartition("/")[2] == path]
     labels = [one for one in groups if not path or one.startswith(path + "/")]
     if exact or len(last) == 1:
         return (exact or last)[:1]
-    if last and not labels:
-        raise several(last)
     if not labels:
-        files = [file for group in groups.values() for file in group]
-        raise UserError(f"{place} has no {part!r}{nearest(part, [*groups, *files])}; it holds "
-                        f"{listed(groups)}, as in {flag} {place}:{next(iter(groups))}")
+        near = nearest(part, [*groups, *sum(groups.values(), [])])
+        raise several(last or [*groups], "" if last else f"{place} has no {part!r}{near}; ")
     train, held_out = ([one for one in labels if _purpose(one) == purpose]
                        for purpose in ("train", "held out"))
     wanted = held_out if flag == "--eval-data" and held_out else train
@@ -139,10 +132,3 @@ def _purpose(label):
         if HELD_OUT & {*words}:
             return "held out"
     return None
-
-
-def _without_data(folders):
-    """The folders of a path without leading ones that only say that there is data."""
-    while folders and folders[0] in ("data", "default", ""):
-        folders = folders[1:]
-    return folders

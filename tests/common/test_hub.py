@@ -299,8 +299,8 @@ def test_data_that_is_not_there_or_not_readable(tmp_path, monkeypatch, answer):
             hub.resolve_data(name)
     with refused("e holds train_b, train_c: name one, as in --data e:train_b"):
         hub.resolve_data("e")
-    with refused("e has no 'trian_b' (did you mean train_b?); it holds test_a, train_b, train_c, as "
-                 "in --eval-data e:test_a"):
+    with refused("e has no 'trian_b' (did you mean train_b?); e holds test_a, train_b, train_c: "
+                 "name one, as in --eval-data e:test_a"):
         hub.resolve_data("e:trian_b", flag="--eval-data")
     with refused("e has no 'test_b.json'", "did you mean test_a.json"):
         hub.resolve_data("e:test_b.json")
@@ -402,9 +402,9 @@ def test_the_files_of_a_data_set_are_chosen(tmp_path, answer, parquet, files, pa
     (ULTRACHAT, "", ["a/b holds train_gen, train_sft: name one, as in --data a/b:train_gen"]),
     (GSM8K, "", ["a/b holds main/train, socratic/train: name one, as in --data a/b:main/train"]),
     (GSM8K, "train", ["a/b holds main/train, socratic/train: name one"]),
-    (GSM8K, "mian", ["a/b has no 'mian'", "it holds main/test, main/train, socratic/test"]),
+    (GSM8K, "mian", ["a/b has no 'mian'", "a/b holds main/test, main/train, socratic/test"]),
     (ULTRACHAT, "train_stf", ["a/b has no 'train_stf' (did you mean train_sft?)"]),
-    (ULTRACHAT, "train", ["a/b has no 'train'", "it holds test_gen, test_sft, train_gen, "]),
+    (ULTRACHAT, "train", ["a/b has no 'train'", "a/b holds test_gen, test_sft, train_gen, "]),
     (["m/en.json", "m/de.json"], "m", ["a/b holds m/de, m/en: name one, as in --data a/b:m/de"]),
     (["README.md", "data/x.arrow"], "", ["a/b holds no file that can be read", "Arrow files: ds.to_json"]),
     (["README.md"], "README.md", ["README.md: not a kind of file that is read", "end in .jsonl"]),
