@@ -131,37 +131,33 @@ def _choose(repo, part, flag):
 @contextmanager
 def _plain_words(repo, kind, file=None):
     """Turn huggingface_hub's errors about `repo` into UserErrors that say what to do."""
-    try:
-        yield
-    # A failed connection: the HTTP library under huggingface_hub, another one in each of its major
-    # versions, has errors of its own, and its download helper hf_xet raises RuntimeError.
-    except (EntryNotFoundError, HFValidationError, RuntimeError, OSError,
-            *HfHubHTTPError.__bases__) as error:
-        raise UserError(_what_to_do(error, repo, kind, file)) from error
-
-
-def _what_to_do(error, repo, kind, file):
-    """The words for the first that `error` is: to the library, a gated repository is a kind of
-    missing one, and what is not in its cache a kind of missing file."""
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
     data = " --data tiny" if script.endswith("train.py ") else ""
     again = f"try again, or, to do without the Hub: {script}--model tiny{data}"
     offline = ("HF_HUB_OFFLINE is set: unset it and" if constants.HF_HUB_OFFLINE else
                "there is no connection to the Hub:")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (f"no disk space for {repo} in {constants.HF_HUB_CACHE}: make room, or set HF_HOME "
-                "to another disk")
-    return next(words for kinds, words in (
-        (GatedRepoError, f"{repo} is gated and you have no access: ask for it, or accept its "
-         f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami` shows who "
-         "you are)"),
-        (RepositoryNotFoundError, f"{repo}: no such folder here, and no such {kind} on the Hub"
-         f"{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN"),
-        ((LocalEntryNotFoundError, OfflineModeIsEnabled), f"{repo} is no folder here, nor complete "
-         f"in the Hub's cache, and {offline} {again}"),
-        (EntryNotFoundError, f"{repo} has no file {file}: see {page}/tree/main"),
-        (HFValidationError, f"{repo} is neither a folder here nor a valid name on the Hub"),
-        (PermissionError, f"{repo}: cannot write the Hub's cache: {one_line(error)}; set HF_HOME"),
-        (Exception, f"the Hub, or the way there, failed for {repo} ({type(error).__name__}: "
-         f"{one_line(error)}); {again} (what is there stays)")) if isinstance(error, kinds))
+    words = {  # of the first that an error is: a gated repository, say, is a kind of missing one
+        GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
+        f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami`: who you are)",
+        RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the Hub"
+        f"{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN",
+        (LocalEntryNotFoundError, OfflineModeIsEnabled): f"{repo} is no folder here, nor complete "
+        f"in the Hub's cache, and {offline} {again}",
+        EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
+        HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
+        PermissionError: f"{repo}: cannot write the Hub's cache: set HF_HOME",
+        # A failed connection: the HTTP library under huggingface_hub, another one in each of its
+        # major versions, has errors of its own; its download helper hf_xet raises RuntimeError.
+        (*HfHubHTTPError.__bases__, OSError, RuntimeError): "the Hub, or the way there, failed for "
+        f"{repo}: {again} (what is there stays)"}
+    try:
+        yield
+    except Exception as error:
+        found = [text for kinds, text in words.items() if isinstance(error, kinds)]
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            found = [f"no disk space for {repo} in {constants.HF_HUB_CACHE}: make room, or set "
+                     "HF_HOME to another disk"]
+        if not found:
+            raise
+        raise UserError(f"{found[0]} ({one_line(error)})") from error

@@ -1,11 +1,10 @@
 """From --model and --data to documents of token ids, and to the questions that are asked.
 
-What lies between the options and the loop: which data, which tokenizer, how long a document may
-be, what is held out, and a few questions that show before and after what the model has learned.
+What lies between the options and the loop: which data, which tokenizer, what is held out, and a few
+questions that show before and after what the model has learned.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -28,6 +27,7 @@ from common.tiny import skills as tiny
 SHOWN = 4  # questions whose answers are printed
 TINY_DOCUMENTS = 20_000  # of --data tiny
 SCORED = 100  # documents of each set on which exact match is measured (tiny data only)
+ANSWER = ("content", "tool_calls", *THOUGHTS)  # keys of what an assistant's turn may hold
 WIDTH = 76  # characters of a line that shows a question or an answer
 
 
@@ -61,11 +61,6 @@ class Data:
             say(encode.show_example(self.train, self.chat))
 
 
-def longest_document(options, config):
-    """The limit of a document in tokens: it must fit a pack and the model's positions."""
-    return min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
-
-
 def load(options, source, config, skills):
     """The `Data` of this run.
 
@@ -73,62 +68,59 @@ def load(options, source, config, skills):
     "base", which the embedded model learns from scratch, or "new", which it has never seen; then
     the base skills are asked too, to show what is forgotten.
     """
-    limit = longest_document(options, config)
+    # A document must fit a pack and the model's positions.
+    limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
     own = ["eval_data", "columns", "rendered"]
     own += ["chat_template", "strict_template"] if "virtual" in embedded else []
-    others = [f"--{name.replace('_', '-')}" for name in own if getattr(options, name)]
-    if embedded and (others or len(options.data) > 1):
-        raise UserError(f"--data {' '.join(embedded)} stands alone; what goes with data of your own: "
-                        f"{', '.join(others) or 'other files'}")
+    given = [f"--{name.replace('_', '-')}" for name in own if getattr(options, name)]
+    if embedded and (given or len(options.data) > 1):
+        raise UserError(f"--data {' '.join(embedded)} stands alone; what goes with data of your "
+                        f"own: {', '.join(given) or 'other files'}")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
         held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
         return Data(source, train, held_out, None, {}, False)
     chat = Chat.load(source, options.chat_template)
+    if embedded:
+        records = tiny.records(skills, "train", TINY_DOCUMENTS, options.seed)
+        asked = {name: tiny.records(name, "eval", 200, options.seed) for name in (skills, "base")}
+    else:
+        columns = parse_columns(options.columns) if options.columns else None
+        records, *others = (Records(hub.resolve_data(names, flag), columns, options.rendered)
+                            for names, flag in ((options.data, "--data"),
+                                                (options.eval_data, "--eval-data")) if names)
+        asked = {"held-out": one for one in others}
 
-    def encoded(records, title, files=()):
-        what = [records.columns, records.rendered] if files else records
+    def encoded(records, title):
+        files = [] if embedded else records.paths
         return cached(
             lambda file: encode.encode(records, chat, limit, options.too_long, config.vocab_size,
                                        title, options.strict_template, file),
-            [what, limit, options.too_long, config.vocab_size, chat.fingerprint,
-             options.strict_template], files, title)
+            [records if embedded else [records.columns, records.rendered], limit, options.too_long,
+             config.vocab_size, chat.fingerprint, options.strict_template], files, title)
 
-    if options.data == ["tiny"]:
-        records = tiny.records(skills, "train", TINY_DOCUMENTS, options.seed)
-        train = encoded(records, "data")
-        say_what_differs(chat, records)
-        held_out, quizzes = {}, {}
-        for name in dict.fromkeys((skills, "base")):
-            records = tiny.records(name, "eval", 200, options.seed)
-            held_out[name] = encoded(records, "held out" if name == skills else "base skills")
-            quizzes[name] = questions(chat, held_out[name], records, SCORED, limit)
-        return Data(source, train, held_out[skills], chat, quizzes, True)
-
-    def from_files(names, flag, title):
-        records = Records(hub.resolve_data(names, flag), columns, options.rendered)
-        return records, encoded(records, title, records.paths)
-
-    columns = parse_columns(options.columns) if options.columns else None
-    records, train = from_files(options.data, "--data", "data")
+    train = encoded(records, "data")
     say_what_differs(chat, records)
-    if options.eval_data:
-        records, held_out = from_files(options.eval_data, "--eval-data", "held out")
-        shared = np.isin(held_out.documents["digest"], train.documents["digest"]).sum()
-        if shared:
-            say(f"held out: {shared:,} of these documents are in the training data too, so their "
-                "loss says little")
-    else:
-        train, held_out = encode.split(train, options.seed)
-    quiz = questions(chat, held_out, records, SHOWN, limit)
-    data = Data(source, train, held_out, chat, {"held-out": quiz}, False)
+    held_out = {name: encoded(one, "held out" if name in (skills, "held-out") else "base skills")
+                for name, one in asked.items()}
+    if not asked:
+        asked = {"held-out": records}
+        train, held_out["held-out"] = encode.split(train, options.seed)
+    first = next(iter(held_out.values()))
+    shared = np.isin(first.documents["digest"], train.documents["digest"]).sum()
+    if shared:
+        say(f"held out: {shared:,} of these documents are in the training data too, so their loss "
+            "says little")
+    quizzes = {name: questions(chat, held_out[name], one, SCORED if embedded else SHOWN, limit)
+               for name, one in asked.items()}
+    data = Data(source, train, first, chat, quizzes, scored=bool(embedded))
     if options.resume and not options.allow_changes:
         began = read_json(Path(options.resume) / "train_config.json").get("data")
         if began not in (None, data.digest()):
-            raise UserError(f"--resume {options.resume}: the documents are others than when the "
-                            "run began (a file, the chat template or what is held out has "
-                            "changed): put that back, or say --allow-changes if it is meant")
+            raise UserError(f"--resume {options.resume}: the documents are others than when it "
+                            "began (a file, the chat template, what is held out): put that back, "
+                            "or say --allow-changes if it is meant")
     return data
 
 
@@ -175,7 +167,7 @@ def _last_answer(chat, record):
     messages = record["messages"]
     turns = [n for n, one in enumerate(messages)
              if one["role"] == "assistant" and one.get("train") is not False
-             and any(str(one.get(key) or "").strip() for key in ("content", "tool_calls", *THOUGHTS))]
+             and any(str(one.get(key) or "").strip() for key in ANSWER)]
     more = {name: value for name, value in record.items() if name not in ("messages", "where")}
     ids, trained = chat.encode_messages(messages, **more)
     if not turns or not any(trained):
@@ -193,25 +185,19 @@ def say_what_differs(chat, records):
             _, prompt, ids, start, end = _last_answer(chat, record)
         except Refused:
             continue
-        both = [chat.decode(one, skip_special=False) for one in (prompt, ids)]
-        at = len(os.path.commonprefix(both))
-        asked, written = (repr(text[max(0, at - 16):at + 24]) for text in both)
+        asked, written = (repr(chat.decode(one[-12:], skip_special=False))
+                          for one in (prompt, ids[:start]))
         if chat.template is None:
             doubt = ("this model has no chat template, so a question and its answer are joined as "
                      "they are; --chat-template FILE gives it one")
-        elif ids[:len(prompt)] == prompt and start > len(prompt):
-            doubt = (f"behind a prompt the documents go on with {written}, of which the beginning "
-                     "is not trained: the template's {% generation %} should include it")
-        elif ids[:len(prompt)] != prompt and at == len(both[0]):
-            doubt = (f"a prompt ends in other tokens than the same text in the documents, at {asked}"
-                     ": the template's generation prompt should end where a token does")
         elif ids[:start] != prompt:
-            doubt = (f"what is asked is not what is trained: where a prompt has {asked}, the "
-                     f"documents have {written}; another template (--chat-template FILE), or "
-                     "documents with <think> where it has that, would help")
+            doubt = (f"what is asked is not what is trained: a prompt ends in {asked}, and what is "
+                     f"trained stands behind {written}. Another template (--chat-template FILE), "
+                     "one whose {% generation %} begins where its prompt ends, or documents with "
+                     "<think> where the prompt has that, would help")
         elif ids[end - 1] not in chat.stop_ids:
-            doubt = ("no end-of-turn token is trained, so the model will not learn to stop: answers "
-                     f"end in {chat.decode(ids[end - 3:end], False)!r}; the template's "
+            doubt = ("no end-of-turn token is trained, so the model will not learn to stop: "
+                     f"answers end in {chat.decode(ids[end - 3:end], False)!r}; the template's "
                      "{% generation %} should include it")
         else:
             continue

@@ -140,7 +140,7 @@ def _chunks(records):
 
 
 def _tokenise(chunk, chat, note):
-    """(number, place, record, layout, ids, trained) of each record that can be used; else `note`."""
+    """(number, place, record, layout, ids, trained) of all records that can be used."""
     kept, texts = [], {True: [], False: []}  # by what the tokenizer shall add
     for number, where, record in chunk:
         try:

@@ -58,7 +58,9 @@ def convert(value, where, ignored, rendered=False):
         raise UserError(f"{where}: 'label' says which answers are good (KTO's format); "
                         f"{POST_TRAINING}. If it means something else, rename or remove it")
     else:
-        used |= {*BESIDE, *(["input"] if len(keys) == 2 and isinstance(value[keys[0]], str) else [])}
+        used |= {*BESIDE}
+        if len(keys) == 2 and isinstance(value[keys[0]], str):
+            used.add("input")
         if value.get("tools") and value.get("functions"):
             used.remove("functions")
         messages, tools = _messages(value, keys, where, ignored), _tools(value, where)

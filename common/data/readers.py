@@ -33,8 +33,8 @@ def parse_columns(text):
         name, _, column = (piece.strip() for piece in part.partition("="))
         if not column or name not in NAMES:
             hint = f" (did you mean {column}={name}?)" if column in NAMES else nearest(name, NAMES)
-            raise UserError(f"--columns {text}: {part.strip()!r} is not NAME=COLUMN, with a NAME of "
-                            f"{', '.join(NAMES)}{hint}")
+            raise UserError(f"--columns {text}: {part.strip()!r} is not NAME=COLUMN, a NAME being "
+                            f"one of {', '.join(NAMES)}{hint}")
         if name in columns:
             raise UserError(f"--columns {text}: {name!r} is given twice")
         columns[name] = column
@@ -284,7 +284,7 @@ def parquet(path, choose):
                     yield f"{path}: row {number}", row, min(size, size * number // rows)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         place = f"{path}: row {number + 1} or after" if number else path
-        raise UserError(f"{place}: not readable as Parquet, or damaged ({one_line(error)})") from None
+        raise UserError(f"{place}: not readable as Parquet, damaged? ({one_line(error)})") from None
 
 
 def _pyarrow(path):

@@ -49,7 +49,8 @@ def choose(names, part, place, flag, page=None):
     what = files[0]
     if part not in names and (part or absent or len(files) > 1):
         count = f"{len(files)} of {len(files) + absent}" if absent else str(len(files))
-        what = (f"{labels[0]}, " if len(labels) == 1 else "") + f"{count} file{'s' * (count != '1')}"
+        what = f"{labels[0]}, " if len(labels) == 1 else ""
+        what += f"{count} file{'s' * (count != '1')}"
     if page or others or absent:
         there = f" (also there: {listed(others)})" if others else ""
         say(f"{flag.lstrip('-')}: {place}: {what}{there}")

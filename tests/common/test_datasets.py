@@ -83,9 +83,9 @@ def test_columns(tmp_path):
             {"refused": "its weight is 0"}]
     with pytest.raises(UserError, match="KTO"):
         read(tmp_path / "a.jsonl", [{**row, "label": False}], columns)
-    with pytest.raises(UserError, match=r"a.jsonl:1: 'answer' is not there, or null \(--columns compl"):
+    with pytest.raises(UserError, match=r"a.jsonl:1: 'answer' is not there, or null \(--col"):
         read(tmp_path / "a.jsonl", [{"question": "q", "answer": None}], columns)
-    with pytest.raises(UserError, match=r"a.jsonl:2: 'answer' is not there.* its keys are 'question'"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: 'answer' is not .* keys are 'question'"):
         read(tmp_path / "a.jsonl", [row, {"question": "q"}], columns)
     columns = parse_columns("instruction=q,input=more,output=a")
     assert read(tmp_path / "a.jsonl", [{"q": "q", "a": "a"}], columns) == [QA]  # input is optional

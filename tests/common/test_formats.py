@@ -1,4 +1,4 @@
-"""common/data/formats.py: what a record says is honoured, refused or named, whoever spelled it how."""
+"""common/data/formats.py: what a record says is honoured, refused or named, in any spelling."""
 
 import pytest
 
@@ -231,11 +231,11 @@ def test_two_system_texts():
 @pytest.mark.parametrize("value, message", [
     ({"messages": said("a", "b"), "tools": "["}, "f:1: tools is text, and that is not valid JSON"),
     ({"messages": said("a", "b"), "tools": [1]}, "a tool must be a JSON object, not int"),
-    ({"messages": [{**USER, "tool_calls": [CALL]}]}, "tool_calls belong in a turn of the assistant"),
+    ({"messages": [{**USER, "tool_calls": [CALL]}]}, "belong in a turn of the assistant"),
     ({"messages": [{**HELLO, "tool_calls": {"a": 1}}]}, "tool_calls must be a list"),
     ({"messages": [{"role": "user", "content": b"a"}]}, "must be text, not bytes"),
-    ({"messages": [{**HELLO, "tool_calls": 5, "function_call": {"name": "f"}}]}, "tool_calls must be a list"),
-    ({"messages": [{**USER, "function_call": {"name": "f"}}]}, "tool_calls belong in a turn of the assistant"),
+    ({"messages": [{**HELLO, "tool_calls": 5, "function_call": {"name": "f"}}]}, "must be a list"),
+    ({"messages": [{**USER, "function_call": {"name": "f"}}]}, "belong in a turn of the assistant"),
     ({"Prompt": "a", " Completion": "b"}, "--columns prompt=Prompt,completion= Completion"),
     ({"messages": "[{'role': 'user'}]"}, "json.dumps writes it as it must be"),
 ])
