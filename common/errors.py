@@ -52,6 +52,8 @@ def writing(file):
     """Give an OSError from inside the block (a full disk, say) as a UserError about `file`."""
     try:
         yield
+    except BrokenPipeError:  # of a print inside the block
+        raise
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
 

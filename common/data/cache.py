@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.encode import DOCUMENT, Encoded, TOKEN
+from common.data.encode import DOCUMENT, TOKEN, Encoded
 from common.errors import UserError, writing
 from common.files import manifest
 from common.ranks import say
@@ -31,31 +31,32 @@ def cached(make, key, files=(), title="data"):
     JSON can write; of `files`, the content counts, and that of our own code. What is damaged is
     made again, loudly. Of several processes, one makes the data and the others wait for it.
     """
+    contents = [(Path(file).suffix, manifest.fingerprint(file)) for file in [*CODE, *files]]
+    name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    path = home / "bareloop" / "encoded" / _digest(key, [*CODE, *files])
+    path = home / "bareloop" / "encoded" / name
     with contextlib.ExitStack() as stack:
         stack.enter_context(writing(f"the tokenised data in {path.parent} (XDG_CACHE_HOME)"))
         with contextlib.suppress(OSError):  # where nothing can be locked, each makes its own
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for left_over in path.parent.glob(f"{path.name}-*"):  # by a process that was killed
+            for left_over in path.parent.glob(f"{name}-*"):  # by a process that was killed
                 shutil.rmtree(left_over)
         found = _read(path)
         if found is not None:
             return found.announce(title)
         try:
-            folder = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent))
+            folder = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=path.parent)
+            folder = Path(stack.enter_context(folder))
         except OSError as error:
             say(f"note: the tokenised data cannot be kept in {path.parent}: {error.strerror}")
             return make(tempfile.TemporaryFile())
-        tokens, documents = Path(folder, "tokens"), Path(folder, "documents")
-        with open(tokens, "w+b") as file:
+        with open(folder / "tokens", "w+b") as file:
             made = make(file)
-        made.documents.tofile(documents)
-        files = {file.name: manifest.fingerprint(file) for file in (tokens, documents)}
-        manifest.write_manifest(folder, files, {"notes": made.notes})
+        made.documents.tofile(folder / "documents")
+        prints = {path.name: manifest.fingerprint(path) for path in folder.iterdir()}
+        manifest.write_manifest(folder, prints, {"notes": made.notes})
         shutil.rmtree(path, ignore_errors=True)  # what was damaged
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(folder, path)
@@ -73,12 +74,3 @@ def _read(path):
     except (UserError, LookupError):
         print(f"{path}: damaged; the data are tokenised again", file=sys.stderr)
         return None
-
-
-def _digest(key, files):
-    """A name for what is made from a key and the contents of files."""
-    try:
-        contents = [(Path(file).suffix, manifest.fingerprint(file)) for file in files]
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()

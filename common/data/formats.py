@@ -64,7 +64,12 @@ def convert(value, where, ignored, rendered=False):
         if value.get("tools") and value.get("functions"):
             used.remove("functions")
         messages, tools = _messages(value, keys, where, ignored), _tools(value, where)
-        _finish_calls(messages, tools)
+        functions = [tool.get("function", tool) for tool in tools]
+        schemas = {str(one.get("name")): one.get("parameters") for one in functions
+                   if isinstance(one, dict)}
+        for message in messages:
+            if "tool_calls" in message:
+                message["tool_calls"] = [_call(one, schemas) for one in message["tool_calls"]]
         record = {"messages": messages, "tools": tools} if tools else {"messages": messages}
     for key in value:
         if key not in used:
@@ -177,7 +182,7 @@ def _message(turn, where, ignored):
     if calls and role not in (CALLER, "assistant"):
         raise UserError(f"{where}: tool_calls belong in a turn of the assistant")
     if calls:
-        message["tool_calls"] = [_call(call) for call in calls]
+        message["tool_calls"] = calls
     if not _trains(turn, "a turn", where):
         message["train"] = False
     elif role not in (CALLER, "assistant"):
@@ -196,8 +201,12 @@ def _content(turn, where):
     return "".join(_text(part, "text", where) for part in content)
 
 
-def _call(call):
-    """A call as {"type": "function", "function": {"name", "arguments"}, "id"?}."""
+def _call(call, schemas):
+    """A call as {"type": "function", "function": {"name", "arguments": object}, "id"?}.
+
+    Arguments that are an object already lose null keys, with which Arrow fills them up, but for
+    those that the schema of the function names.
+    """
     call = {key: one for key, one in call.items() if one is not None} if (
         isinstance(call, dict)) else {}
     if "function" not in call:
@@ -207,27 +216,16 @@ def _call(call):
     inner = call["function"]
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise Refused("a tool call without the name of a function")
-    if "arguments" not in inner:
-        inner = {"name": inner["name"], "arguments": inner.get("parameters")}
+    given = inner.get("arguments", inner.get("parameters"))
+    if not isinstance(given, str):
+        given = _without_nulls(given, schemas.get(inner["name"]))
+    elif given:
+        given = _json(given, Refused("the arguments of a tool call are not JSON"))
+    if given and not isinstance(given, dict):
+        raise Refused("the arguments of a tool call are no JSON object")
+    inner = inner if "arguments" in inner else {"name": inner["name"]}
     call = call if "type" in call else {"type": "function", **call}  # the order shows in texts
-    return {**call, "function": {**inner}}
-
-
-def _finish_calls(messages, tools):
-    """Make all arguments objects: those that are text by what they say, those that were objects
-    without the null keys that Arrow fills in, but for those that a schema of their tool names."""
-    functions = [tool.get("function", tool) for tool in tools]
-    schemas = {str(one.get("name")): one.get("parameters") for one in functions
-               if isinstance(one, dict)}
-    for function in (call["function"] for one in messages for call in one.get("tool_calls", ())):
-        given = function["arguments"]
-        if not isinstance(given, str):
-            given = _without_nulls(given, schemas.get(function["name"]))
-        elif given:
-            given = _json(given, Refused("the arguments of a tool call are not JSON"))
-        if given and not isinstance(given, dict):
-            raise Refused("the arguments of a tool call are no JSON object")
-        function["arguments"] = given or {}
+    return {**call, "function": {**inner, "arguments": given or {}}}
 
 
 def _tools(value, where):

@@ -8,12 +8,12 @@ line. What an example may look like is in `formats.py`.
 import contextlib
 import csv
 import gzip
+import importlib.util
 import io
 import itertools
 import json
 import os
 import re
-import stat
 import zlib
 from pathlib import Path
 
@@ -83,6 +83,8 @@ class Records:
         """The columns to read of those that a file has; the others are noted."""
         wanted = {*self.columns.values(), *MEANT} if self.columns else {*NAMES, *MEANT}
         formats = [self.columns.values()] if self.columns else FORMATS
+        if len({*names}) < len(names):
+            raise UserError(f"{path}: two columns of the same name: {listed(map(quoted, names))}")
         if not any({*names} >= {*keys} for keys in formats):
             return names  # the error about the first row names them
         for name in names:
@@ -120,20 +122,15 @@ def suffix(path):
     """The kind of a data file by its name, a key of READERS (without .gz), or None."""
     name = Path(path).name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
-    known = kind in READERS and not (kind == ".parquet" and name.endswith(".gz"))
-    return kind if known else None
+    return kind if kind in READERS and not name.endswith(".parquet.gz") else None
 
 
 def check(path):
     """The size of a data file, or a UserError that says why it is none."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: not a file; {KINDS}")
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        raise UserError(f"{path}: not a file, or not to be read here; {KINDS}")
     check_kind(path)
-    return status.st_size
+    return os.path.getsize(path)
 
 
 def check_kind(path):
@@ -141,8 +138,8 @@ def check_kind(path):
     kind = suffix(path)
     if kind is None:
         raise UserError(f"{path}: not a kind of file that is read; {KINDS}")
-    if kind == ".parquet":
-        _pyarrow(path)
+    if kind == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow")
     return kind
 
 
@@ -252,7 +249,7 @@ def table(path, choose):
                 columns = [name.strip() for name in row]
                 while columns and not columns[-1]:  # a spreadsheet's empty columns
                     columns.pop()
-                wanted = _chosen(columns, choose, f"{path}:{line}")
+                wanted = choose(columns)
             elif row:
                 while len(row) > len(columns) and not row[-1]:
                     row.pop()
@@ -269,14 +266,16 @@ def table(path, choose):
 
 def parquet(path, choose):
     """The rows of a Parquet file, as JSON would have them."""
-    pyarrow, number = _pyarrow(path), 0
+    import pyarrow.parquet
+
+    number = 0
     try:
         size = path.stat().st_size
         # Read in pieces, by this thread alone: the rest of a row group is never in memory.
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False,
                                          page_checksum_verification=True) as file:
             rows = max(1, file.metadata.num_rows)
-            wanted = _chosen(file.schema_arrow.names, choose, path)
+            wanted = choose(file.schema_arrow.names)
             for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
@@ -285,23 +284,6 @@ def parquet(path, choose):
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         place = f"{path}: row {number + 1} or after" if number else path
         raise UserError(f"{place}: not readable as Parquet, damaged? ({one_line(error)})") from None
-
-
-def _pyarrow(path):
-    """The library that reads Parquet, or a UserError about `path` if it is not there."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
-    return pyarrow
-
-
-def _chosen(names, choose, where):
-    """The columns to read of those that a file has."""
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{where}: two columns are called {one_line(repr(name))}; rename one")
-    return choose(names)
 
 
 def _as_text(value):
