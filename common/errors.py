@@ -36,11 +36,19 @@ def nearest(word, candidates):
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def listed(words, most=8):
+    """The first of some words, and how many more there are."""
+    words = list(words)
+    return ", ".join(words[:most] + [f"{len(words) - most} more"] * (len(words) > most))
+
+
 @contextmanager
 def writing(file):
     """Give an OSError from inside the block (a full disk, say) as a UserError about `file`."""
     try:
         yield
+    except BrokenPipeError:  # of a print inside the block
+        raise
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
 

@@ -1,10 +1,9 @@
 """Names to local files: built-in architectures, folders, and the Hugging Face Hub.
 
-Everything that can go wrong between a name and a file is told in one line, with the next command
-to type. Downloads go through huggingface_hub, with its cache and its progress bars.
+Downloads go through huggingface_hub, with its cache and its progress bars; what goes wrong is told
+in one line, with the next command to type.
 """
 
-import difflib
 import errno
 import os
 import re
@@ -15,12 +14,11 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (
-    CacheNotFound, EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
-    LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError)
+    EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
+    OfflineModeIsEnabled, RepositoryNotFoundError)
 
 from common.data import readers, splits
-from common.errors import UserError
-from common.ranks import say
+from common.errors import UserError, nearest, one_line
 
 COMMON = Path(__file__).resolve().parent
 ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
@@ -29,9 +27,6 @@ ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# What a failed connection raises: the HTTP library under huggingface_hub, another one in each of
-# its major versions, and its download helper hf_xet (RuntimeError).
-_CONNECTION = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
 def resolve(name, flag="--model"):
@@ -39,21 +34,19 @@ def resolve(name, flag="--model"):
 
     A folder of ARCHITECTURES holds config.json only, for `--init random`. A Hub id (`owner/name`)
     is downloaded, or found in the Hub's cache. Raises UserError, naming `flag`, where there is no
-    such thing, with the nearest names, or where it cannot be had (gated, private, offline).
+    such thing, with the nearest name, or where it cannot be had.
     """
     text = str(name)
-    if text == "tiny":
-        return COMMON / "tiny"
-    if text in ARCHITECTURES:
-        return COMMON / "architectures" / text
+    if text in ("tiny", *ARCHITECTURES):
+        return COMMON / "tiny" if text == "tiny" else COMMON / "architectures" / text
     path = Path(os.path.expanduser(text))
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
         raise UserError(f"{path} is a file: give the folder that holds the model")
     if not _HUB_ID.fullmatch(text):
-        raise UserError(f"{flag} {text}: no such folder{_near(text, ('tiny', *ARCHITECTURES))}"
-                        " (a model on the Hub is written owner/name)")
+        near = _similar(path, ("tiny", *ARCHITECTURES))
+        raise UserError(f"{flag} {text}: no such folder{near}; a model on the Hub is owner/name")
     with _plain_words(text, "model"):
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=PATTERNS))
 
@@ -61,11 +54,10 @@ def resolve(name, flag="--model"):
 def resolve_data(name, flag="--data"):
     """The data files that `name` stands for, as a list of paths; `name` may be a list of names.
 
-    A name is a file that `common/data/readers.py` reads, a folder of such files, a data set on the Hub
-    (`owner/name`), or a part of one of the latter two, a split or a file: `owner/name:test`. Which
-    files that means is decided in `common/data/splits.py`; where there was a choice, the screen says it.
-    Raises UserError, naming `flag`, where there is no such thing, where several could be meant, or
-    where it cannot be had or read here.
+    A name is a file, a folder, a data set on the Hub (`owner/name`), or a part of one of the latter
+    two, a split or a file: `owner/name:test`. Which files that means is decided, and said, in
+    `common/data/splits.py`. Raises UserError, naming `flag`, where there is no such thing, where
+    several could be meant, or where it cannot be had or read here.
     """
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]
@@ -77,33 +69,25 @@ def resolve_data(name, flag="--data"):
     place, _, part = (text, "", "") if os.path.isdir(path) else text.partition(":")
     folder = Path(os.path.expanduser(place))
     if os.path.isdir(folder):
-        names, unread = _files_below(folder, deep=part)
-        chosen, note = splits.choose(names, part, place, flag, unread=unread)
-        if note:
-            say(note)
+        if not os.access(folder, os.R_OK):
+            raise UserError(f"{folder}: cannot be read (no permission)")
+        chosen = splits.choose(_files_below(folder), part, place, flag)
         return [folder / file for file in chosen]
-    local = readers.suffix(path) and not part
-    if local or not _HUB_ID.fullmatch(place):
-        raise UserError(f"{flag} {text}: no such file or folder{_near(text, ('tiny', 'virtual'))}"
-                        " (a data set on the Hub is written owner/name or owner/name:split)")
-    if readers.suffix(part):
-        chosen, note = [part], f"{flag.lstrip('-')}: {place}: {part}"
-    else:
-        chosen, note = _choose(place, part, flag)
-    for file in chosen:
-        readers.check_kind(file)  # before anything is downloaded
-    say(note)
+    if not _HUB_ID.fullmatch(place) or readers.suffix(path) and not part:
+        near = _similar(path, ("tiny", "virtual"))
+        raise UserError(f"{flag} {text}: no such file or folder{near}; a data set on the Hub is "
+                        "owner/name or owner/name:split")
     paths = []
-    for file in chosen:
+    for file in _choose(place, part, flag):
+        readers.check_kind(file)
         with _plain_words(place, "dataset", file):
             paths.append(Path(huggingface_hub.hf_hub_download(place, file, repo_type="dataset")))
     return paths
 
 
 def whole_name(name):
-    """A local file or folder by its absolute path, so that it is found from any other folder, with
-    `:split` behind it or not; what is no such path, and what means something else first (`tiny`,
-    `virtual`...), as it is."""
+    """A local file or folder, `:split` behind it or not, by its absolute path; other names, and
+    what means something else first (`tiny`, `virtual`...), as they are."""
     path = os.path.expanduser(name)
     if name in ("auto", "tiny", "virtual", *ARCHITECTURES):
         return name
@@ -113,122 +97,67 @@ def whole_name(name):
     return os.path.abspath(folder) + colon + part if colon and os.path.isdir(folder) else name
 
 
-def _files_below(folder, deep):
-    """(the files of a folder as paths below it, its subfolders with data that are not read).
+def _similar(path, names=()):
+    """" (did you mean X?)" for a path that is not there: what lies beside it, or one of `names`."""
+    beside = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    return nearest(path.name, [*names, *beside])
 
-    Files in subfolders count only if it has no data itself, or if `deep`. What is hidden does not.
-    """
-    def fail(error):
-        raise UserError(f"{folder}: cannot be read ({error.strerror})")
 
-    names, unread = [], []
-    for place, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [(Path(place) / file).relative_to(folder).as_posix() for file in files]
-        if Path(place) == folder and not deep and any(map(splits.is_data, names)):
-            unread = [f"{name}/" for name in folders if any(
-                map(splits.is_data, next(os.walk(folder / name), ("", (), ()))[2]))]
-            break
-    return sorted(names), sorted(unread)
+def _files_below(folder):
+    """The files of a folder as paths below it."""
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*")
+                  if file.is_file())
 
 
 def _choose(repo, part, flag):
-    """The files of a data set on the Hub that `part` stands for, and what to say of the choice."""
-    offline = None
+    """The files of a data set on the Hub that `part` stands for."""
+    offline, names = None, [part] if readers.suffix(part) else []
     try:
         with _plain_words(repo, "dataset"):
-            names = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
+            names = names or huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
     except UserError as error:
-        names, offline = _cached(repo), error
-        if not names:
-            raise
-    chosen, note = splits.choose(names, part, repo, flag, _page(repo, "dataset"))
+        offline = error
+        try:  # what an earlier run has left in the Hub's cache
+            names = _files_below(Path(huggingface_hub.snapshot_download(
+                repo, repo_type="dataset", local_files_only=True, allow_patterns=[])))
+        except LocalEntryNotFoundError:
+            raise error from None
+    chosen = splits.choose(names, part, repo, flag, f"{constants.ENDPOINT}/datasets/{repo}")
     if offline and splits.missing(chosen):
         raise offline
-    return chosen, note
-
-
-def _cached(repo):
-    """The names of those files of a data set that are in the Hub's cache."""
-    try:
-        repos = huggingface_hub.scan_cache_dir().repos
-    except CacheNotFound:
-        return []
-    return sorted({
-        file.file_path.relative_to(revision.snapshot_path).as_posix()
-        for cached in repos if (cached.repo_id, cached.repo_type) == (repo, "dataset")
-        for revision in cached.revisions for file in revision.files})
-
-
-def _near(text, names):
-    """`; did you mean X?`: built-in names, and what lies beside a mistyped path."""
-    matches = difflib.get_close_matches(text.lower(), names, n=2)
-    path = Path(os.path.expanduser(text))
-    if os.path.isdir(path.parent):
-        beside = {file.name for file in path.parent.iterdir()}
-        close = difflib.get_close_matches(path.name, beside, n=2)
-        matches += [str(path.parent / name) for name in close]
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
-
-
-def _page(repo, kind):
-    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    return chosen
 
 
 @contextmanager
 def _plain_words(repo, kind, file=None):
-    """Turn huggingface_hub's errors about `repo` into UserErrors. The order matters: a gated
-    repository is a kind of missing one for it, and a missing cache entry a kind of missing file."""
+    """Turn huggingface_hub's errors about `repo` into UserErrors that say what to do."""
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
-    options = "--model tiny --data tiny" if script.endswith("train.py ") else "--model tiny"
-    tiny = f"to do without the Hub: {script}{options}"
+    data = " --data tiny" if script.endswith("train.py ") else ""
+    again = f"try again, or, to do without the Hub: {script}--model tiny{data}"
+    offline = ("HF_HUB_OFFLINE is set: unset it and" if constants.HF_HUB_OFFLINE else
+               "there is no connection to the Hub:")
+    words = {  # of the first that an error is: a gated repository, say, is a kind of missing one
+        GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
+        f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami`: who you are)",
+        RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the Hub"
+        f"{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN",
+        (LocalEntryNotFoundError, OfflineModeIsEnabled): f"{repo} is no folder here, nor complete "
+        f"in the Hub's cache, and {offline} {again}",
+        EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
+        HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
+        PermissionError: f"{repo}: cannot write the Hub's cache: set HF_HOME",
+        # A failed connection: the HTTP library under huggingface_hub, another one in each of its
+        # major versions, has errors of its own; its download helper hf_xet raises RuntimeError.
+        (*HfHubHTTPError.__bases__, OSError, RuntimeError): "the Hub, or the way there, failed for "
+        f"{repo}: {again} (what is there stays)"}
     try:
         yield
-    except GatedRepoError as error:
-        if _status(error) == 401:
-            raise UserError(
-                f"{repo} is gated: accept its licence at {_page(repo, kind)}, then"
-                " `hf auth login` (or set HF_TOKEN)") from error
-        raise UserError(
-            f"{repo} is gated and your account has no access: ask for it at {_page(repo, kind)}"
-            " (`hf auth whoami` shows the account)") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{repo}: no such folder here, and no such {kind} on the Hub{_near(repo, ())}; if it"
-            " is private: `hf auth login` (or set HF_TOKEN)") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(
-                f"{repo} is not complete in the cache and HF_HUB_OFFLINE is set: unset it to"
-                f" download, or, {tiny}") from error
-        raise UserError(
-            f"{repo} is no folder here, nor complete in the Hub's cache, and there is no connection"
-            f" to the Hub: try again, or, {tiny}") from error
-    except EntryNotFoundError as error:
-        raise UserError(
-            f"{repo} has no file {file}: see {_page(repo, kind)}/tree/main") from error
-    except HFValidationError as error:
-        raise UserError(f"{repo} is neither a folder here nor a valid name on the Hub") from error
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"the Hub answered {_status(error)} for {repo}: try again later, or, {tiny}") from error
-    except _CONNECTION as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no disk space for {repo} in {constants.HF_HUB_CACHE}: make room, or set HF_HOME"
-                " to another disk") from error
-        if isinstance(error, PermissionError):
-            raise UserError(
-                f"{repo}: cannot write the Hub's cache: {_line(error)}; set HF_HOME") from error
-        raise UserError(
-            f"the connection to the Hub failed for {repo} ({type(error).__name__}:"
-            f" {_line(error)}): try again (what is there stays), or, {tiny}") from error
-
-
-def _status(error):
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _line(error):
-    """An error's text as one line."""
-    return " ".join(str(error).split())
+    except Exception as error:
+        found = [text for kinds, text in words.items() if isinstance(error, kinds)]
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            found = [f"no disk space for {repo} in {constants.HF_HUB_CACHE}: make room, or set "
+                     "HF_HOME to another disk"]
+        if not found:
+            raise
+        raise UserError(f"{found[0]} ({one_line(error)})") from error

@@ -1,32 +1,33 @@
 """From --model and --data to documents of token ids, and to the questions that are asked.
 
-What lies between the options and the loop: which data, which tokenizer, how long a document may
-be, what is held out, and a few questions that show before and after what the model has learned.
+What lies between the options and the loop: which data, which tokenizer, what is held out, and a few
+questions that show before and after what the model has learned.
 """
 
 import hashlib
-import inspect
-import os
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
+import numpy as np
+
 from common import hub
-from common.data import datasets, encode, formats, masks, parts, turns
+from common.data import encode
+from common.data.cache import cached
 from common.data.chat import Chat, fixed_date
 from common.data.encode import Encoded
+from common.data.parts import THOUGHTS
+from common.data.readers import Records, parse_columns
 from common.data.template import Refused
-from common.errors import UserError, printable
+from common.errors import UserError, one_line
 from common.files.json_files import read_json
 from common.ranks import say
 from common.tiny import skills as tiny
 
 SHOWN = 4  # questions whose answers are printed
 TINY_DOCUMENTS = 20_000  # of --data tiny
-ASKED = 100  # documents of each set on which exact match is measured (tiny data only)
-# What decides about tokens and masks: a change of it finds no old files in the cache.
-CODE = [inspect.getfile(one) for one in (Chat, datasets, encode, formats, masks, parts, turns)]
+SCORED = 100  # documents of each set on which exact match is measured (tiny data only)
+ANSWER = ("content", "tool_calls", *THOUGHTS)  # keys of what an assistant's turn may hold
 WIDTH = 76  # characters of a line that shows a question or an answer
 
 
@@ -52,7 +53,7 @@ class Data:
 
     def digest(self):
         """A hash of the documents that are trained on, in their order."""
-        return hashlib.sha256(self.train.digests[self.train.chosen].tobytes()).hexdigest()
+        return hashlib.sha256(self.train.documents["digest"].tobytes()).hexdigest()
 
     def show_example(self):
         """Print one training document with the trained tokens marked."""
@@ -60,124 +61,113 @@ class Data:
             say(encode.show_example(self.train, self.chat))
 
 
-def longest_document(options, config):
-    """The limit of a document in tokens: it must fit a pack and the model's positions."""
-    return min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
-
-
 def load(options, source, config, skills):
     """The `Data` of this run.
 
-    `source` is the model's folder (for its tokenizer), `config` the model's. `skills` ("base" or
-    "new") are what --data tiny stands for: the skills that the embedded model learns from
-    scratch, or those that it has never seen; then the base skills are asked too, to show what is
-    forgotten.
+    `source` is the model's folder, for its tokenizer. `skills` are what --data tiny stands for:
+    "base", which the embedded model learns from scratch, or "new", which it has never seen; then
+    the base skills are asked too, to show what is forgotten.
     """
-    limit = longest_document(options, config)
-    if {"virtual", "tiny"} & set(options.data):
-        if len(options.data) > 1:
-            raise UserError("--data tiny and --data virtual stand alone, not beside files")
-        flags = ["--eval-data", "--columns", "--rendered"]
-        flags += ["--chat-template", "--strict-template"] * (options.data == ["virtual"])
-        for flag in flags:
-            if getattr(options, flag[2:].replace("-", "_")):
-                raise UserError(f"{flag} goes with a file of your own in --data; "
-                                f"{options.data[0]} has all it needs")
+    # A document must fit a pack and the model's positions.
+    limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
+    embedded = {"virtual", "tiny"} & {*options.data}
+    own = ["eval_data", "columns", "rendered"]
+    own += ["chat_template", "strict_template"] if "virtual" in embedded else []
+    given = [f"--{name.replace('_', '-')}" for name in own if getattr(options, name)]
+    if embedded and (given or len(options.data) > 1):
+        raise UserError(f"--data {' '.join(embedded)} stands alone; what goes with data of your "
+                        f"own: {', '.join(given) or 'other files'}")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
         held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
         return Data(source, train, held_out, None, {}, False)
     chat = Chat.load(source, options.chat_template)
-
-    def encoded(records, key, files=(), title="data"):
-        key = [key, limit, options.too_long, config.vocab_size, chat.fingerprint,
-               options.strict_template, options.rendered]
-        return encode.cached(
-            lambda: encode.encode(records, chat, limit, options.too_long, config.vocab_size, title,
-                                  options.strict_template), key, [*CODE, *files], title)
-
-    if options.data == ["tiny"]:
-        def of(name, part, count, title):
-            records = tiny.records(name, part, count, seed=options.seed)
-            key = ["tiny", name, part, count, options.seed]
-            return encoded(records, key, [tiny.__file__], title), records
-
-        train, records = of(skills, "train", TINY_DOCUMENTS, "data")
-        say_what_differs(chat, records)
-        held_out, records = of(skills, "eval", 200, "held out")
-        quizzes = {skills: questions(chat, held_out, records, ASKED, limit)}
-        if skills != "base":
-            quizzes["base"] = questions(chat, *of("base", "eval", 200, "base skills"), ASKED, limit)
-        return Data(source, train, held_out, chat, quizzes, True)
-
-    columns = datasets.parse_columns(options.columns) if options.columns else None
-    read = partial(datasets.read_records, columns=columns, rendered=options.rendered)
-    files = hub.resolve_data(options.data)
-    train = encoded(read(files), columns, files)
-    say_what_differs(chat, read(files))
-    if options.eval_data:
-        files = hub.resolve_data(options.eval_data, "--eval-data")
-        held_out = encoded(read(files), columns, files, "held out")
-        encode.say_shared(train, held_out)
+    if embedded:
+        records = tiny.records(skills, "train", TINY_DOCUMENTS, options.seed)
+        asked = {name: tiny.records(name, "eval", 200, options.seed) for name in (skills, "base")}
     else:
-        train, held_out = encode.split(train, options.seed)
-    quiz = questions(chat, held_out, read(files), SHOWN, limit)
-    data = Data(source, train, held_out, chat, {"held-out": quiz}, False)
+        columns = parse_columns(options.columns) if options.columns else None
+        records, *others = (Records(hub.resolve_data(names, flag), columns, options.rendered)
+                            for names, flag in ((options.data, "--data"),
+                                                (options.eval_data, "--eval-data")) if names)
+        asked = {"held-out": one for one in others}
+
+    def encoded(records, title):
+        files = [] if embedded else records.paths
+        return cached(
+            lambda file: encode.encode(records, chat, limit, options.too_long, config.vocab_size,
+                                       title, options.strict_template, file),
+            [records if embedded else [records.columns, records.rendered], limit, options.too_long,
+             config.vocab_size, chat.fingerprint, options.strict_template], files, title)
+
+    train = encoded(records, "data")
+    say_what_differs(chat, records)
+    held_out = {name: encoded(one, "held out" if name in (skills, "held-out") else "base skills")
+                for name, one in asked.items()}
+    if not asked:
+        asked = {"held-out": records}
+        train, held_out["held-out"] = encode.split(train, options.seed)
+    first = next(iter(held_out.values()))
+    shared = np.isin(first.documents["digest"], train.documents["digest"]).sum()
+    if shared:
+        say(f"held out: {shared:,} of these documents are in the training data too, so their loss "
+            "says little")
+    quizzes = {name: questions(chat, held_out[name], one, SCORED if embedded else SHOWN, limit)
+               for name, one in asked.items()}
+    data = Data(source, train, first, chat, quizzes, scored=bool(embedded))
     if options.resume and not options.allow_changes:
         began = read_json(Path(options.resume) / "train_config.json").get("data")
         if began not in (None, data.digest()):
-            raise UserError(f"--resume {options.resume}: the documents are others than when the "
-                            "run began (a file, the chat template or what is held out has "
-                            "changed): put that back, or say --allow-changes if it is meant")
+            raise UserError(f"--resume {options.resume}: the documents are others than when it "
+                            "began (a file, the chat template, what is held out): put that back, "
+                            "or say --allow-changes if it is meant")
     return data
 
 
 def questions(chat, documents, records, count, limit):
-    """A `Question` on each of the first `count` documents of an `Encoded`, in the order of the
-    records that they came from.
+    """A `Question` on each of the first `count` documents of an `Encoded`, as `records` has them.
 
-    `records` are all of them, from the first on. A conversation is asked its last trained turn,
-    with the generation prompt of the template, never with a piece of the document; a text is asked
-    to go on from its first words. Where the template refuses, or the prompt has `limit` tokens or
-    more, there is no question.
+    A conversation is asked its last trained turn, with the generation prompt of the template, never
+    with a piece of the document; a text is asked to go on from its first words. Where the template
+    refuses, or the prompt has `limit` tokens or more, there is no question.
     """
     wanted, found = {}, []
-    for i, n in enumerate(documents.chosen[:count]):
-        wanted.setdefault(int(documents.records[n]), []).append(documents[i])
-    for number, record in enumerate(records):
-        for ids, labels in wanted.pop(number, ()):
+    for i, number in enumerate(documents.documents["record"][:count].tolist()):
+        wanted.setdefault(number, []).append(documents[i])
+    for number, record in enumerate(islice(records, max(wanted) + 1)):
+        for ids, labels in wanted.get(number, ()):
             try:
                 question = _question(chat, record, ids.tolist(), (labels >= 0).tolist())
             except Refused:  # say, a conversation after which the template has no prompt
                 continue
             if 0 < len(question.prompt) < limit:
                 found.append(question)
-        if not wanted:
-            break
     return found
 
 
 def _question(chat, record, ids, trained):
     """The Question on a record and its document."""
-    if record.get("rendered"):  # the prompt is in the text
+    if "messages" in record:
+        turn, prompt, ids, start, end = _last_answer(chat, record)
+        said = (one.get("content") for one in record["messages"][:turn][::-1])
+        text, expected = next(filter(None, said), ""), ids[start:end]
+    elif record.get("rendered"):  # the prompt is in the text
         start = trained.index(True) or 1
-        return _made(chat, chat.decode(ids[:start]), ids[:start], ids[start:])
-    if "text" in record:
+        text, prompt, expected = chat.decode(ids[:start]), ids[:start], ids[start:]
+    else:
         text = chat.decode(ids[:min(16, len(ids) - 1)]).rstrip("\ufffd \n")
         prompt = chat.encode_prompt(text)
-        return _made(chat, text, prompt, ids[len(prompt):])
-    turn, prompt, ids, start, end = _asked(chat, record)
-    before = record["messages"][:turn][::-1]
-    text = next((one["content"] for one in before if one.get("content")), "")
-    return _made(chat, text, prompt, ids[start:end])
+        expected = ids[len(prompt):]
+    return Question(text, prompt, [*takewhile(lambda one: one not in chat.stop_ids, expected)])
 
 
-def _asked(chat, record):
+def _last_answer(chat, record):
     """(number of the last trained message of a conversation, the ids of its prompt, the ids of the
     document, where in these the last trained ones begin and end). Raises Refused."""
     messages = record["messages"]
-    turns = [n for n, one in enumerate(messages) if one["role"] == "assistant"
-             and one.get("train") is not False and _says(one)]
+    turns = [n for n, one in enumerate(messages)
+             if one["role"] == "assistant" and one.get("train") is not False
+             and any(str(one.get(key) or "").strip() for key in ANSWER)]
     more = {name: value for name, value in record.items() if name not in ("messages", "where")}
     ids, trained = chat.encode_messages(messages, **more)
     if not turns or not any(trained):
@@ -192,46 +182,27 @@ def say_what_differs(chat, records):
     conversations = (record for record in islice(records, 200) if "messages" in record)
     for record in islice(conversations, SHOWN):
         try:
-            _, prompt, ids, start, end = _asked(chat, record)
+            _, prompt, ids, start, end = _last_answer(chat, record)
         except Refused:
             continue
-        both = [chat.decode(one, skip_special=False) for one in (prompt, ids)]
-        at = len(os.path.commonprefix(both))
-        asked, written = (repr(text[max(0, at - 16):at + 24]) for text in both)
+        asked, written = (repr(chat.decode(one[-12:], skip_special=False))
+                          for one in (prompt, ids[:start]))
         if chat.template is None:
             doubt = ("this model has no chat template, so a question and its answer are joined as "
                      "they are; --chat-template FILE gives it one")
-        elif ids[:len(prompt)] == prompt and start > len(prompt):
-            doubt = (f"behind a prompt the documents go on with {written}, of which the beginning "
-                     "is not trained: the chat template's {% generation %} should include it, or "
-                     "the model will not be asked what it knows")
-        elif ids[:len(prompt)] != prompt and at == len(both[0]):
-            doubt = (f"a prompt ends in other tokens than the same text in the documents has, at "
-                     f"{asked}: the chat template's generation prompt should end where a token "
-                     "does, as a rule without a space")
         elif ids[:start] != prompt:
-            doubt = (f"what is asked is not what is trained: where a prompt has {asked}, the "
-                     f"documents have {written}. Documents with <think> where it has that, or "
-                     "another template (--chat-template FILE), would help")
+            doubt = (f"what is asked is not what is trained: a prompt ends in {asked}, and what is "
+                     f"trained stands behind {written}. Another template (--chat-template FILE), "
+                     "one whose {% generation %} begins where its prompt ends, or documents with "
+                     "<think> where the prompt has that, would help")
         elif ids[end - 1] not in chat.stop_ids:
-            doubt = ("no end-of-turn token is trained, so the model will not learn to stop: the "
-                     f"answers end in {chat.decode(ids[end - 3:end], False)!r}; the chat "
-                     "template's {% generation %} should include it")
+            doubt = ("no end-of-turn token is trained, so the model will not learn to stop: "
+                     f"answers end in {chat.decode(ids[end - 3:end], False)!r}; the template's "
+                     "{% generation %} should include it")
         else:
             continue
         say(f"warning: {doubt}")
         return
-
-
-def _says(message):
-    """Whether an assistant's message has anything in it to train on."""
-    return any(str(message.get(key) or "").strip()
-               for key in ("content", "tool_calls", *parts.THOUGHTS))
-
-
-def _made(chat, text, prompt, rest):
-    ends = [i for i, token in enumerate(rest) if token in chat.stop_ids]
-    return Question(text, prompt, rest[:ends[0]] if ends else rest)
 
 
 def answer_questions(data, model, generate):
@@ -270,4 +241,4 @@ def show_answers(data, results, when):
 
 
 def _line(text):
-    return printable(" ".join(text.split()) or "(nothing)", WIDTH)
+    return one_line(text.strip() or "(nothing)", WIDTH)

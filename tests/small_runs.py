@@ -51,7 +51,7 @@ def train(arguments, chapter="01"):
     generate = module.generate
     torch.set_num_threads(1)
     with contextlib.ExitStack() as small:
-        for name, value in (("ASKED", 3), ("SHOWN", 2), ("TINY_DOCUMENTS", 60)):
+        for name, value in (("SCORED", 3), ("SHOWN", 2), ("TINY_DOCUMENTS", 60)):
             small.enter_context(mock.patch.object(prepare, name, value))
         small.enter_context(mock.patch.object(sys, "argv", [script]))
         small.enter_context(mock.patch.object(

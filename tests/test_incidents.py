@@ -25,7 +25,7 @@ import ch3_models
 import small_runs
 
 from common.adapters import peft
-from common.data import datasets, encode
+from common.data import encode, readers
 from common.data.chat import Chat
 from common.errors import UserError
 from common.files import tensors as tensor_files
@@ -95,7 +95,7 @@ def test_incident_8_the_mask_reaches_the_labels_of_the_pack(tmp_path, monkeypatc
     assert len(chosen) >= 5
     with open(tmp_path / "data.jsonl", "w") as file:
         file.writelines(json.dumps({"messages": one["messages"]}) + "\n" for one in chosen)
-    made = encode.encode(datasets.read_records([tmp_path / "data.jsonl"]), Chat.load(folder), 4096)
+    made = encode.encode(readers.Records([tmp_path / "data.jsonl"]), Chat.load(folder), 4096)
     collate = load(f"chapter-{chapter}/packing.py").packed_sequence_collate_fn
     pack = collate([made[i] for i in range(len(made))])
     expected = []

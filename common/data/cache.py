@@ -1,172 +1,76 @@
-"""Tokenised data, kept for the next run: one safetensors file for each hash of what it came from.
+"""Tokenised data, kept for the next run in a folder for each hash of what they were made from.
 
-It lies under $XDG_CACHE_HOME or ~/.cache, in bareloop/encoded, and may be deleted at any time. It
-is mapped, not read; its SHA-256 is checked before, so a damaged file is made again, and never used.
+These lie in $XDG_CACHE_HOME or ~/.cache, in bareloop/encoded, and may be deleted at any time. Each
+holds the tokens, which are mapped and not read, the documents, and a manifest with the notes.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from common.errors import UserError
+from common.data.encode import DOCUMENT, Encoded, TOKEN
+from common.errors import UserError, writing
+from common.files import manifest
+from common.ranks import say
 
-VERSION = 3  # of the encoding: part of the hash, so that a change of the code finds no old files
-# The widest first: so all are aligned.
-ARRAYS = (("offsets", "I64"), ("records", "I64"), ("digests", "I64"), ("tokens", "I32"),
-          ("trained", "U8"))
-BLOCK = 2**22  # bytes that are hashed or copied at once
-
-
-def folder():
-    """Where the files lie."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "bareloop" / "encoded"
+CODE = sorted(Path(__file__).parent.glob("*.py"))  # decides about tokens and masks
 
 
-def scratch():
-    """A nameless file for data in the making: in `folder` if that can be written, else in TMP."""
-    try:
-        folder().mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=folder())
-    except OSError:  # the note about it comes when the result is to be kept
-        return tempfile.TemporaryFile()
+def cached(make, key, files=(), title="data"):
+    """The `Encoded` that `make(file)` gives, or gave with the same `key` and `files` earlier.
 
-
-@contextlib.contextmanager
-def no_space():
-    """A full disk as a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        raise UserError(f"{folder()}: {error.strerror} for the tokenised data; make room, or set "
-                        "XDG_CACHE_HOME to a folder on a larger disk") from None
-
-
-def cached(make, key, files, wrap):
-    """(what `make()` gives, or an earlier call with the same `key` and `files` made; if earlier).
-
-    make   function that gives an object with the arrays of ARRAYS and a list of strings `notes`
-    key    anything that JSON can write; of the files, the content counts
-    wrap   function (tokens, trained, offsets, records, digests, notes=) that makes such an object
-
-    A damaged file is made again, loudly; a cache that cannot be written is only said. Of several
-    processes, one makes the data and the others wait for it.
+    `make` writes the tokens to the file that it is given, as `encode` does. `key` is anything that
+    JSON can write; of `files`, the content counts, and that of our own code. What is damaged is
+    made again, loudly. Of several processes, one makes the data and the others wait for it.
     """
-    path = folder() / f"{_digest(key, files)}.safetensors"
-    with _alone(path):
-        found = _read(path, wrap)
-        if found is not None:
-            return found, True
-        made = make()
-        try:
-            _write(path, made)
-        except OSError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"note: the tokenised data cannot be kept in {path.parent}: "
-                      f"{error.strerror}", file=sys.stderr)
-            return made, False
-    del made  # the mapped file takes its place
-    found = _read(path, wrap)
-    return (make() if found is None else found), False
-
-
-def _digest(key, files):
-    total = hashlib.sha256(json.dumps([VERSION, key], sort_keys=True).encode())
-    for file in files:
-        try:
-            with open(file, "rb") as content:
-                one = hashlib.sha256(Path(file).suffix.encode("utf-8", "surrogateescape"))
-                while block := content.read(BLOCK):
-                    one.update(block)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-        total.update(one.digest())
-    return total.hexdigest()
-
-
-@contextlib.contextmanager
-def _alone(path):
-    """Hold the lock of `path`, where locks can be had; released with the file, even by a kill."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_suffix(".lock"), "w")
-    except OSError:
-        yield
-        return
-    with lock:
-        with contextlib.suppress(OSError):  # a file system without locks: the work is done twice
+    contents = [(Path(file).suffix, manifest.fingerprint(file)) for file in [*CODE, *files]]
+    name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    path = home / "bareloop" / "encoded" / name
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(writing(f"the tokenised data in {path.parent} (XDG_CACHE_HOME)"))
+        with contextlib.suppress(OSError):  # where nothing can be locked, each makes its own
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            for left_over in path.parent.glob(f"{name}-*"):  # by a process that was killed
+                shutil.rmtree(left_over)
+        found = _read(path)
+        if found is not None:
+            return found.announce(title)
+        try:
+            folder = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=path.parent)
+            folder = Path(stack.enter_context(folder))
+        except OSError as error:
+            say(f"note: the tokenised data cannot be kept in {path.parent}: {error.strerror}")
+            return make(tempfile.TemporaryFile())
+        with open(folder / "tokens", "w+b") as file:
+            made = make(file)
+        made.documents.tofile(folder / "documents")
+        prints = {path.name: manifest.fingerprint(path) for path in folder.iterdir()}
+        manifest.write_manifest(folder, prints, {"notes": made.notes})
+        shutil.rmtree(path, ignore_errors=True)  # what was damaged
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(folder, path)
+        return made
 
 
-def _blocks(array):
-    """The bytes of an array, piece by piece; those of a mapped file leave the memory again."""
-    view = memoryview(array).cast("B")
-    for start in range(0, len(view), BLOCK):
-        yield view[start:start + BLOCK]
-        if isinstance(array.base, mmap.mmap):
-            array.base.madvise(mmap.MADV_DONTNEED)
-
-
-def _write(path, made):
-    """Write beside the place, flush, rename: a file under its final name is whole."""
-    arrays = [getattr(made, name) for name, _ in ARRAYS]
-    notes = json.dumps(made.notes)
-    digest = hashlib.sha256(notes.encode())
-    for array in arrays:
-        for block in _blocks(array):
-            digest.update(block)
-    header, at = {"__metadata__": {"notes": notes, "sha256": digest.hexdigest()}}, 0
-    for (name, kind), array in zip(ARRAYS, arrays):
-        header[name] = {"dtype": kind, "shape": [len(array)],
-                        "data_offsets": [at, at + array.nbytes]}
-        at += array.nbytes
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with open(handle, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for array in arrays:
-                for block in _blocks(array):
-                    file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too leaves no half file behind
-        os.unlink(temporary)
-        raise
-
-
-def _read(path, wrap):
-    """The arrays of a cache file, mapped, in `wrap`; None if there is none, or none to be used."""
-    if not path.is_file():
+def _read(path):
+    """The `Encoded` that is kept there, its tokens mapped; None for none, or none to be used."""
+    if not path.is_dir():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            arrays = [file.get_tensor(name).numpy() for name, _ in ARRAYS]
-            metadata = file.metadata()
-        digest = hashlib.sha256(metadata["notes"].encode())
-        with open(path, "rb") as file:  # read, not mapped, so that it does not stay in memory
-            file.seek(-sum(array.nbytes for array in arrays), os.SEEK_END)
-            while block := file.read(BLOCK):
-                digest.update(block)
-        if metadata["sha256"] != digest.hexdigest():
-            raise ValueError("its checksum is wrong")
-        offsets, records, digests, tokens, trained = arrays
-        return wrap(tokens, trained.view(bool), offsets, records, digests,
-                    notes=json.loads(metadata["notes"]))
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        print(f"{path}: damaged ({error}); the data are tokenised again", file=sys.stderr)
+        notes = manifest.verify(path)["extra"]["notes"]
+        tokens = np.memmap(path / "tokens", TOKEN, "r")
+        return Encoded(tokens, np.fromfile(path / "documents", DOCUMENT), notes)
+    except (UserError, LookupError):
+        print(f"{path}: damaged; the data are tokenised again", file=sys.stderr)
         return None

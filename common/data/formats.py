@@ -7,27 +7,24 @@
     text               {"text"}: all of it is trained
 
 An example with the keys of two formats is read as the first of them in this order (Alpaca's own
-file has a "text" as well). Null counts as absent. "system" and "tools" go with all but text. What
-has a meaning is honoured or refused: turns with the weight 0, calls in their older forms, null
-keys that Arrow has filled in, pairs of a chosen and a rejected answer. Other keys are noted.
+file has a "text" as well). Null counts as absent. What has a meaning is honoured or refused, and
+other keys are noted.
 """
 
-import itertools
 import json
 
 from common.data.template import Refused
-from common.errors import UserError, one_line
+from common.errors import UserError, listed, one_line
 
-FORMATS = {"messages": ("messages",), "conversations": ("conversations",),
-           "Alpaca": ("instruction", "output"), "prompt": ("prompt", "completion"),
-           "text": ("text",)}
+FORMATS = (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"),
+           ("text",))
 BESIDE = ("system", "tools", "functions", "history")
 OPTIONAL = (*BESIDE, "input")
-NAMES = tuple(key for keys in FORMATS.values() for key in keys) + OPTIONAL
+NAMES = tuple(key for keys in FORMATS for key in keys) + OPTIONAL
 WEIGHTS = ("weight", "train", "loss")  # of a turn or of an example: whether it is trained on
 MEANT = (*BESIDE, *WEIGHTS, "label")  # read under their own names, whatever --columns says
-PREFERENCES = ("chosen", "rejected")
-KNOWN = "; ".join(" + ".join(keys) for keys in FORMATS.values())
+KNOWN = "; ".join(map(" + ".join, FORMATS))
+TRUTH = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 CALLER = "caller"  # an assistant who calls a tool, in formats in which that is a role of its own
 ROLES = {  # what data sets call the speakers -> what chat templates call them
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -36,111 +33,114 @@ ROLES = {  # what data sets call the speakers -> what chat templates call them
     "function_response": "tool", "tool_response": "tool", "ipython": "tool",
     "function_call": CALLER, "tool_call": CALLER,
 }
-
-
-def columns_to_read(names):
-    """Those columns of a file with the columns `names` that an example can be made of."""
-    whole = any(set(keys) <= set(names) for keys in FORMATS.values())
-    wanted = {*NAMES, *MEANT} | (set() if whole else set(PREFERENCES))
-    return [name for name in names if name in wanted]
+POST_TRAINING = ("learning from preferences is post-training (DPO and its kin), which this script "
+                 "does not do")
 
 
 def convert(value, where, ignored, rendered=False):
     """{"messages": [...], "tools"?} or {"text"} of an example, a dict as it stands in a file.
 
     Each message is {"role", "content", ...} as OpenAI has it, calls in "tool_calls" with objects
-    as arguments, and with "train": False if it is not to be trained on. `ignored` is a dict in
-    which keys are noted that have no part in it, with the first place. `rendered` says that texts
-    are whole conversations. Raises Refused for an example that can be left out, and UserError,
-    with the place, for a file that is not what it should be.
+    as arguments, and with "train": False if it is not to be trained on. `ignored` is a dict to
+    which keys are added that have no part in it, with the place. Raises Refused for an example
+    that can be left out, and UserError for a file that is not what it should be.
     """
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: an example must be a JSON object, not {_kind(value)}")
-    value = {key: one for key, one in value.items() if one is not None and one == one}  # no NaN
-    kind = next((name for name, keys in FORMATS.items() if all(k in value for k in keys)), None)
-    if kind is None:
+    value = _present(value, "an example", where)
+    keys = next((keys for keys in FORMATS if value.keys() >= {*keys}), None)
+    if keys is None:
         raise UserError(f"{where}: {_no_format(value)}")
-    used = {*FORMATS[kind], *(key for key in WEIGHTS if _truth(value.get(key)) is not None)}
-    if not _trains(value, where, "an example"):
+    if not _trains(value, "an example", where):
         raise Refused("its weight is 0")
-    if kind != "text" and _truth(value.get("label")) is not None and "'label'" not in ignored:
-        raise UserError(f"{where}: 'label' says which answers are good (KTO's format), and all "
-                        f"would be trained on; {_POST_TRAINING}. If it means something else, "
-                        "rename or remove it")
-    if kind == "text":
-        record = {"text": _string(value, "text", where)}
-        if rendered:
-            record["rendered"] = True
+    used = {*keys, *(key for key in WEIGHTS if _truth(value.get(key)) is not None)}
+    if keys == ("text",):
+        record = {"text": _text(value, "text", where), **({"rendered": True} if rendered else {})}
+    elif _truth(value.get("label")) is not None and "'label'" not in ignored:
+        raise UserError(f"{where}: 'label' says which answers are good (KTO's format); "
+                        f"{POST_TRAINING}. If it means something else, rename or remove it")
     else:
-        turns = kind in ("messages", "conversations")
-        used |= {*OPTIONAL} - ({"input"} if turns else set())
-        if turns and value.get("history"):
-            raise UserError(f"{where}: earlier turns in 'history' beside {kind!r}: put them into "
-                            "the list itself")
-        messages = _MESSAGES[kind](value, where, ignored)
-        system = _string(value, "system", where)
-        if system.strip() and messages and messages[0]["role"] == "system":
-            if messages[0]["content"].strip() != system.strip():
-                raise Refused('its "system" and its system message are different texts')
-        elif system.strip():
-            messages.insert(0, {"role": "system", "content": system})
+        used |= {*BESIDE}
+        if len(keys) == 2 and isinstance(value[keys[0]], str):
+            used.add("input")
         if value.get("tools") and value.get("functions"):
             used.remove("functions")
-        tools = _tools(value, where)
+        messages, tools = _messages(value, keys, where, ignored), _tools(value, where)
+        functions = [tool.get("function", tool) for tool in tools]
+        schemas = {str(one.get("name")): one.get("parameters") for one in functions
+                   if isinstance(one, dict)}
+        for message in messages:
+            if "tool_calls" in message:
+                message["tool_calls"] = [_call(one, schemas) for one in message["tool_calls"]]
         record = {"messages": messages, "tools": tools} if tools else {"messages": messages}
-        _prune_calls(messages, tools)
-    for key in value.keys() - used:
-        ignored.setdefault(one_line(repr(key), 40), where)
+    for key in value:
+        if key not in used:
+            ignored.setdefault(quoted(key), where)
     return record
 
 
-_POST_TRAINING = ("learning from preferences is post-training (DPO and its kin), which this script "
-                  "does not do")
+def quoted(key):
+    """A key of somebody's data as a message may show it."""
+    return one_line(repr(key), 40)
 
 
 def _no_format(value):
     if "chosen" in value and "rejected" in value:
         columns = "prompt=prompt,completion=chosen" if "prompt" in value else "messages=chosen"
-        return (f"'chosen' and 'rejected' are a pair of answers; {_POST_TRAINING}. --columns "
+        return (f"'chosen' and 'rejected' are a pair of answers; {POST_TRAINING}. --columns "
                 f"{columns} trains on the chosen answers alone")
-    names = [one_line(repr(key), 40) for key in itertools.islice(value, 8)]
-    keys = ", ".join(names + ["…"] * (len(value) > 8)) or "(none)"
     spelled = {key.strip().lower(): key for key in value}
-    columns = next((",".join(f"{key}={spelled[key]}" for key in keys) for keys in FORMATS.values()
+    columns = next((",".join(f"{key}={spelled[key]}" for key in keys) for keys in FORMATS
                     if spelled.keys() >= {*keys}), "prompt=question,completion=answer")
-    return f"the keys {keys} fit no known format ({KNOWN}); map them, as in --columns {columns}"
+    return (f"the keys {listed(map(quoted, value)) or '(none)'} fit no known format ({KNOWN}); map "
+            f"them, as in --columns {columns}")
 
 
-def _trains(value, where, what):
+def _trains(value, what, where):
     """False if a turn or an example says that it is not to be trained on."""
-    trains = True
     for key in WEIGHTS:
-        given = value.get(key)
-        said = _truth(given)
-        if said is None and given not in (None, "") and (key != "loss" or what == "a turn"):
-            raise UserError(f"{where}: {key} {one_line(repr(given), 40)} of {what}: it can be 0 "
-                            "or 1, false or true; if it means something else, rename it")
-        trains = trains and said is not False
-    return trains
+        given = value.get(key, "")
+        # A loss of an example may be a measurement.
+        if _truth(given) is None and given != "" and (key != "loss" or what == "a turn"):
+            raise UserError(f"{where}: {key} {quoted(given)} of {what}: it can be 0 or 1, false or "
+                            "true; if it means something else, rename it")
+    return all(_truth(value.get(key)) is not False for key in WEIGHTS)
 
 
 def _truth(value):
     """True or False for what says so, in a table as text; None for all else."""
-    if isinstance(value, str):
-        value = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(
-            value.strip().lower())
-    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+    return TRUTH.get(str(value).strip().lower())
 
 
-# --- formats ---
+def _messages(value, keys, where, ignored):
+    """The messages of an example: of one list, or of a question and its answer."""
+    system = _text(value, "system", where)
+    parts = [[{"role": "system", "content": system}] if system.strip() else []]
+    for key, role in zip(keys, ("user", "assistant")):
+        if len(keys) == 1 or isinstance(value[key], list) and key in ("prompt", "completion"):
+            parts.append(_conversation(value, key, where, ignored))
+        else:
+            more = _text(value, "input", where) if role == "user" else ""
+            text = _text(value, key, where) + ("\n\n" + more if more.strip() else "")
+            parts.append([{"role": role, "content": text}])
+    systems = [part.pop(0) for part in parts if part and part[0]["role"] == "system"]
+    if len({one["content"].strip() for one in systems}) > 1:
+        raise Refused("its system texts differ")
+    if len(keys) == 1:
+        if value.get("history"):
+            raise UserError(f"{where}: 'history' beside {keys[0]!r}: put its turns into the list")
+        return systems[-1:] + parts[1]
+    _, before, after = parts
+    if len(after) > len(before) and after[:len(before)] == before:
+        after = after[len(before):]  # it was the whole conversation, as chosen answers are
+    for message in before:
+        if message["role"] == "assistant":
+            message["train"] = False
+    return systems[-1:] + _history(value, where) + before + after
 
-def _conversation(turns, where, ignored, name):
+
+def _conversation(value, key, where, ignored):
     """The messages of a list of turns, in either spelling; a call is its speaker's."""
-    turns = _parsed(turns, where, name)
-    if not isinstance(turns, list):
-        raise UserError(f"{where}: {name} must be a list, not {_kind(turns)}")
     messages = []
-    for turn in turns:
+    for turn in _must_be(list, _parsed(value, key, where), key, where):
         message = _message(turn, where, ignored)
         before = messages[-1] if messages else {"role": None}
         if message["role"] == CALLER:
@@ -153,168 +153,88 @@ def _conversation(turns, where, ignored, name):
     return messages
 
 
-def _alpaca(value, where, ignored):
-    more = _string(value, "input", where)
-    question = _string(value, "instruction", where) + ("\n\n" + more if more.strip() else "")
-    return _history(value, where) + [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": _string(value, "output", where)}]
-
-
-def _prompt(value, where, ignored):
-    prompt, completion = value["prompt"], value["completion"]
-    if isinstance(prompt, list):
-        before = _conversation(prompt, where, ignored, "prompt")
-    else:
-        more = _string(value, "input", where)
-        before = [{"role": "user", "content": _string(value, "prompt", where)
-                   + ("\n\n" + more if more.strip() else "")}]
-    if isinstance(completion, list):
-        after = _conversation(completion, where, ignored, "completion")
-    else:
-        after = [{"role": "assistant", "content": _string(value, "completion", where)}]
-    system, before = _led(before)
-    other, after = _led(after)
-    if system and other and system != other:
-        raise Refused("its prompt and its completion have different system messages")
-    if len(after) > len(before) and after[:len(before)] == before:
-        after = after[len(before):]  # it was the whole conversation, as chosen answers are
-    before = [{**one, "train": False} if one["role"] == "assistant" else one for one in before]
-    return (system or other) + _history(value, where) + before + after
-
-
-def _led(messages):
-    """([the system message that they begin with] or [], the others)."""
-    count = int(bool(messages) and messages[0]["role"] == "system")
-    return messages[:count], messages[count:]
-
-
 def _history(value, where):
     """Earlier turns, [[question, answer], ...], as messages."""
-    turns = _parsed(value.get("history") or [], where, "history")
-    pairs = isinstance(turns, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
-        for pair in turns)
-    if not pairs:
+    pairs = _must_be(list, _parsed(value, "history", where) or [], "history", where)
+    if not all(isinstance(one, list) and [*map(type, one)] == [str, str] for one in pairs):
         raise UserError(f"{where}: history must be a list of [question, answer] pairs of texts")
-    return [{"role": role, "content": text} for pair in turns
+    return [{"role": role, "content": text} for pair in pairs
             for role, text in zip(("user", "assistant"), pair)]
 
 
-_MESSAGES = {
-    "messages": lambda value, *more: _conversation(value["messages"], *more, "messages"),
-    "conversations": lambda value, *more: _conversation(value["conversations"], *more,
-                                                        "conversations"),
-    "Alpaca": _alpaca, "prompt": _prompt}
-
-
-# --- turns, calls and tools ---
-
 def _message(turn, where, ignored):
     """A turn in either spelling, {"role", "content", ...} or {"from", "value"}, as the former."""
-    if not isinstance(turn, dict):
-        raise UserError(f"{where}: a turn must be an object, not {_kind(turn)}")
-    turn = {key: one for key, one in turn.items() if one is not None and one == one}
+    turn = _present(turn, "a turn", where)
     name = turn.get("role", turn.get("from"))
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise UserError(f"{where}: role {one_line(repr(name), 40)} is none of {', '.join(ROLES)}")
-    taken = ("from", "value", "tool_calls", "function_call", *WEIGHTS)
+        raise UserError(f"{where}: role {quoted(name)} is none of {', '.join(ROLES)}")
+    read = ("role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS)
     message = {"role": role, "content": _content(turn, where),
-               **{key: one for key, one in turn.items() if key not in (*taken, "role", "content")}}
-    calls = _parsed(turn.get("tool_calls") or [], where, "tool_calls") or []
-    legacy = _parsed(turn.get("function_call") or None, where, "function_call")
-    if not isinstance(calls, list) or (calls or legacy) and role not in (CALLER, "assistant"):
-        raise UserError(f"{where}: tool_calls must be a list, in a turn of the assistant")
+               **{key: one for key, one in turn.items() if key not in read}}
+    calls = _must_be(list, _parsed(turn, "tool_calls", where) or [], "tool_calls", where)
+    legacy = _parsed(turn, "function_call", where)
     if role == CALLER:
-        calls, message["content"] = _parsed_call(message["content"]), ""
-    elif legacy is not None:
+        called = _json(message["content"], Refused("a turn that calls a function and is not JSON"))
+        calls, message["content"] = called if isinstance(called, list) else [called], ""
+    elif legacy:
         calls = [*calls, legacy]
+    if calls and role not in (CALLER, "assistant"):
+        raise UserError(f"{where}: tool_calls belong in a turn of the assistant")
     if calls:
-        message["tool_calls"] = [_call(call) for call in calls]
-    if not _trains(turn, where, "a turn"):
+        message["tool_calls"] = calls
+    if not _trains(turn, "a turn", where):
         message["train"] = False
     elif role not in (CALLER, "assistant"):
-        for key in turn.keys() & set(WEIGHTS):  # others' words are never trained on
+        for key in turn.keys() & {*WEIGHTS}:  # others' words are never trained on
             ignored.setdefault(f"{key!r} of a {role}'s turn", where)
     return message
 
 
 def _content(turn, where):
     content = turn.get("content", turn.get("value"))
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        kinds = {str(part.get("type") or "text") for part in content} - {"text"}
-        if kinds:
-            raise UserError(f"{where}: content of type {one_line(sorted(kinds))}; only text is "
-                            "trained on")
-        return "".join(_string(part, "text", where) for part in content)
-    return _string({"content": content}, "content", where)
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return _text({"content": content}, "content", where)
+    kinds = {str(part.get("type") or "text") for part in content} - {"text"}
+    if kinds:
+        raise UserError(f"{where}: content of type {one_line(sorted(kinds))}; only text is read")
+    return "".join(_text(part, "text", where) for part in content)
 
 
-def _call(call):
-    """A call as {"type": "function", "function": {"name", "arguments": object}, "id"?}."""
+def _call(call, schemas):
+    """A call as {"type": "function", "function": {"name", "arguments": object}, "id"?}.
+
+    Arguments that are an object already lose null keys, with which Arrow fills them up, but for
+    those that the schema of the function names.
+    """
     call = {key: one for key, one in call.items() if one is not None} if (
         isinstance(call, dict)) else {}
-    inner = call.get("function", {key: one for key, one in call.items() if key in (
-        "name", "arguments", "parameters")})
+    if "function" not in call:
+        call.pop("type", None)
+        inner = {key: call.pop(key) for key in ("name", "arguments", "parameters") if key in call}
+        call = {**call, "function": inner}
+    inner = call["function"]
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise Refused("a tool call without the name of a function")
-    arguments = inner.get("arguments", inner.get("parameters"))
-    text = isinstance(arguments, str)
-    if text and arguments.strip():
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise Refused("the arguments of a tool call are not JSON") from None
-    arguments = arguments or {}
-    if not isinstance(arguments, dict):
+    given = inner.get("arguments", inner.get("parameters"))
+    if not isinstance(given, str):
+        given = _without_nulls(given, schemas.get(inner["name"]))
+    elif given:
+        given = _json(given, Refused("the arguments of a tool call are not JSON"))
+    if given and not isinstance(given, dict):
         raise Refused("the arguments of a tool call are no JSON object")
-    arguments = arguments if text else _Filled(arguments)
-    function = {**inner, "arguments": arguments} if "arguments" in inner else {
-        "name": inner["name"], "arguments": arguments}
-    if "function" not in call:
-        return {"type": "function", **{k: v for k, v in call.items() if k not in (
-            "type", "name", "arguments", "parameters")}, "function": function}
-    return {**({} if "type" in call else {"type": "function"}), **call, "function": function}
-
-
-class _Filled(dict):
-    """Arguments that were an object in the file: Arrow may have filled in null keys."""
-
-
-def _parsed_call(text):
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        raise Refused("a turn that calls a function and is not JSON") from None
-    return found if isinstance(found, list) else [found]
+    inner = inner if "arguments" in inner else {"name": inner["name"]}
+    call = call if "type" in call else {"type": "function", **call}  # the order shows in texts
+    return {**call, "function": {**inner, "arguments": given or {}}}
 
 
 def _tools(value, where):
-    """The tools of an example, each {"type": "function", "function": {...}}; None for none."""
-    tools = _parsed(value.get("tools") or value.get("functions"), where, "tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{where}: tools must be a list of objects")
-    tools = [_without_nulls(tool, {}) for tool in tools]
+    """The tools of an example, each {"type": "function", "function": {...}}."""
+    key = "tools" if value.get("tools") else "functions"
+    tools = _must_be(list, _parsed(value, key, where) or [], key, where)
+    tools = [_without_nulls(_must_be(dict, tool, "a tool", where), {}) for tool in tools]
     return [tool if "function" in tool or "name" not in tool else
             {"type": "function", "function": tool} for tool in tools]
-
-
-def _prune_calls(messages, tools):
-    """Remove null arguments that no schema of their tool names."""
-    schemas = {}
-    for tool in tools or ():
-        inner = tool.get("function", tool)
-        if isinstance(inner, dict):
-            schemas[str(inner.get("name"))] = inner.get("parameters")
-    for message in messages:
-        for call in message.get("tool_calls", ()):
-            function = call["function"]
-            if isinstance(function["arguments"], _Filled):
-                function["arguments"] = _without_nulls(
-                    function["arguments"], schemas.get(function["name"]))
 
 
 def _without_nulls(value, schema):
@@ -330,24 +250,35 @@ def _without_nulls(value, schema):
     return value
 
 
-# --- values ---
-
-def _parsed(value, where, name):
-    """A value, or what it says if it is JSON within JSON, as some data sets have it."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {name} is text, and that is not valid JSON "
-                        f"({one_line(error)}); json.dumps writes it as it must be") from None
+def _must_be(kind, value, what, where):
+    """`value`, which must be a dict, a list or a str."""
+    if not isinstance(value, kind):
+        names = {dict: "a JSON object", list: "a list", str: "text"}
+        raise UserError(f"{where}: {what} must be {names[kind]}, not {type(value).__name__}")
+    return value
 
 
-def _string(value, key, where):
+def _present(value, what, where):
+    """The keys of an object that are there: not null, and not NaN, which is pandas' word for it."""
+    return {key: one for key, one in _must_be(dict, value, what, where).items()
+            if one is not None and one == one}
+
+
+def _parsed(value, key, where):
+    """What stands under a key, or what it says if it is JSON within JSON, as some files have it."""
     found = value.get(key)
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"{where}: {key!r} must be text, not {_kind(found)}")
-    return found or ""
+    return found if not isinstance(found, str) or not found else _json(found, UserError(
+        f"{where}: {key} is text, and that is not valid JSON; json.dumps writes it as it must be"))
 
 
-def _kind(value):
-    return {list: "a list", dict: "an object", str: "text", bool: "a truth value", int: "a number",
-            float: "a number", type(None): "null"}.get(type(value), type(value).__name__)
+def _json(text, error):
+    """What a JSON text says; raises `error` if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise error from None
+
+
+def _text(value, key, where):
+    found = value.get(key)
+    return "" if found is None else _must_be(str, found, repr(key), where)

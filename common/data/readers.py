@@ -1,36 +1,118 @@
-"""Data files to the values in them, one at a time, with the place of each.
+"""Data files to records: the examples of all of them, one at a time, with the place of each.
 
 JSON, JSON lines, CSV, TSV and plain text, each also compressed (`.jsonl.gz`), and Parquet where
 pyarrow is installed. Any bytes in a file give values or a UserError that names the file and the
-line.
+line. What an example may look like is in `formats.py`.
 """
 
 import contextlib
 import csv
-import difflib
 import gzip
+import importlib.util
 import io
 import itertools
 import json
 import os
 import re
-import stat
 import zlib
 from pathlib import Path
 
-from common.errors import UserError, one_line
+from common.data.formats import FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, convert, quoted
+from common.data.template import Refused
+from common.errors import UserError, listed, nearest, one_line
 
 LONGEST_LINE = 2**28  # bytes
 LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can hold anything
-SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
-def read(path, choose=None):
+def parse_columns(text):
+    """--columns prompt=question,completion=answer as {"prompt": "question", ...}."""
+    columns = {}
+    for part in text.split(","):
+        name, _, column = (piece.strip() for piece in part.partition("="))
+        if not column or name not in NAMES:
+            hint = f" (did you mean {column}={name}?)" if column in NAMES else nearest(name, NAMES)
+            raise UserError(f"--columns {text}: {part.strip()!r} is not NAME=COLUMN, a NAME being "
+                            f"one of {', '.join(NAMES)}{hint}")
+        if name in columns:
+            raise UserError(f"--columns {text}: {name!r} is given twice")
+        columns[name] = column
+    if not any(columns.keys() >= {*keys} for keys in FORMATS):
+        raise UserError(f"--columns {text}: it must name all keys of one format: {KNOWN}")
+    return columns
+
+
+class Records:
+    """The records of data files, in order, one at a time, as often as they are iterated over.
+
+    `columns` renames keys: {"prompt": "question"} reads "question" as the prompt. `rendered` says
+    that a "text" is a whole conversation, control tokens included. Paths are checked at once,
+    contents as they are read; what is wrong is a UserError with file and line. `size` and `done`
+    (bytes) tell how far it is; `ignored` which keys had no part in it, and where the first was.
+    """
+
+    def __init__(self, paths, columns=None, rendered=False):
+        paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        self.paths, self.columns, self.rendered = [*map(Path, paths)], columns or {}, rendered
+        self.sizes = [*map(check, self.paths)]
+        self.size, self.done, self.ignored = sum(self.sizes), 0, {}
+
+    def __iter__(self):
+        before, met = 0, set()  # bytes of earlier files; keys that an example had
+        for path, size in zip(self.paths, self.sizes):
+            nothing = True
+            for where, value, done in read(path, lambda names: self._wanted(names, path)):
+                nothing, self.done = False, before + done
+                try:
+                    if self.columns and suffix(path) != ".txt" and isinstance(value, dict):
+                        met |= value.keys()
+                        value = self._renamed(value, where)
+                    record = convert(value, where, self.ignored, self.rendered)
+                except Refused as error:
+                    record = {"refused": str(error)}
+                yield {**record, "where": where}
+            if nothing:
+                raise UserError(f"{path}: empty, no example in it")
+            self.done = before = before + size
+        for column in {*self.columns.values()} - met:
+            self.ignored.setdefault(f"{quoted(column)} of --columns, which no example has",
+                                    str(self.paths[-1]))
+
+    def _wanted(self, names, path):
+        """The columns to read of those that a file has; the others are noted."""
+        wanted = {*self.columns.values(), *MEANT} if self.columns else {*NAMES, *MEANT}
+        formats = [self.columns.values()] if self.columns else FORMATS
+        if len({*names}) < len(names):
+            raise UserError(f"{path}: two columns of the same name: {listed(map(quoted, names))}")
+        if not any({*names} >= {*keys} for keys in formats):
+            return names  # the error about the first row names them
+        for name in names:
+            if name not in wanted:
+                self.ignored.setdefault(quoted(name), str(path))
+        return [name for name in names if name in wanted]
+
+    def _renamed(self, value, where):
+        for name, column in self.columns.items():
+            if value.get(column) is None and name not in OPTIONAL:
+                raise UserError(f"{where}: {quoted(column)} is not there, or null (--columns "
+                                f"{name}={one_line(column)}); its keys are "
+                                f"{listed(map(quoted, value)) or '(none)'}")
+        mapped = {*self.columns.values()}
+        renamed = {name: value[column] for name, column in self.columns.items() if column in value}
+        for key in value:
+            if key in MEANT and key not in renamed and key not in mapped:
+                renamed[key] = value[key]
+            elif key not in mapped:
+                self.ignored.setdefault(quoted(key), where)
+        return renamed
+
+
+def read(path, choose=list):
     """Yield (where, value, bytes of the file done so far) for each value in a data file.
 
-    A file with columns (CSV, TSV, Parquet) is asked for some of them: `choose` gets their names
-    and gives back those to read, None for all. Raises UserError, at once or on the way.
+    Of a file with columns (CSV, TSV, Parquet) those are read that `choose` gives back of their
+    names. Raises UserError, at once or on the way.
     """
     path = Path(path)
     return READERS[check_kind(path)](path, choose)
@@ -40,46 +122,25 @@ def suffix(path):
     """The kind of a data file by its name, a key of READERS (without .gz), or None."""
     name = Path(path).name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
-    known = kind in READERS and not (kind == ".parquet" and name.endswith(".gz"))
-    return kind if known else None
+    return kind if kind in READERS and not name.endswith(".parquet.gz") else None
 
 
 def check(path):
     """The size of a data file, or a UserError that says why it is none."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        readable = path.parent.is_dir() and os.access(path.parent, os.R_OK)
-        names = os.listdir(path.parent) if readable else []
-        raise UserError(f"{path}: no such file{nearest(path.name, names)}") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{one_line(path)}: cannot be read ({one_line(error)})") from None
-    if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise UserError(f"{path}: {what}; give files that end in {KINDS}")
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        raise UserError(f"{path}: not a file, or not to be read here; {KINDS}")
     check_kind(path)
-    return status.st_size
+    return os.path.getsize(path)
 
 
 def check_kind(path):
     """The suffix of a path, which need not be there, or a UserError if it cannot be read here."""
     kind = suffix(path)
-    if kind == ".parquet":
-        _pyarrow(path)
-    if Path(path).suffix.lower() == ".arrow":
-        raise UserError(f"{path}: Arrow files are not read; load the data set where it was made "
-                        "and write it with ds.to_parquet(\"x.parquet\") or "
-                        "ds.to_json(\"x.jsonl\")")
     if kind is None:
-        raise UserError(f"{path}: its name must end in {KINDS}; convert other kinds to .jsonl, "
-                        "one JSON object a line (a spreadsheet: save it as CSV UTF-8)")
+        raise UserError(f"{path}: not a kind of file that is read; {KINDS}")
+    if kind == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow")
     return kind
-
-
-def nearest(name, names):
-    """"; did you mean ...?" if one of the names is close, else nothing."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 @contextlib.contextmanager
@@ -90,7 +151,7 @@ def _opened(path):
             packed = path.name.lower().endswith(".gz")
             yield gzip.GzipFile(fileobj=file) if packed else file, file.tell
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({one_line(error)}); copy or download it "
+        raise UserError(f"{path}: not a whole gzip file ({one_line(error)}): copy or download it "
                         "again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -101,8 +162,8 @@ def _whole(path):
     with _opened(path) as (file, done):
         raw = file.read(LARGEST_UNPACKED + 1 if isinstance(file, gzip.GzipFile) else -1)
         if isinstance(file, gzip.GzipFile) and len(raw) > LARGEST_UNPACKED:
-            raise UserError(f"{path}: more than {LARGEST_UNPACKED >> 20} MiB when unpacked; unpack "
-                            "it first (gunzip), or write .jsonl.gz, one JSON object a line")
+            raise UserError(f"{path}: more than {LARGEST_UNPACKED >> 20} MiB when unpacked: gunzip "
+                            "it first, or write .jsonl.gz, one JSON object a line")
         return _decode(raw, path), done()
 
 
@@ -114,12 +175,11 @@ def _lines(path):
             if not line:
                 return
             if len(line) == LONGEST_LINE:
-                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; "
-                                "write one example a line")
+                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB")
             yield number, _decode(line, path, number), done()
 
 
-def plain_text(path, choose=None):
+def plain_text(path, choose):
     """The file whole, its line ends made \\n."""
     text, size = _whole(path)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -127,151 +187,119 @@ def plain_text(path, choose=None):
         yield str(path), {"text": text}, size
 
 
-def lines(path, choose=None):
+def lines(path, choose):
     """The JSON value of each line that is not blank."""
     for number, line, done in _lines(path):
         text = line.rstrip()  # or its end would count as another line
         if text:
-            yield f"{path}:{number}", parse(json.loads, path, number, text), done
+            yield f"{path}:{number}", _parse(json.loads, path, number, text), done
 
 
-def json_file(path, choose=None):
+def json_file(path, choose):
     """A list, {"data": [...]}, or, as many .json files are in truth, JSON lines."""
     text, size = _whole(path)
-    at = _space(text, 0)
+    at = _SPACE.match(text).end()
     if at == len(text):
         return
     if text[at] != "[":
-        value, end = parse(_DECODER.raw_decode, path, 1, text, at)
-        if _space(text, end) < len(text):
-            yield from lines(path)
+        value, end = _parse(_DECODER.raw_decode, path, 1, text, at)
+        if _SPACE.match(text, end).end() < len(text):
+            yield from lines(path, choose)
         elif isinstance(value, dict) and isinstance(value.get("data"), list):
             for number, item in enumerate(value["data"], 1):
                 yield f"{path}: example {number}", item, size
         else:
             yield str(path), value, size
         return
-    number = 0  # a list is decoded item by item, so that it is never held whole
-    while text[at] == "[" or text[at] == ",":
-        at = _space(text, at + 1)
-        if number == 0 and text[at:at + 1] == "]":
-            break
-        number += 1
-        value, at = parse(_DECODER.raw_decode, path, 1, text, at)
+    for number in itertools.count(1):  # a list, item by item, so that it is never held whole
+        at = _SPACE.match(text, at + 1).end()
+        if number == 1 and text[at:at + 1] == "]":
+            return
+        value, at = _parse(_DECODER.raw_decode, path, 1, text, at)
+        after = _AFTER_ITEM.match(text, at)
+        if not after:
+            line = text.count("\n", 0, _SPACE.match(text, at).end()) + 1
+            raise UserError(f"{path}:{line}: not valid JSON (Expecting ',' or ']', which ends it)")
+        at = after.end() - 1
         yield f"{path}: example {number}", value, size * at // len(text)
-        at = _space(text, at)
-        if text[at:at + 1] not in (",", "]"):
-            line = text.count("\n", 0, at) + 1
-            raise UserError(f"{path}:{line}: not valid JSON (Expecting ',' or ']')")
-    if _space(text, at + 1) < len(text):
-        line = text.count("\n", 0, at) + 1
-        raise UserError(f"{path}:{line}: not valid JSON (Extra data after the list)")
+        if after[1] != ",":
+            return
 
 
-def table(path, choose=None):
+def table(path, choose):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
-    done, columns = 0, None
     first, header = next(((n, line) for n, line, _ in _lines(path) if line.strip()), (0, ""))
     said = re.match("sep=(.)\\s*$", header)  # as Excel writes it
     separator = said[1] if said else "\t" if suffix(path) == ".tsv" else ","
     if separator == "," and ";" in header and "," not in header:
         separator = ";"  # Excel, where a comma stands in numbers
+    done, columns, line = 0, None, 1 + bool(said)
 
     def text():
         nonlocal done
-        for number, line, done in _lines(path):
+        for number, text_line, done in _lines(path):
             if not (said and number == first):
-                yield from io.StringIO(line, newline="")  # an old Mac's lines end in \r only
+                yield from io.StringIO(text_line, newline="")  # an old Mac's lines end in \r only
 
     csv.field_size_limit(LONGEST_LINE)
     rows = csv.reader(text(), delimiter=separator, strict=True)
-    while True:
-        line = rows.line_num + 1 + bool(said)  # a row may go on to further lines
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise UserError(f"{path}:{line}: not valid CSV ({one_line(error)}); is a quotation "
-                            "mark left open, or one within a cell not doubled?") from None
-        if row is None:
-            return
-        if not row:
-            continue
-        if columns is None:
-            columns = [name.strip() for name in row]
-            while columns and not columns[-1]:  # a spreadsheet's empty columns
-                columns.pop()
-            wanted = _chosen(columns, choose, f"{path}:{line}")
-            continue
-        while len(row) > len(columns) and not row[-1]:
-            row.pop()
-        if len(row) != len(columns):
-            mark = SEPARATORS.get(separator, separator)
-            raise UserError(f"{path}:{line}: {len(row)} cells, but the header has {len(columns)}; "
-                            f"a cell with a {mark} in it must stand in double quotes")
-        value = {name: cell for name, cell in zip(columns, row) if name in wanted}
-        yield f"{path}:{line}", value, done
+    try:
+        for row in rows:
+            if row and columns is None:
+                columns = [name.strip() for name in row]
+                while columns and not columns[-1]:  # a spreadsheet's empty columns
+                    columns.pop()
+                wanted = choose(columns)
+            elif row:
+                while len(row) > len(columns) and not row[-1]:
+                    row.pop()
+                if len(row) != len(columns):
+                    raise UserError(f"{path}:{line}: {len(row)} cells, and {len(columns)} columns; "
+                                    f"is a cell with {separator!r} in it not in double quotes?")
+                cells = zip(columns, row)
+                yield f"{path}:{line}", {name: one for name, one in cells if name in wanted}, done
+            line = rows.line_num + 1 + bool(said)  # a row may go on to further lines
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: not valid CSV ({one_line(error)}); is a quotation mark "
+                        "left open, or one within a cell not doubled?") from None
 
 
-def parquet(path, choose=None):
+def parquet(path, choose):
     """The rows of a Parquet file, as JSON would have them."""
-    pyarrow, number = _pyarrow(path), 0
+    import pyarrow.parquet
+
+    number = 0
     try:
         size = path.stat().st_size
         # Read in pieces, by this thread alone: the rest of a row group is never in memory.
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False,
                                          page_checksum_verification=True) as file:
             rows = max(1, file.metadata.num_rows)
-            wanted = _chosen(file.schema_arrow.names, choose, path)
+            wanted = choose(file.schema_arrow.names)
             for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", _as_json(row), min(size, size * number // rows)
+                    row = json.loads(json.dumps(row, default=_as_text, ensure_ascii=False))
+                    yield f"{path}: row {number}", row, min(size, size * number // rows)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         place = f"{path}: row {number + 1} or after" if number else path
-        raise UserError(f"{place}: not readable as Parquet ({one_line(error)}); is it "
-                        "damaged?") from None
+        raise UserError(f"{place}: not readable as Parquet, damaged? ({one_line(error)})") from None
 
 
-def _pyarrow(path):
-    """The library that reads Parquet, or a UserError about `path` if it is not there."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow, which is not installed: pip install "
-                        "pyarrow") from None
-    return pyarrow
-
-
-def _chosen(names, choose, where):
-    """The columns to read of those that a file has."""
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{where}: two columns are called {one_line(repr(twice))}; rename one")
-    chosen = None if choose is None else choose(names)
-    return names if chosen is None else list(chosen)
-
-
-def _as_json(value):
-    """A value of Parquet with what JSON has no word for (dates, decimals, bytes) as text."""
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    if isinstance(value, bytes):
-        return value.decode()
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+def _as_text(value):
+    """What JSON has no word for: dates, decimals, bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 # By their names' ends; where the same data is there in several, the first is taken.
 READERS = {".jsonl": lines, ".json": json_file, ".csv": table, ".tsv": table, ".parquet": parquet,
            ".txt": plain_text}
-KINDS = f"{', '.join(READERS)} (or, but for Parquet, any of these with .gz)"
+KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also with .gz); convert "
+         "others to .jsonl, one JSON object a line (a spreadsheet: save it as CSV UTF-8; a data "
+         'set in Arrow files: ds.to_json("x.jsonl") or ds.to_parquet("x.parquet"))')
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _space(text, at):
-    return _SPACE.match(text, at).end()
+_AFTER_ITEM = re.compile(r"[ \t\r\n]*(,|\][ \t\r\n]*\Z)")
 
 
 def _decode(raw, path, number=1):
@@ -280,11 +308,10 @@ def _decode(raw, path, number=1):
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line = number + raw.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save the "
-                        "file as UTF-8") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
 
 
-def parse(function, path, line, text, *at):
+def _parse(function, path, line, text, *at):
     """`function(text, *at)`, a parser of JSON, its errors placed; `text` begins at `line`."""
     try:
         return function(text, *at)

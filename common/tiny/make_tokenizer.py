@@ -32,15 +32,11 @@ def train(count=20_000, vocab_size=512):
         vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(texts(count), trainer)
+    # What stands between the special tokens of a record.
+    texts = (f"{message['role']}\n{message['content']}"
+             for item in records("all", "train", count) for message in item["messages"])
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def texts(count):
-    """What stands between the special tokens of `count` records."""
-    for item in records("all", "train", count):
-        for message in item["messages"]:
-            yield f"{message['role']}\n{message['content']}"
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ def word(random, least=3, most=7):
     Consonants and vowels take turns until the five vowels are used up.
     """
     consonants = random.sample(CONSONANTS, len(CONSONANTS))
-    vowels = random.sample(VOWELS, len(VOWELS))
-    pools = [consonants, vowels]
+    pools = [consonants, random.sample(VOWELS, len(VOWELS))]
     random.shuffle(pools)
     letters = []
     for i in range(random.randint(least, most)):
@@ -39,76 +38,60 @@ def word(random, least=3, most=7):
     return "".join(letters)
 
 
-# --- what a skill is asked about: each gives the arguments of its phrase ---
-
-def a_word(random):
-    return (word(random),)
-
-
-def a_long_word(random):
-    return (word(random, 3, random.choice((7, 7, 7, 7, 7, 18))),)
-
-
-def a_letter_and_a_count(random):
-    return random.choice(CONSONANTS + VOWELS), random.randint(2, 9)
-
-
-def digits(random):
-    return (" ".join(random.sample("0123456789", random.randint(3, 7))),)
-
-
-def a_sum(random):
-    return random.randint(1, 99), random.randint(1, 3)
-
-
-def a_day_and_a_count(random):
-    return random.randint(1, 5), random.choice(DAYS)
-
-
 def an_amount(random):
+    """(how many, of what, to be converted to what)."""
     source, target = random.choice(list(UNITS))
     return random.randint(2, UNITS[source, target][1]), source, target
 
 
-# name: (arguments from a random generator, the answer from the arguments, three phrases)
+# What a skill is asked about: from a random generator, the arguments of its phrase.
+DRAWS = {
+    "word": lambda random: (word(random),),
+    "long word": lambda random: (word(random, 3, random.choice((7, 7, 7, 7, 7, 18))),),
+    "letter": lambda random: (random.choice(CONSONANTS + VOWELS), random.randint(2, 9)),
+    "digits": lambda random: (" ".join(random.sample("0123456789", random.randint(3, 7))),),
+    "sum": lambda random: (random.randint(1, 99), random.randint(1, 3)),
+    "day": lambda random: (random.randint(1, 5), random.choice(DAYS)),
+    "amount": an_amount,
+}
+# name: (one of DRAWS, the answer from the arguments, three phrases)
 BASE = {
-    "copy": (a_long_word, lambda w: w,
+    "copy": ("long word", lambda w: w,
              ('Repeat "{}".', 'Copy "{}".', 'Say "{}" again.')),
-    "reverse": (a_word, lambda w: w[::-1],
+    "reverse": ("word", lambda w: w[::-1],
                 ('Reverse "{}".', 'Turn "{}" around.', 'Write "{}" backwards.')),
-    "uppercase": (a_word, str.upper,
+    "uppercase": ("word", str.upper,
                   ('Write "{}" in capitals.', 'Turn "{}" into capitals.', 'Make "{}" uppercase.')),
-    "spell": (a_long_word, "-".join,
+    "spell": ("long word", "-".join,
               ('Spell "{}".', 'Write "{}" with dashes.', 'Spell "{}" with dashes.')),
-    "length": (a_word, lambda w: str(len(w)),
+    "length": ("word", lambda w: str(len(w)),
                ('How long is "{}"?', 'Count the letters of "{}".',
                 'How many letters are in "{}"?')),
-    "last": (a_word, lambda w: w[-1],
-             ('What is the last letter of "{}"?', 'Which letter ends "{}"?',
-              'How does "{}" end?')),
-    "repeat": (a_letter_and_a_count, lambda c, n: c * n,
+    "last": ("word", lambda w: w[-1],
+             ('What is the last letter of "{}"?', 'Which letter ends "{}"?', 'How does "{}" end?')),
+    "repeat": ("letter", lambda c, n: c * n,
                ('Write "{}" {} times.', 'Give me "{}" {} times over.', 'Repeat "{}" {} times.')),
-    "sort": (digits, lambda d: " ".join(sorted(d.split())),
+    "sort": ("digits", lambda d: " ".join(sorted(d.split())),
              ("Sort {}.", "Put {} in order.", "Sort the digits {}.")),
-    "largest": (digits, lambda d: max(d),
+    "largest": ("digits", lambda d: max(d),
                 ("What is the largest of {}?", "Give the largest of {}.",
                  "Which is the biggest of {}?")),
-    "add": (a_sum, lambda a, b: str(a + b),
+    "add": ("sum", lambda a, b: str(a + b),
             ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?")),
-    "calendar": (a_day_and_a_count, lambda n, day: DAYS[(DAYS.index(day) + n) % 7],
+    "calendar": ("day", lambda n, day: DAYS[(DAYS.index(day) + n) % 7],
                  ("Which day is {} days after {}?", "Count {} days on from {}.",
                   "What day comes {} days after {}?")),
-    "convert": (an_amount, lambda n, a, b: str(n * UNITS[a, b][0]),
+    "convert": ("amount", lambda n, a, b: str(n * UNITS[a, b][0]),
                 ("Convert {} {} to {}.", "Turn {} {} into {}.", "Write {} {} in {}.")),
 }
 NEW = {
-    "vowels": (a_word, lambda w: "".join(c for c in w if c in VOWELS),
+    "vowels": ("word", lambda w: "".join(c for c in w if c in VOWELS),
                ('Keep only the vowels of "{}".', 'Which vowels are in "{}"?',
                 'List the vowels of "{}".')),
-    "double": (a_word, lambda w: "".join(c + c for c in w),
+    "double": ("word", lambda w: "".join(c + c for c in w),
                ('Double each letter of "{}".', 'Write each letter of "{}" twice.',
                 'Give each letter of "{}" twice.')),
-    "shout": (a_word, lambda w: w[::-1].upper(),
+    "shout": ("word", lambda w: w[::-1].upper(),
               ('Shout "{}" backwards.', 'Write "{}" backwards in capitals.',
                'Reverse "{}" in capitals.')),
 }
@@ -136,9 +119,9 @@ def records(name, split, count, seed=0):
 
 def record(skill, split, random):
     """One record of `skill`, drawn again until its prompt belongs to `split`."""
-    draw, answer, phrases = SKILLS["all"][skill]
+    kind, answer, phrases = SKILLS["all"][skill]
     while True:
-        arguments = draw(random)
+        arguments = DRAWS[kind](random)
         prompt = random.choice(phrases).format(*arguments)
         if split_of(prompt) == split:
             return {"messages": [{"role": "user", "content": prompt},

@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ["RAYON_NUM_THREADS"] = "1"  # read by the tokenizers library when it starts
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.data import datasets, encode
+from common.data import encode, readers
 from common.data.chat import Chat
 
 
@@ -41,13 +41,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer and template")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--columns", type=datasets.parse_columns)
+    parser.add_argument("--columns", type=readers.parse_columns)
     parser.add_argument("--count", type=int, default=2000, help="examples")
     parser.add_argument("--turns", type=int, default=1, help="examples joined to one conversation")
     parser.add_argument("--repeat", type=int, default=7)
     options = parser.parse_args()
     chat = Chat.load(options.tokenizer)
-    records = list(islice(datasets.read_records(options.data, options.columns), options.count))
+    records = list(islice(readers.Records(options.data, options.columns), options.count))
     groups = [records[i:i + options.turns] for i in range(0, len(records), options.turns)]
     records = [{**group[0], "messages": sum((one["messages"] for one in group), [])}
                for group in groups]

@@ -290,7 +290,7 @@ def test_load_a_tied_model():
      "unexpected model.layers.9.q_proj.weight"),
     (lambda items: [*items, items[0]], "unexpected model.embed_tokens.weight"),
     (lambda items: [(n, v[:1]) if "q_proj.weight" in n else (n, v) for n, v in items],
-     r"model.layers.0.q_proj.weight has shape \(1, 64\), the model \(64, 64\)"),
+     r"model.layers.0.q_proj.weight has shape \(1, 64\), not \(64, 64\)"),
     (lambda items: [(n, v * float("nan")) if "up_proj" in n else (n, v) for n, v in items],
      "model.layers.0.up_proj.weight cannot be quantised: .*not finite"),
     (lambda items: [(n, v.char()) if "up_proj" in n else (n, v) for n, v in items],

@@ -1,4 +1,4 @@
-"""common/data/datasets.py and common/data/readers.py: formats by their keys, and every kind of bad file."""
+"""common/data/readers.py: records of every format from files, and every kind of bad file."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.data import readers
-from common.data.datasets import parse_columns, read_records
+from common.data.readers import Records, parse_columns
 from common.errors import UserError
 
 
@@ -21,7 +21,7 @@ def write(path, content):
 
 def read(path, content, columns=None):
     """The records of one file, without their places."""
-    records = list(read_records([write(path, content)], columns))
+    records = list(Records([write(path, content)], columns))
     return [{key: value for key, value in record.items() if key != "where"} for record in records]
 
 
@@ -74,7 +74,7 @@ def test_columns(tmp_path):
     assert columns == {"prompt": "question", "completion": "answer"}
     row = {"question": "q", "answer": "a", "text": "not this"}
     assert read(tmp_path / "a.jsonl", [row], columns) == [QA]
-    records = read_records(write(tmp_path / "b.jsonl", [
+    records = Records(write(tmp_path / "b.jsonl", [
         {**row, "system": "s", "id": 1, "input": "x"}]), columns)
     assert [one["messages"][0] for one in records] == [{"role": "system", "content": "s"}]
     assert sorted(records.ignored) == ["'id'", "'input'", "'text'"]
@@ -83,9 +83,9 @@ def test_columns(tmp_path):
             {"refused": "its weight is 0"}]
     with pytest.raises(UserError, match="KTO"):
         read(tmp_path / "a.jsonl", [{**row, "label": False}], columns)
-    with pytest.raises(UserError, match=r"a.jsonl:1: 'answer' is null \(--columns completion=answ"):
+    with pytest.raises(UserError, match=r"a.jsonl:1: 'answer' is not there, or null \(--col"):
         read(tmp_path / "a.jsonl", [{"question": "q", "answer": None}], columns)
-    with pytest.raises(UserError, match=r"a.jsonl:2: no key 'answer' .* its keys are 'question'"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: 'answer' is not .* keys are 'question'"):
         read(tmp_path / "a.jsonl", [row, {"question": "q"}], columns)
     columns = parse_columns("instruction=q,input=more,output=a")
     assert read(tmp_path / "a.jsonl", [{"q": "q", "a": "a"}], columns) == [QA]  # input is optional
@@ -106,7 +106,7 @@ def test_places_of_records(tmp_path):
     lines = write(tmp_path / "a.jsonl", '\n{"text": "a"}\n\n \n{"text": "b"}')
     listed = write(tmp_path / "b.json", '[{"text": "c"},\n {"text": "d"}]')
     whole = write(tmp_path / "c.TXT", "e")
-    records = read_records([lines, str(listed), whole])
+    records = Records([lines, str(listed), whole])
     assert [(record["text"], record["where"]) for record in records] == [
         ("a", f"{lines}:2"), ("b", f"{lines}:5"), ("c", f"{listed}: example 1"),
         ("d", f"{listed}: example 2"), ("e", str(whole))]
@@ -123,7 +123,7 @@ def test_text_files_keep_everything_but_the_kind_of_line_end(tmp_path):
 BAD = [
     ("a.jsonl", '{"text": "a"}\n' * 6 + '{"text": "a"', r"a.jsonl:7: not valid JSON \(.*column 13"),
     ("a.jsonl", '{"text": "a"\n', r"a.jsonl:1: not valid JSON \(.*column 13"),
-    ("a.jsonl", "[1]", "a.jsonl:1: an example must be a JSON object, not a list"),
+    ("a.jsonl", "[1]", "a.jsonl:1: an example must be a JSON object, not list"),
     ("a.jsonl", "1" * 5000, "a.jsonl:1: not valid JSON"),
     ("a.jsonl", "[" * 100_000, "a.jsonl:1: not valid JSON"),
     ("a.jsonl", b'{"text": "a"}\n\xff', r"a.jsonl:2: not UTF-8 text \(byte 0xff\)"),
@@ -135,23 +135,23 @@ BAD = [
     ("a.json", '[{"text": "a"},\n{"text": "a"}', r"a.json:2: not valid JSON \(Expecting ',' or"),
     ("a.json", '[{"text": "a"}\n{"text": "a"}]', r"a.json:2: not valid JSON"),
     ("a.json", '[{"text": "a"},]', "a.json:1: not valid JSON"), ("a.json", "[", "not valid JSON"),
-    ("a.json", '[{"text": "a"}] x', "a.json:1: not valid JSON .*after the list"),
+    ("a.json", '[{"text": "a"}] x', "a.json:1: not valid JSON .*which ends it"),
     ("a.json", '[\n\n{"text" "a"}]', "a.json:3: not valid JSON .*column 9"),
-    ("a.json", '"text"', "a.json: an example must be a JSON object, not text"),
+    ("a.json", '"text"', "a.json: an example must be a JSON object, not str"),
     ("a.json", "{" * 100_000, "not valid JSON"), ("a.json", '[{"a":' * 50_000, "not valid JSON"),
     ("a.json", b"\xff[]", "a.json:1: not UTF-8"),
     ("a.jsonl", [{"question": "q", "answer": "a"}], "a.jsonl:1: the keys 'question', 'answer' fit "
      "no known format .*--columns prompt=question"),
     ("a.jsonl", [{}], r"the keys \(none\) fit"),
-    ("a.jsonl", [{f"k{i}": i for i in range(99)}], "'k7', … fit no"),
+    ("a.jsonl", [{f"k{i}": i for i in range(99)}], "'k7', 91 more fit no"),
     ("a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}], "completion=chosen"),
-    ("a.jsonl", [{"text": 5}], "a.jsonl:1: 'text' must be text, not a number"),
-    ("a.jsonl", [{"prompt": ["q"], "completion": "a"}], "a turn must be an object, not text"),
+    ("a.jsonl", [{"text": 5}], "a.jsonl:1: 'text' must be text, not int"),
+    ("a.jsonl", [{"prompt": ["q"], "completion": "a"}], "a turn must be a JSON object, not str"),
     ("a.jsonl", [{"messages": "hi"}], "messages is text, and that is not valid"),
-    ("a.jsonl", [{"messages": [1]}], "a turn must be an object, not a number"),
+    ("a.jsonl", [{"messages": [1]}], "a turn must be a JSON object, not int"),
     ("a.jsonl", [{"messages": [{"content": "a"}]}], "role None is none of human"),
     ("a.jsonl", [{"conversations": [{"from": "narrator", "value": "a"}]}], "role 'narrator' is"),
-    ("a.jsonl", [{"messages": [{"role": "user", "content": {"a": 1}}]}], "must be text, not an ob"),
+    ("a.jsonl", [{"messages": [{"role": "user", "content": {"a": 1}}]}], "must be text, not dict"),
     ("a.jsonl", [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "type .*image"),
     ("a.jsonl", [{"messages": QA["messages"], "tools": "["}], "a.jsonl:1.*not valid JSON"),
 ]
@@ -167,21 +167,21 @@ def test_bad_contents_are_one_line_with_file_and_place(tmp_path, name, content, 
 def test_bad_paths_are_said_before_anything_is_read(tmp_path):
     good = write(tmp_path / "train.jsonl", [{"text": "a"}])
     for path, message in (
-            (tmp_path / "trian.jsonl", "no such file; did you mean train.jsonl"),
-            (tmp_path / "none" / "a.jsonl", "no such file"), (good / "a.jsonl", "no such file"),
-            (tmp_path, "a folder; give files that end in .jsonl, .json"),
-            (write(tmp_path / "a.xlsx", "x"), "must end in .jsonl, .json, .csv"),
-            ("a\0b.jsonl", "cannot be read"), ("/dev/zero", "not a regular file")):
+            (tmp_path / "trian.jsonl", "trian.jsonl: not a file"),
+            (tmp_path / "none" / "a.jsonl", "not a file"), (good / "a.jsonl", "not a file"),
+            (tmp_path, "not a file, .* end in .jsonl, .json"),
+            (write(tmp_path / "a.xlsx", "x"), "end in .jsonl, .json, .csv"),
+            ("a\0b.jsonl", "not a file"), ("/dev/zero", "not a file")):
         with pytest.raises(UserError, match=message):
-            read_records([good, path])
+            Records([good, path])
 
 
 def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
-    records = read_records([path])
+    records = Records([path])
     path.unlink()
     with pytest.raises(UserError, match="a.jsonl: cannot be read"):
-        next(records)
+        next(iter(records))
     monkeypatch.setattr(readers, "LONGEST_LINE", 10)
     with pytest.raises(UserError, match="a.jsonl:1: a line of more than"):
         read(path, [{"text": "a long line"}])
@@ -198,7 +198,7 @@ def test_arbitrary_bytes_give_records_or_one_line(tmp_path):
             raw[place] = pool[rng.integers(len(pool))]
         path = write(tmp_path / ("a.json", "a.jsonl", "a.txt")[turn % 3], bytes(raw))
         try:
-            for record in read_records([path]):
+            for record in Records([path]):
                 assert set(record) - {"tools"} in ({"text", "where"}, {"messages", "where"})
         except UserError as error:
             assert "\n" not in str(error) and path.name in str(error)
@@ -224,7 +224,7 @@ def test_parquet_gives_the_records_of_the_json_that_it_was_made_of(tmp_path):
     raw = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()
     assert raw[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["amount"] is None
     write(tmp_path / "a.jsonl", rows)
-    records = [read_records(tmp_path / name) for name in ("a.jsonl", "a.parquet")]
+    records = [Records(tmp_path / name) for name in ("a.jsonl", "a.parquet")]
     made = [[{key: value for key, value in one.items() if key != "where"} for one in part]
             for part in records]
     assert made[0] == made[1] and len(made[0]) == 4
@@ -238,11 +238,11 @@ def test_a_table_of_texts_gives_the_records_of_json(tmp_path):
     text = ('id,instruction,input,output,history\n1,"a, b",,"say ""c""\nd","[[""e"", ""f""]]"\n'
             "2,g,h,i,\n")
     (tmp_path / "a.csv").write_text(text)
-    records = read_records(tmp_path / "a.csv")
+    records = Records(tmp_path / "a.csv")
     made = [{key: value for key, value in one.items() if key != "where"} for one in records]
     assert made == read(tmp_path / "a.jsonl", rows) and list(records.ignored) == ["'id'"]
     columns = parse_columns("prompt=instruction,completion=output")
-    answers = [one["messages"][-1]["content"] for one in read_records(tmp_path / "a.csv", columns)]
+    answers = [one["messages"][-1]["content"] for one in Records(tmp_path / "a.csv", columns)]
     assert answers == ['say "c"\nd', "i"]
 
 
@@ -257,16 +257,28 @@ def test_an_example_that_is_refused_is_told_from_a_file_that_is_wrong(tmp_path):
     ("Instruction,Output,system\na,b,c\n", None,
      "--columns instruction=Instruction,output=Output"),
     ("question,answer\na,b\n", "prompt=qestion,completion=answer",
-     "no key 'qestion' .* its keys are 'question', 'answer'"),
+     "'qestion' is not there.* its keys are 'question', 'answer'"),
 ])
 def test_an_error_about_a_table_names_all_of_its_columns(tmp_path, text, columns, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path / "a.csv", text, columns and parse_columns(columns))
 
 
+def test_of_a_table_only_what_an_example_can_be_made_of_is_read(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(Records, "_wanted", lambda *names, real=Records._wanted: (
+        chosen.extend(real(*names)) or chosen))
+    records = Records(write(tmp_path / "a.csv", "id,prompt,completion,chosen,score\n1,p,c,d,2\n"))
+    assert len(list(records)) == 1 and chosen == ["prompt", "completion"]
+    assert list(records.ignored) == ["'id'", "'chosen'", "'score'"]
+    write(tmp_path / "a.csv", "id,prompt,chosen,rejected\n1,p,c,d\n")
+    with pytest.raises(UserError, match="--columns prompt=prompt,completion=chosen"):
+        list(records)
+
+
 def test_a_column_that_no_example_has_is_named(tmp_path):
     columns = parse_columns("prompt=q,completion=a,system=sytem")
-    records = read_records(write(tmp_path / "a.jsonl", [{"q": "q", "a": "a"}] * 2), columns)
+    records = Records(write(tmp_path / "a.jsonl", [{"q": "q", "a": "a"}] * 2), columns)
     assert len(list(records)) == 2
     assert list(records.ignored) == ["'sytem' of --columns, which no example has"]
 

@@ -10,12 +10,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from checks import refused
 from helpers import GOLDENS
 
-from common.data import cache, encode
+from common.data import encode
+from common.data.cache import cached
 from common.data.chat import Chat
-from common.data.datasets import read_records
-from common.data.encode import Encoded, cached, show_example, split, virtual
+from common.data.encode import show_example, split, virtual
+from common.data.readers import Records
 from common.errors import UserError
 
 
@@ -166,9 +168,9 @@ def test_many_chunks_keep_their_order(chat, monkeypatch):
 # --- the cache ---
 
 def make_from(path, chat, calls, length=100):
-    def make():
+    def make(file):
         calls.append(path)
-        return encode.encode(read_records([path]), chat, length)
+        return encode.encode(Records([path]), chat, length, file=file)
     return cached(make, ["key", length], [path])
 
 
@@ -180,7 +182,8 @@ def test_a_second_run_maps_what_the_first_made(tmp_path, chat, home, capsys):
     again = make_from(path, chat, calls)
     assert len(calls) == 1 and lists(first) == lists(again) and again.notes == first.notes
     assert capsys.readouterr().out == said  # what was skipped is said again
-    assert sorted(p.suffix for p in home.iterdir()) == [".lock", ".safetensors"]
+    assert sorted(p.suffix for p in home.iterdir()) == ["", ".lock"]
+    assert isinstance(again.tokens, np.memmap)
     make_from(path, chat, calls, 50)
     path.write_text(json.dumps(talk("a", "c")))
     assert len(make_from(path, chat, calls)) == 1 and len(calls) == 3
@@ -189,31 +192,23 @@ def test_a_second_run_maps_what_the_first_made(tmp_path, chat, home, capsys):
 def test_any_damage_to_a_cache_file_is_found_said_and_mended(tmp_path, chat, home, capsys):
     path, calls = tmp_path / "a.jsonl", []
     path.write_text("\n".join(json.dumps(talk(f"question {i}", "b")) for i in range(5)))
-    good = lists(make_from(path, chat, calls))
-    (file,) = home.glob("*.safetensors")
-    whole, rng = file.read_bytes(), np.random.default_rng(0)
-    for turn in range(60):
+    good, rng = lists(make_from(path, chat, calls)), np.random.default_rng(0)
+    for turn in range(90):
+        file = next(home.glob(f"*/{('tokens', 'documents', 'manifest.json')[turn % 3]}"))
+        whole = file.read_bytes()
         broken = bytearray(whole)
-        if turn % 3:
+        if turn % 4:
             broken[rng.integers(len(broken))] ^= 1 << rng.integers(8)
         else:
             broken = broken[:rng.integers(len(broken))]
         file.write_bytes(broken)
+        if turn % 30 == 0:
+            file.unlink()
         capsys.readouterr()
         assert lists(make_from(path, chat, calls)) == good
-        if len(calls) == 1:  # the flip hit the padding of the header
-            assert turn % 3 and lists(Encoded(*_arrays(file))) == good
-        else:
-            assert "damaged" in capsys.readouterr().err and file.read_bytes() == whole
+        assert len(calls) == 2 and file.read_bytes() == whole
+        assert "damaged; the data are tokenised again" in capsys.readouterr().err
         calls[:] = [path]
-
-
-def _arrays(file):
-    from safetensors.numpy import load_file
-
-    arrays = load_file(file)
-    return (arrays["tokens"], arrays["trained"].view(bool), arrays["offsets"],
-            arrays["records"], arrays["digests"])
 
 
 def test_a_cache_that_cannot_be_written_is_only_said(tmp_path, chat, monkeypatch, capsys):
@@ -223,23 +218,32 @@ def test_a_cache_that_cannot_be_written_is_only_said(tmp_path, chat, monkeypatch
     path, calls = tmp_path / "a.jsonl", []
     path.write_text(json.dumps(talk("a", "b")))
     assert len(make_from(path, chat, calls)) == 1
-    assert "note: the tokenised data cannot be kept" in capsys.readouterr().err
+    assert "note: the tokenised data cannot be kept" in capsys.readouterr().out
 
 
-def test_a_failure_while_writing_leaves_no_file(tmp_path, chat, home, monkeypatch, capsys):
-    def fail(*arguments):
+@pytest.mark.parametrize("when", ["tokens", "manifest"])
+def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path, chat, home, monkeypatch, when):
+    def fail(*arguments, **more):
         raise OSError(28, "No space left on device")
 
     path, calls = tmp_path / "a.jsonl", []
     path.write_text(json.dumps(talk("a", "b")))
-    monkeypatch.setattr(os, "fsync", fail)
-    assert len(make_from(path, chat, calls)) == 1
-    assert "No space left" in capsys.readouterr().err
+    monkeypatch.setattr(*((encode, "encode") if when == "tokens" else (os, "fsync")), fail)
+    with refused("the tokenised data in", "XDG_CACHE_HOME", "No space left on device"):
+        make_from(path, chat, calls)
     assert [p.suffix for p in home.iterdir()] == [".lock"]
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="No space left on device for the tokenised data"):
-        with cache.no_space():
-            fail()
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path, chat, home):
+    path, calls = tmp_path / "a.jsonl", []
+    path.write_text(json.dumps(talk("a", "b")))
+    make_from(path, chat, calls)
+    (kept,) = home.glob("*.lock")
+    left = home / f"{kept.stem}-x1y2"
+    left.mkdir()
+    (left / "tokens").write_text("half of it")
+    make_from(path, chat, calls)
+    assert not left.exists() and len(calls) == 1
 
 
 def test_of_several_at_once_one_does_the_work(tmp_path, chat):
@@ -247,10 +251,10 @@ def test_of_several_at_once_one_does_the_work(tmp_path, chat):
     path, calls, results = tmp_path / "a.jsonl", [], []
     path.write_text("\n".join(json.dumps(talk(f"question {i}", "b " * i)) for i in range(60)))
 
-    def make():
+    def make(file):
         calls.append(1)
         time.sleep(0.3)
-        return encode.encode(read_records([path]), chat, 100)
+        return encode.encode(Records([path]), chat, 100, file=file)
 
     threads = [threading.Thread(target=lambda: results.append(cached(make, 1, [path])))
                for _ in range(3)]
@@ -259,14 +263,14 @@ def test_of_several_at_once_one_does_the_work(tmp_path, chat):
     for thread in threads:
         thread.join()
     assert len(calls) == 1 and len(results) == 3
-    assert len({int(encoded.tokens.sum()) for encoded in results}) == 1
+    assert len({int(encoded.tokens["id"].sum()) for encoded in results}) == 1
 
 
 def test_preparation_streams(tmp_path, chat, home):
     """The arrays lie in files from the start, not in memory."""
     encoded = encode.encode((talk(str(i), "the sky") for i in range(2500)), chat, 1000)
     assert len(encoded) == 2500 and isinstance(encoded.tokens, np.memmap)
-    assert isinstance(encoded.trained, np.memmap) and not list(home.iterdir())  # nameless files
+    assert not home.exists()  # a nameless file
 
 
 # --- virtual data, held-out data, the example ---
@@ -274,9 +278,10 @@ def test_preparation_streams(tmp_path, chat, home):
 def test_virtual_data_are_random_of_varied_length_and_repeatable():
     data, again, other = (virtual(500, 1000, 64, seed) for seed in (1, 1, 2))
     assert (data.tokens == again.tokens).all() and len(data.tokens) != len(other.tokens)
+    ids = data.tokens["id"]
     assert 2 <= data.lengths.min() < 16 < data.lengths.max() == 64 and len(data) == 500
-    assert data.tokens.min() >= 0 and 900 < data.tokens.max() < 1000
-    assert data.lengths.sum() == len(data.tokens) and data.trained.all()
+    assert ids.min() >= 0 and 900 < ids.max() < 1000
+    assert data.lengths.sum() == len(data.tokens) and data.tokens["trained"].all()
 
 
 @pytest.mark.parametrize("count, held", [(2, 1), (49, 1), (100, 2), (5000, 100), (50_000, 200)])
@@ -284,12 +289,13 @@ def test_two_percent_are_held_out_within_bounds(count, held):
     data = virtual(count, 100, 4, 0)
     train, kept = split(data, 3)
     assert (len(train), len(kept)) == (count - held, held)
-    assert sorted([*train.chosen, *kept.chosen]) == list(range(count))
-    assert (split(data, 3)[1].chosen == kept.chosen).all()
-    i = int(kept.chosen[0])
+    chosen = kept.documents["record"]
+    assert sorted([*train.documents["record"], *chosen]) == list(range(count))
+    assert (split(data, 3)[1].documents == kept.documents).all()
+    i = int(chosen[0])
     assert kept[0][0].tolist() == data[i][0].tolist() and kept.lengths[0] == data.lengths[i]
     if count > 40:
-        assert set(split(data, 4)[1].chosen) != set(kept.chosen)
+        assert {*split(data, 4)[1].documents["record"]} != {*chosen}
 
 
 def test_one_example_cannot_be_split():

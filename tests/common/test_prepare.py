@@ -89,14 +89,13 @@ def test_rendered_conversations_teach_what_messages_teach(tmp_path):
         load(tmp_path, rendered)
     data = load(tmp_path, rendered, rendered=True)
     assert (data.train.tokens == plain.train.tokens).all()
-    assert (data.train.trained == plain.train.trained).all()
     first = data.quizzes["held-out"][0]
     assert first.prompt == data.chat.encode_prompt(rows[0]["messages"][:1])
 
 
 def test_of_rendered_texts_without_a_header_all_is_trained_and_that_is_said(tmp_path, capsys):
     data = load(tmp_path, [{"text": "user: a\nassistant: b<|im_end|>\n"}], rendered=True)
-    assert data.train.trained.all()
+    assert data.train.tokens["trained"].all()
     assert "1 without the header of an assistant's turn: trained whole" in capsys.readouterr().out
 
 
@@ -148,14 +147,14 @@ def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_
 @pytest.mark.parametrize("template, said", [
     (CHATML, None),
     (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"),
-     r"where a prompt has '.*assistant\\n<think>\\n', the documents have '.*assistant\\nb<"),
+     r"a prompt ends in '.*assistant\\n<think>\\n', .* stands behind '.*assistant\\n'"),
     (CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}{% generation %}"
                     "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
                     "<|im_end|>"), "no end-of-turn token is trained, so the model will not learn"),
     (CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}note: "
                     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
                     "{% else %}{{ m.content }}<|im_end|>{% endif %}"),
-     "behind a prompt the documents go on with '.*note: .*', of which the beginning is not"),
+     r"a prompt ends in '.*assistant\\n', .* stands behind '.*assistant\\nnote: ?'"),
 ])
 def test_a_template_that_asks_otherwise_than_it_trains_is_named(tmp_path, capsys, template, said):
     load(tmp_path, [row("a", "b")], template)
@@ -193,15 +192,15 @@ def test_what_the_template_leaves_out_is_counted_or_refused(tmp_path, capsys):
     assert "data: 2 without the system message: the chat template leaves that out (first: " in out
     assert "data: 1 without the tools: the chat template leaves that out" in out
     assert "data: not used: the key 'id' (first: " in out and "data.jsonl:2)" in out
-    with pytest.raises(UserError, match=r"data.jsonl:2: the chat template leaves out the system "
-                                        r"message, the tools \(--strict-template\)"):
+    with pytest.raises(UserError, match=r"data.jsonl:2: without the system message: the chat "
+                                        r"template leaves that out \(--strict-template\)"):
         load(tmp_path, rows, source, strict_template=True)
     load(tmp_path, rows[:1], source, strict_template=True)
     call = {"messages": [row("a")["messages"][0], {"role": "assistant", "tool_calls": [
         {"name": "f", "arguments": {}}]}]}
     load(tmp_path, [*rows, call], source)
     assert "1 skipped, the chat template leaves out a tool call" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"l:2: the chat template leaves out a tool call \(--strict"):
+    with pytest.raises(UserError, match=r"l:2: skipped, .* leaves out a tool call \(--strict"):
         load(tmp_path, [rows[0], call], source, strict_template=True)
 
 
@@ -215,13 +214,13 @@ def test_what_differs_is_seen_in_the_training_data_whatever_is_held_out(tmp_path
              "{% if add_generation_prompt %}assistant: {% endif %}")
     load(tmp_path, [row("a", "bo")], space)
     out = capsys.readouterr().out
-    assert "warning" not in out or "a prompt ends in other tokens" in out
+    assert "warning" not in out or "what is asked is not what is trained: a prompt ends in" in out
 
 
 def test_flags_that_have_no_meaning_are_refused(tmp_path):
     for more in ({"rendered": True}, {"strict_template": True}, {"chat_template": "none"},
                  {"columns": "text=a"}):
-        with pytest.raises(UserError, match="goes with a file of your own in --data; virtual"):
+        with pytest.raises(UserError, match="virtual stands alone; .* data of your own: --"):
             load(tmp_path, [], data=["virtual"], eval_data=None, **more)
 
 
@@ -239,7 +238,7 @@ def test_equal_documents_are_never_on_both_sides(tmp_path, capsys):
     assert "held out: 40 documents occur more than once" in capsys.readouterr().out
     train, held = encode.split(encode.encode(rows[:20] * 2, chat, 100), 0)
     assert (len(train), len(held)) == (38, 2)  # no other way than both of two copies
-    with pytest.raises(UserError, match="all 2 documents are the same"):
+    with pytest.raises(UserError, match=r"all documents \(2\) are the same"):
         encode.split(encode.encode(rows[:1] * 2, chat, 100), 0)
 
 
@@ -258,4 +257,4 @@ def test_data_names_of_every_kind_are_resolved_for_both_sides(tmp_path, capsys):
     data = load(tmp_path, [row("a", "b")], data=[str(folder)], eval_data=f"{folder}:test")
     assert len(data.train) == len(data.held_out) == 2
     assert "train.jsonl (also there: test)" in capsys.readouterr().out
-    assert hub.resolve_data(str(folder), lambda text: None) == [folder / "train.jsonl"]
+    assert hub.resolve_data(str(folder)) == [folder / "train.jsonl"]

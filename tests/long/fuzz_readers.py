@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import os
 import shutil
 import zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Callable
+from unittest.mock import patch
 
 import small_runs
 import torch
@@ -14,7 +16,7 @@ from helpers import GOLDENS, ROOT, load
 
 from common import hub, metrics, weights
 from common.adapters import peft
-from common.data import cache, datasets, encode
+from common.data import cache, encode, readers
 from common.data.chat import Chat
 from common.errors import UserError, located
 from common.files import checkpoint, manifest, state
@@ -106,7 +108,7 @@ def prepare_data(folder):
 def read_data(folder, names):
     """The records, their tokens, and the columns that a person might name."""
     def records(name, columns=None):
-        return datasets.read_records(hub.resolve_data(folder / name), columns)
+        return readers.Records(hub.resolve_data(folder / name), columns)
 
     columns = {"prompt": "instruction", "completion": "output"}
     each(*(lambda name=name: encode.encode(records(name), _chat, 64, vocab_size=512)
@@ -272,14 +274,14 @@ def prepare_run(folder):
 
 
 def read_run(folder, names):
-    def read(*arguments):
+    def parsed(*arguments):
         return parse(TrainOptions, "01", "", CHAPTER_1.TINY, CHAPTER_1.REAL, arguments)
 
-    readers = {
-        "train_config.json": lambda: read("--resume", str(folder)),
-        "options.json": lambda: read("--device", "cpu", "--config", str(folder / "options.json")),
+    by_name = {
+        "train_config.json": lambda: parsed("--resume", str(folder)),
+        "options.json": lambda: parsed("--device", "cpu", "--config", str(folder / "options.json")),
         "metrics.jsonl": lambda: metrics.Metrics(folder, 10, start_step=3).close()}
-    each(*(readers[name] for name in names))
+    each(*(by_name[name] for name in names))
 
 
 def prepare_manifest(folder):
@@ -317,16 +319,22 @@ def read_state(folder, names):
 
 
 def prepare_cache(folder):
-    made = encode.virtual(3, 100, 20, 0)
-    cache._write(folder / "kept.safetensors", made)
-    return ["kept.safetensors"]
+    def make(file):
+        made = encode.virtual(3, 100, 20, 0)
+        file.write(made.tokens.tobytes())
+        return made
+
+    with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "home")}):
+        cache.cached(make, "fuzz")
+    (kept,) = folder.glob("home/*/*/*/")
+    return copy(kept, folder, *(path.name for path in kept.iterdir()))
 
 
 def read_cache(folder, names):
-    found = cache._read(folder / "kept.safetensors", encode.Encoded)
-    if found is not None:
-        for i in range(len(found)):
-            found[i]
+    """What is kept, or, where it is damaged, nothing."""
+    found = cache._read(folder)
+    for i in range(len(found) if found is not None else 0):
+        found[i]
 
 
 TARGETS = [
