@@ -22,6 +22,31 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 collect_ignore = ["long", "bench", "goldens"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests, and no others")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: further cases of what a faster test holds already; "
+                            "`python -m pytest --slow` runs them")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The slow tests, or the others; the rest counts as deselected, not as skipped."""
+    wanted, others = [], []
+    for item in items:
+        is_slow = item.get_closest_marker("slow") is not None
+        (wanted if is_slow == config.option.slow else others).append(item)
+    items[:] = wanted
+    config.hook.pytest_deselected(items=others)
+    config.left_out = len(others)
+
+
+def pytest_report_collectionfinish(config):
+    if config.left_out and not config.option.slow:
+        return f"{config.left_out} slow tests are left out: python -m pytest --slow"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fake_cuda_runs(request):
     """The processes that test_cuda_branch.py reads, if it is to run: {what they are asked: process}.
