@@ -61,7 +61,7 @@ def test_incidents_1_and_2_accumulated_packs_equal_one_large_pack(tmp_path, dtyp
     assert lengths[0] + lengths[1] > lengths[-1]  # so each is a pack of its own below
     one = trained(tmp_path, "one", *common, "--batch-tokens", str(sum(lengths)))
     four = trained(tmp_path, "four", *common, "--batch-tokens", str(lengths[-1]),
-                    "--grad-accum", "4")
+                   "--grad-accum", "4")
     (a,), (b,) = metrics(one), metrics(four)
     assert a["tokens"] == b["tokens"] == sum(lengths)
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
@@ -137,7 +137,7 @@ def test_incidents_12_13_15_n_plus_n_steps_equal_2n_bitwise(tmp_path):
 
 def test_resume_reports_changes_and_wants_permission(tmp_path, data, capsys):
     run = trained(tmp_path, "run", *on(data), "--steps", "2", "--batch-tokens", "256",
-                   "--save-every", "1", "--eval-every", "0")
+                  "--save-every", "1", "--eval-every", "0")
     with pytest.raises(train.prepare.UserError, match="lr, packs per step.*--allow-changes"):
         train.main(["--resume", str(run), "--lr", "1e-4", "--grad-accum", "2"])
     assert "lr 0.0" in capsys.readouterr().out
@@ -302,8 +302,8 @@ def test_bad_models(tmp_path):
     assert "--init random" in line
 
 
-def test_dry_run_prints_and_writes_nothing(tmp_path):
-    process = run_script("chapter-01/train.py", *TINY, "--dry-run", "--steps", "2", "--warmup", "5",
+def test_dry_run_prints_and_writes_nothing(tmp_path, data):
+    process = run_script("chapter-01/train.py", *on(data), "--dry-run", "--steps", "2", "--warmup", "5",
                          cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     for expected in ("parameters", "predicted peak", "only 2 of the 5 warm-up steps will happen"):
