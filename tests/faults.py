@@ -6,6 +6,7 @@
 import builtins
 import contextlib
 import errno
+import gc
 import io
 import os
 import signal
@@ -122,6 +123,7 @@ class Forked:
         self.child = os.fork()
         if self.child == 0:
             code = 3
+            gc.freeze()  # what the parent has made is no garbage here, and takes long to look at
             try:
                 os.dup2(self.output.fileno(), 1)
                 os.dup2((errors or self.output).fileno(), 2)
