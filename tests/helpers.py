@@ -54,6 +54,9 @@ def start_script(script, *arguments, cwd=ROOT, timeout=300, **how):
         sys.stdin = open(os.devnull)
         sys.argv = [str(ROOT / script), *map(str, arguments)]
         sys.path.insert(0, str((ROOT / script).parent))
+        if ROOT not in (ROOT / script).parents:  # a copy has its own common/
+            for name in [name for name in sys.modules if name.partition(".")[0] == "common"]:
+                del sys.modules[name]
         runpy.run_path(sys.argv[0], run_name="__main__")
 
     return Forked(action, **how)

@@ -72,12 +72,14 @@ def test_killed_half_way_it_leaves_the_rows_so_far(tmp_path):
     assert len(found["rows"]) >= 3 and found["command"] and found["versions"]["torch"]
 
 
-def test_reports_take_these_arguments_and_leave_few_small_files(
-        tmp_path, monkeypatch, gpu, quick_ceilings):
-    """A GPU's minutes are dear: a misspelt option would be found only there, and what lies deep
-    or is large does not come back."""
-    options = SimpleNamespace(device=torch.device("cpu"), size="full", left=lambda: 60,
-                              out=str(tmp_path / "gpu.json"))
+@pytest.fixture
+def options(tmp_path):
+    return SimpleNamespace(device=torch.device("cpu"), size="full", left=lambda: 60,
+                           out=str(tmp_path / "gpu.json"))
+
+
+def test_reports_take_these_arguments(gpu, options):
+    """A GPU's minutes are dear: a misspelt option would be found only there."""
     commands = list(gpu.reports(options))
     assert [name for name, *_ in commands] == ["profile", "profile-qlora", "ladder"]
     # What is profiled is what the targets are for, and the naive rung would take the time of all.
@@ -88,6 +90,10 @@ def test_reports_take_these_arguments_and_leave_few_small_files(
         kind = module.LadderOptions if "ladder" in script else module.ProfileOptions
         kind(**module.cli.read_flags(kind, "", arguments))
 
+
+@pytest.mark.slow
+def test_reports_leave_few_small_files(tmp_path, monkeypatch, gpu, options):
+    """What lies deep or is large does not come back from a GPU."""
     monkeypatch.setattr(gpu, "reports", lambda options: [
         ("profile", "chapter-03/profiling/profile_step.py", [
             "--model", "tiny", "--data", "virtual", "--device", "cpu", "--batch-tokens", "128"]),
