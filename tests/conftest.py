@@ -1,6 +1,7 @@
 """Make `import common` and `from helpers import load` work from every test file."""
 
 import atexit
+import functools
 import json
 import os
 import shutil
@@ -19,7 +20,35 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Tokenised data of the tests, not of the person who runs them: made anew for every session.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bareloop-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+from helpers import load
+
 collect_ignore = ["long", "bench", "goldens"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests, and no others")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: further cases of what a faster test holds already; "
+                            "`python -m pytest --slow` runs them")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The slow tests, or the others; the rest counts as deselected, not as skipped."""
+    wanted, others = [], []
+    for item in items:
+        is_slow = item.get_closest_marker("slow") is not None
+        (wanted if is_slow == config.option.slow else others).append(item)
+    items[:] = wanted
+    config.hook.pytest_deselected(items=others)
+    config.left_out = len(others)
+
+
+def pytest_report_collectionfinish(config):
+    if config.left_out and not config.option.slow:
+        return f"{config.left_out} slow tests are left out: python -m pytest --slow"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,3 +78,15 @@ def data(tmp_path_factory):
             for i, word in enumerate("one two three four five six".split() * 2)]
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch):
+    """What the device can do, told or measured in one call: for tests that read no speed."""
+    ceilings = load("chapter-03/profiling/ceilings.py")
+    small = ceilings.torch.ones(2**16)
+    for name, answer in {"duration": functools.partial(ceilings.duration, repeats=1),
+                         "large_product": lambda device, dtype: 1e11,
+                         "large_copy": lambda device: 1e10,
+                         "_larger_than_caches": lambda: small}.items():
+        monkeypatch.setattr(ceilings, name, answer)

@@ -6,6 +6,7 @@
 import builtins
 import contextlib
 import errno
+import gc
 import io
 import os
 import signal
@@ -111,21 +112,21 @@ def broken_disk(name):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def forked(action, kill_after=None):
-    """Run `action()` in a forked process; gives (exit code or -signal, what it printed).
+class Forked:
+    """`action()` in a forked process, begun at once: PyTorch is imported already, which takes two
+    seconds. What it prints goes to the files `output` and `errors`, or both to one."""
 
-    The code is 2 after a UserError, 3 after any other exception, as the text tells. With
-    `kill_after` seconds it gets SIGKILL then.
-    """
-    with tempfile.TemporaryFile() as output:
+    def __init__(self, action, output=None, errors=None):
+        self.output = output or tempfile.TemporaryFile()
         sys.stdout.flush()
         sys.stderr.flush()
-        child = os.fork()
-        if child == 0:
+        self.child = os.fork()
+        if self.child == 0:
             code = 3
+            gc.freeze()  # what the parent has made is no garbage here, and takes long to look at
             try:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
+                os.dup2(self.output.fileno(), 1)
+                os.dup2((errors or self.output).fileno(), 2)
                 sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
                 torch.set_num_threads(1)  # the parent's threads are not here: it would wait for them
                 action()
@@ -141,12 +142,28 @@ def forked(action, kill_after=None):
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        output.seek(0)
-        return os.waitstatus_to_exitcode(status), output.read().decode()
+
+    def kill(self):
+        os.kill(self.child, signal.SIGKILL)
+
+    def finish(self):
+        """Wait for its end: (exit code or -signal, what it printed).
+
+        The code is 2 after a UserError, 3 after any other exception, as the text tells.
+        """
+        status = os.waitpid(self.child, 0)[1]
+        self.output.seek(0)
+        with self.output:
+            return os.waitstatus_to_exitcode(status), self.output.read().decode()
+
+
+def forked(action, kill_after=None):
+    """`action()` as a `Forked` process, which gets SIGKILL after so many seconds; gives its end."""
+    process = Forked(action)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.kill()
+    return process.finish()
 
 
 def sweep(prepare, action, check, faults=(end_process, disk_full, broken_disk)):

@@ -2,9 +2,14 @@
 
 import importlib
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -39,10 +44,51 @@ def load(relative_path):
 _loaded = {}
 
 
-def run_script(script, *arguments, cwd, timeout=300, environment=None):
-    """Run `python script arguments...` in folder `cwd`; gives the finished process, text captured."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "NO_COLOR": "1", **(environment or {})},
-    )
+def start_script(script, *arguments, cwd=ROOT, timeout=300, **how):
+    """Start `python script arguments...` in folder `cwd`, on one thread, as a `faults.Forked`."""
+    from faults import Forked  # who wants ROOT alone may have neither PyTorch nor common/
+
+    def action():
+        signal.alarm(timeout)
+        os.chdir(cwd)
+        sys.stdin = open(os.devnull)
+        sys.argv = [str(ROOT / script), *map(str, arguments)]
+        sys.path.insert(0, str((ROOT / script).parent))
+        if ROOT not in (ROOT / script).parents:  # a copy has its own common/
+            for name in [name for name in sys.modules if name.partition(".")[0] == "common"]:
+                del sys.modules[name]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return Forked(action, **how)
+
+
+def run_script(script, *arguments, cwd, timeout=300, environment=None, fresh=False):
+    """Run `python script arguments...` in folder `cwd`; gives the finished process, text captured.
+
+    It is a fork of this one, with `environment` beside ours (see `start_script`); or, where what
+    is read at an import matters, a `fresh` Python.
+    """
+    if fresh:
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd,
+                              capture_output=True, text=True, timeout=timeout,
+                              env={**os.environ, "NO_COLOR": "1", **(environment or {})})
+    with tempfile.TemporaryFile() as errors, mock.patch.dict(
+            os.environ, {"NO_COLOR": "1", **(environment or {})}):
+        process = start_script(script, *arguments, cwd=cwd, timeout=timeout, errors=errors)
+        code, output = process.finish()
+        errors.seek(0)
+        return subprocess.CompletedProcess(script, code, output, errors.read().decode())
+
+
+def ranks_of(world, start):
+    """`start()` so many processes that are one another's ranks, without torchrun, which would kill
+    the peers of a dead one; gives what `start` gives for each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        with mock.patch.dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(
+                world), MASTER_ADDR="localhost", MASTER_PORT=str(port)):
+            processes.append(start())
+    return processes

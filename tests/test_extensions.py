@@ -9,12 +9,11 @@ when lines move, and fails when the code that it changes has changed.
 import json
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import GOLDENS, ROOT, load
+from helpers import GOLDENS, ROOT, load, run_script
 from safetensors.torch import load_file
 
 DIFFS = sorted((ROOT / "tests" / "extensions").glob("*.diff"))
@@ -164,10 +163,9 @@ def test_the_data_format_is_markdown(patched, tmp_path):
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
     def train(name):
-        return subprocess.run(
-            [sys.executable, str(root / "chapter-01/train.py"), "--model", "tiny", "--init",
-             "random", "--data", str(tmp_path / name), *SHORT, "--out", str(tmp_path / name[3:])],
-            cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return run_script(
+            root / "chapter-01/train.py", "--model", "tiny", "--init", "random", "--data",
+            tmp_path / name, *SHORT, "--out", tmp_path / name[3:], cwd=tmp_path)
 
     shown = []
     for name in ("my.md", "my.jsonl"):

@@ -1,14 +1,12 @@
 """The script for a GPU runs on a CPU at tiny sizes, so it is not dead code."""
 
 import json
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, load
+from helpers import load, start_script
 
 from common.options import read_flags
 
@@ -22,6 +20,7 @@ def gpu(monkeypatch):
     return load("tests/bench/gpu.py")
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys, gpu):
     out = tmp_path / "gpu.json"
     code = gpu.main([*TINY, "--out", str(out)])
@@ -61,25 +60,28 @@ def test_a_measurement_that_fails_costs_no_other(tmp_path, monkeypatch, gpu):
 
 def test_killed_half_way_it_leaves_the_rows_so_far(tmp_path):
     out = tmp_path / "gpu.json"
-    run = subprocess.Popen([sys.executable, ROOT / "tests/bench/gpu.py", *TINY, "--out", out],
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = start_script("tests/bench/gpu.py", *TINY, "--out", out)
     try:
         deadline = time.monotonic() + 120
         while not out.exists() or len(json.loads(out.read_text())["rows"]) < 3:
-            assert run.poll() is None and time.monotonic() < deadline
+            assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
         run.kill()
-        run.wait()
+        code, text = run.finish()
+    assert code == -9, text
     found = json.loads(out.read_text())
     assert len(found["rows"]) >= 3 and found["command"] and found["versions"]["torch"]
 
 
-def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkeypatch, gpu):
-    """A GPU's minutes are dear: a misspelt option would be found only there, and what lies deep
-    or is large does not come back."""
-    options = SimpleNamespace(device=torch.device("cpu"), size="full", left=lambda: 60,
-                              out=str(tmp_path / "gpu.json"))
+@pytest.fixture
+def options(tmp_path):
+    return SimpleNamespace(device=torch.device("cpu"), size="full", left=lambda: 60,
+                           out=str(tmp_path / "gpu.json"))
+
+
+def test_reports_take_these_arguments(gpu, options):
+    """A GPU's minutes are dear: a misspelt option would be found only there."""
     commands = list(gpu.reports(options))
     assert [name for name, *_ in commands] == ["profile", "profile-qlora", "ladder"]
     # What is profiled is what the targets are for, and the naive rung would take the time of all.
@@ -90,6 +92,10 @@ def test_reports_take_these_arguments_and_leave_few_small_files(tmp_path, monkey
         kind = module.LadderOptions if "ladder" in script else module.ProfileOptions
         kind(**read_flags(kind, "", arguments))
 
+
+@pytest.mark.slow
+def test_reports_leave_few_small_files(tmp_path, monkeypatch, gpu, options):
+    """What lies deep or is large does not come back from a GPU."""
     monkeypatch.setattr(gpu, "reports", lambda options: [
         ("profile", "chapter-03/profiling/profile_step.py", [
             "--model", "tiny", "--data", "virtual", "--device", "cpu", "--batch-tokens", "128"]),

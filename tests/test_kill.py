@@ -27,7 +27,9 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("chapter, more, moments, changes", [
-    ("01", (), 4, 8), ("01", SCORED, 0, 3), ("02", DROPOUT, 1, 2)])
+    ("01", (), 2, 4), ("01", SCORED, 0, 1), ("02", DROPOUT, 1, 1), *(
+        pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("01", (), 8, 16), ("01", SCORED, 0, 6), ("02", DROPOUT, 3, 6)))])
 def test_incident_18_a_killed_run_becomes_what_it_would_have_been(
         tmp_path, chapter, more, moments, changes):
     """At random moments, and at some of the calls that change the disk; dropout, scores too."""
@@ -87,14 +89,14 @@ def test_the_comparison_sees_one_bit(tmp_path):
 
 
 def test_a_short_soak_leaves_nothing_behind(tmp_path):
-    """`tests/long/soak.py` for 60 steps in 12 starts, one of them ended as by a kill."""
+    """`tests/long/soak.py` for 24 steps in 12 starts, one of them ended as by a kill."""
     code, text = forked(lambda: soak_briefly(tmp_path))
     assert code == 0, text
 
 
 def soak_briefly(folder):
     torch.set_num_threads(1)
-    measured = soak.soak(folder, 60, every=5, model=())
+    measured = soak.soak(folder, 24, every=2, model=())
     before, last = measured[3], measured[11]  # at the same pack of the list
     assert last["left"] == before["left"] and last["live"] == before["live"] > 0
     assert last["files"] <= before["files"] and last["threads"] <= before["threads"]

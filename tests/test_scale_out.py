@@ -1,62 +1,56 @@
 """One process, two ranks and three ranks (gloo) do the same work: losses, norms, weights, order."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
+import small_runs
 import torch
-from helpers import ROOT
+from faults import Forked
+from helpers import load, ranks_of
 from safetensors.torch import load_file
+
+from common.weights import save_weights
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Documents with very different shares of labelled tokens: 1 of 60, or 60 of 61."""
-    file = tmp_path_factory.mktemp("data") / "data.jsonl"
-    with open(file, "w") as out:
-        for i in range(40):
-            long, short = "ab " * (15 + i % 7), "cd"
-            prompt, completion = (long, short) if i % 2 else (short, long)
-            out.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
-    return file
+def options(tmp_path_factory):
+    """Of a run on documents with very different shares of labelled tokens: 1 of 60, or 60 of 61;
+    and of a small model with weights."""
+    folder = tmp_path_factory.mktemp("scale-out")
+    options = small_runs.write_inputs(folder)
+    rows = []
+    for i in range(40):
+        texts = "ab " * (12 + i % 7), "cd"
+        rows.append(dict(zip(("prompt", "completion"), texts if i % 2 else texts[::-1])))
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    qwen3 = load("chapter-01/modeling_qwen3.py")
+    model = qwen3.Qwen3ForCausalLM(qwen3.Qwen3Config.from_dict(small_runs.CONFIG))
+    save_weights(model, small_runs.CONFIG, folder / "model", torch.float32)
+    return [*options, "--init", "pretrained", "--warmup", "0", "--steps", "4", "--save-every", "2",
+            "--keep", "9", "--eval-every", "4"]
 
 
-def start(ranks, script, *arguments, cwd):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr",
-                "127.0.0.1", "--master-port", str(port)] if ranks > 1 else []
-    process = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / script), *arguments], cwd=cwd, text=True,
-        capture_output=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "BARELOOP_TIMEOUT_SECONDS": "120"})
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-    return process.stdout
-
-
-def arguments(data, *more):
-    return ["--model", "tiny", "--data", str(data), "--device", "cpu", "--dtype", "float32",
-            "--batch-tokens", "160", "--lr", "1e-3", "--warmup", "0", "--steps", "4",
-            "--save-every", "2", "--keep", "9", "--eval-every", "4", *more]
+def start(ranks, chapter, *arguments):
+    """Train as so many ranks; gives what they printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BARELOOP_TIMEOUT_SECONDS", "120")
+        processes = ranks_of(ranks, lambda: Forked(lambda: small_runs.train(arguments, chapter)))
+    ended = [process.finish() for process in processes]
+    printed = "".join(text for _, text in ended)
+    assert not any(code for code, _ in ended), printed[-6000:]
+    return printed
 
 
 def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("script, more", [
-    ("chapter-01/train.py", ("--init", "pretrained")),
-    ("chapter-02/train.py", ("--method", "lora", "--rank", "4")),
-])
-def test_incidents_3_4_14_17_ranks_equal_one_process(tmp_path, data, script, more):
+@pytest.mark.parametrize("chapter, more", [("01", ()), ("02", ("--method", "lora", "--rank", "4"))])
+def test_incidents_3_4_14_17_ranks_equal_one_process(tmp_path, options, chapter, more):
     """6 packs a step as 1 x 6, 2 x 3 and 3 x 2; then 3 ranks go on where 1 process stopped."""
     for ranks in (1, 2, 3):
-        start(ranks, script, *arguments(data, *more, "--grad-accum", str(6 // ranks),
-                                        "--out", f"ranks{ranks}"), cwd=tmp_path)
+        start(ranks, chapter, *options, *more, "--grad-accum", 6 // ranks, "--out",
+              tmp_path / f"ranks{ranks}")
     one = tmp_path / "ranks1"
     weights = next((one / "final").glob("*model.safetensors")).name
     for ranks in (2, 3):
@@ -77,7 +71,7 @@ def test_incidents_3_4_14_17_ranks_equal_one_process(tmp_path, data, script, mor
         for file in (one / folder).iterdir():
             file.unlink()
         (one / folder).rmdir()
-    printed = start(3, script, "--resume", "ranks1", "--grad-accum", "2", cwd=tmp_path)
+    printed = start(3, chapter, "--resume", one, "--grad-accum", 2)
     assert "after step 2" in printed and "ranks 1 -> 3" in printed
     resumed, undisturbed = (load_file(tmp_path / run / "final" / weights)
                             for run in ("ranks1", "ranks3"))
@@ -85,7 +79,7 @@ def test_incidents_3_4_14_17_ranks_equal_one_process(tmp_path, data, script, mor
         torch.testing.assert_close(resumed[name], undisturbed[name], rtol=1e-4, atol=1e-5)
 
 
-def test_another_number_of_packs_a_step_is_refused(tmp_path, data):
-    start(1, "chapter-01/train.py", *arguments(data, "--out", "run"), cwd=tmp_path)
+def test_another_number_of_packs_a_step_is_refused(tmp_path, options):
+    start(1, "01", *options, "--out", tmp_path / "run")
     with pytest.raises(AssertionError, match="packs per step"):
-        start(2, "chapter-01/train.py", "--resume", "run", cwd=tmp_path)
+        start(2, "01", "--resume", tmp_path / "run")

@@ -129,9 +129,8 @@ def test_data_formats(tmp_path, capsys, name, rows):
     assert marked in printed
 
 
-def test_dry_run_counts_the_adapter(tmp_path):
-    process = run_script("chapter-02/train.py", "--model", "tiny", "--data", "tiny", "--device",
-                         "cpu", "--dry-run", "--rank", "8", cwd=tmp_path)
+def test_dry_run_counts_the_adapter(tmp_path, data):
+    process = run_script("chapter-02/train.py", *arguments(data, "--dry-run"), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "adapters" in process.stdout and "%" in process.stdout
     assert list(tmp_path.iterdir()) == []

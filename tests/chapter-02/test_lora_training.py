@@ -1,15 +1,11 @@
 """What the methods do over steps: what moves, at which rate, and how a run goes on after a stop."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, load
+from helpers import ROOT, load, ranks_of, start_script
 from safetensors.torch import load_file
 from torch import nn
 
@@ -360,23 +356,14 @@ main(sys.argv[1], sys.argv[2])
 def test_two_ranks_equal_one_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     processes = []
-    for world, rank in ((1, 0), (2, 0), (2, 1)):
-        environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK": str(rank),
-            "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port)}
-        (tmp_path / str(world)).mkdir(exist_ok=True)
-        processes.append(subprocess.Popen(
-            [sys.executable, script, tmp_path / f"{world}.safetensors", tmp_path / str(world),
-             ROOT / "chapter-02"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+        processes += ranks_of(world, lambda: start_script(
+            script, tmp_path / f"{world}.safetensors", tmp_path / str(world), ROOT / "chapter-02"))
     for process in processes:
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
+        code, output = process.finish()
+        assert code == 0, output
     one, two = (load_file(tmp_path / f"{world}.safetensors") for world in (1, 2))
     assert one.keys() == two.keys() and len(one) > 200
     for name, expected in one.items():

@@ -93,7 +93,7 @@ def test_dry_run_and_a_missing_compiler(tmp_path, data):
     assert "adapters" in done.stdout and "predicted peak" in done.stdout
     assert list(tmp_path.iterdir()) == []
     done = run_script("chapter-03/train.py", *arguments(data, "--compile", "--steps", "1"),
-                      cwd=tmp_path, environment={"CXX": "/no/such/compiler"})
+                      cwd=tmp_path, environment={"CXX": "/no/such/compiler"}, fresh=True)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and lines[-1].startswith("error: --compile: "), done.stderr
     assert "g++" in lines[-1]

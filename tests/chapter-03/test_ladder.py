@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from ch3_models import pack_of
-from helpers import load
+from helpers import ROOT, load
 
 ladder = load("chapter-03/profiling/ladder.py")
 compile_model = load("chapter-03/compiling.py").compile_model
@@ -46,7 +46,18 @@ def test_whole_loss_is_the_chunked_one():
         assert whole.item() == pytest.approx(model(**pack).item(), rel=1e-6)
 
 
-def test_ladder_measures_every_rung_and_goes_on_when_interrupted(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def two_layers(tmp_path_factory, monkeypatch):
+    """The tiny size with half of its layers: every operator of a rung takes a while to predict."""
+    folder = tmp_path_factory.mktemp("two-layers")
+    config = json.loads((ROOT / "common/tiny/config.json").read_text())
+    config |= {"num_hidden_layers": 2, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setitem(ladder.SIZES, "tiny", (folder, 128, 64))
+
+
+def test_ladder_measures_every_rung_and_goes_on_when_interrupted(
+        tmp_path, capsys, monkeypatch, quick_ceilings, two_layers):
     arguments = ["--size", "tiny", "--steps", "1", "--device", "cpu", "--no-compile",
                  "--out", str(tmp_path)]
     climbed, climb = [], ladder.climb
@@ -85,7 +96,7 @@ def test_ladder_measures_every_rung_and_goes_on_when_interrupted(tmp_path, capsy
     assert ladder.RUNGS["naive"]["packed"] is False  # the table itself has not been climbed
 
 
-def test_a_compiled_rung_compiles_once_for_all_of_its_packs(monkeypatch):
+def test_a_compiled_rung_compiles_once_for_all_of_its_packs(monkeypatch, quick_ceilings, two_layers):
     # Packs of one number of tokens in unequal numbers of documents: each would compile anew.
     for name in ("attention", "compiling", "lora", "loss", "modeling_llama", "nf4"):
         monkeypatch.setitem(sys.modules, name, load(f"chapter-03/{name}.py"))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ch3_models import build, pack_of
-from helpers import ROOT, load, run_script
+from helpers import ROOT, load
 from live_memory import LivePeak
 from torch.autograd import DeviceType
 
@@ -168,6 +168,13 @@ def test_an_operator_is_measured_on_its_own_layout():
         assert 0 < operators.alone(CPU, *calls[name]) < 0.1
 
 
+@pytest.mark.slow
+def test_the_ceilings_of_this_device():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 1e8 < operators.large_product(CPU, dtype) < 1e14
+    assert 1e8 < operators.large_copy(CPU) < 1e13
+
+
 def test_duration_is_the_median():
     waits = iter([0, 0.002, 0.03, 0.002, 0.002, 0.05])
     assert 0.002 <= buckets.duration(lambda: time.sleep(next(waits)), CPU) < 0.02
@@ -206,23 +213,24 @@ def test_quantised_base_is_told_from_the_rest():
 
 # --- the script ---
 
-def test_script_leaves_what_it_says(tmp_path):
-    done = run_script("chapter-03/profiling/profile_step.py", "--model", "tiny", "--data", "virtual",
-                      "--init", "random", "--device", "cpu", "--dtype", "float32",
-                      "--batch-tokens", 256, "--out", tmp_path / "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    trace = json.loads(gzip.decompress((tmp_path / "out" / "trace.json.gz").read_bytes()))
+def test_it_leaves_what_it_says(tmp_path, capsys, quick_ceilings):
+    out = tmp_path / "out"
+    assert profile_step.main([
+        "--model", "tiny", "--data", "virtual", "--init", "random", "--device", "cpu", "--dtype",
+        "float32", "--batch-tokens", "256", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    trace = json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"step", "forward", "loss", "backward", "optimizer"} <= names
-    figures = json.loads((tmp_path / "out" / "profile.json").read_text(encoding="utf-8"))
+    figures = json.loads((out / "profile.json").read_text(encoding="utf-8"))
     assert list(figures["measured"]) == list(figures["predicted"]) == list(buckets.BUCKETS)
     predicted, measured = (sum(figures[key].values())
                            for key in ("predicted_bytes", "measured_bytes"))
     assert predicted == pytest.approx(measured, rel=0.1)
     for words in ("GFLOP/s in a large float32 product", "explained", "trace.json.gz: the timeline",
                   "perfetto", *buckets.BUCKETS, *anatomy.CATEGORIES):
-        assert words in done.stdout
-    assert os.listdir(tmp_path / "out") and "snapshot" not in done.stdout
+        assert words in printed
+    assert os.listdir(out) and "snapshot" not in printed
 
 
 def test_script_refuses_what_is_no_step():

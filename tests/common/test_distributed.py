@@ -1,13 +1,8 @@
 """Two and three gloo processes against one: losses, gradients, norm, weights; and a dead rank."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ranks_of, start_script
 from safetensors.torch import load_file
 
 from common.errors import UserError
@@ -124,25 +119,6 @@ main(sys.argv[1])
 """
 
 
-def ranks_of(script, world, *arguments):
-    """Start `script` as `world` ranks without torchrun, which would kill a dead rank's peers."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return [
-        start_process(script, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world,
-                      MASTER_ADDR="localhost", MASTER_PORT=port)
-        for rank in range(world)]
-
-
-def start_process(*arguments, **environment):
-    """Start Python with one thread and these environment variables; its text is captured."""
-    environment = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, **environment}
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env={**os.environ, **{name: str(value) for name, value in environment.items()}})
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What 1, 2 and 3 processes computed: world size -> name -> tensor."""
@@ -150,14 +126,11 @@ def results(tmp_path_factory):
     script = folder / "script.py"
     script.write_text(SCRIPT)
     out = {world: folder / f"{world}.safetensors" for world in (1, 2, 3)}
-    processes = [
-        start_process(script, out[1]),
-        start_process("-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend",
-                      "c10d", "--rdzv-endpoint", "localhost:0", script, out[2]),
-        *ranks_of(script, 3, out[3])]
+    processes = [process for world in out for process in ranks_of(
+        world, lambda: start_script(script, out[world]))]
     for process in processes:
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
+        code, output = process.finish()
+        assert code == 0, output
     return {world: load_file(path) for world, path in out.items()}
 
 
@@ -211,15 +184,12 @@ if not is_main():
     os._exit(0)
 all_sum(torch.ones(1))
 """)
-    processes = ranks_of(script, 2)
-    try:
-        text = processes[0].communicate(timeout=60)[0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert processes[0].returncode != 0
-    assert "UserError: rank 0: another rank has ended or does not answer" in text
+    first, lost = ranks_of(2, lambda: start_script(script, timeout=60))
+    code, text = first.finish()
+    lost.kill()
+    lost.finish()
+    assert code == 2
+    assert "error: rank 0: another rank has ended or does not answer" in text
 
 
 def test_single_process_needs_no_group(monkeypatch):

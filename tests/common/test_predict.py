@@ -15,6 +15,13 @@ from common import memory, predict, predict_memory
 from common.weights import read_config
 
 DTYPES = [torch.float32, torch.bfloat16]
+SLOW = pytest.mark.slow
+
+
+def others_slow(cases, *telling):
+    """The cases as parameters: all but the `telling` ones, by their numbers, are slow."""
+    return [pytest.param(*case, id=str(case), marks=() if number in telling else SLOW)
+            for number, case in enumerate(cases)]
 
 
 def modules(chapter):
@@ -171,16 +178,19 @@ def test_saved_terms_equal_autograds_own_list(case, dtype):
         assert got == expected
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [
+CASES = [
     {}, {"tied": False}, {"grad_accum": 2}, {"vocab": 256}, {"vocab": 30000, "tokens": 40},
     {"vocab": 30000, "tokens": 40, "grad_accum": 2},
     {"vocab": 30000, "tokens": 40, "grad_accum": 2, "tied": False},
     {"chapter": 2, "method": "lora"}, {"chapter": 2, "method": "dora", "vocab": 512},
     {"chapter": 3}, {"chapter": 3, "vocab": 30000, "tokens": 40}, {"chapter": 3, "method": "lora"},
     {"chapter": 3, "checkpointing": "full", "layers": 8},
-    {"chapter": 3, "checkpointing": "selective", "layers": 8},
-], ids=str)
+    {"chapter": 3, "checkpointing": "selective", "layers": 8}]
+
+
+@pytest.mark.parametrize("case, dtype", [
+    *others_slow([(case, torch.float32) for case in CASES], 0, 2, 4, 6, 8, 9, 13),
+    *others_slow([(case, torch.bfloat16) for case in CASES], 0, 7, 11)])
 def test_predicted_peak_is_the_measured_one(case, dtype):
     """A whole AdamW step: forward, loss, backward, clip, update. Peak of live bytes within 3 %.
 
@@ -333,14 +343,15 @@ def a_card_of(gigabytes, monkeypatch):
     return total
 
 
-@pytest.mark.parametrize("chapter, options, tokens", [  # on 16, 24, 40 and 80 GB; 0: not at all
+@pytest.mark.parametrize("chapter, options, tokens", others_slow([
+    # on 16, 24, 40 and 80 GB; 0: not at all
     (1, {}, (0, 2048, 4096, 16384)),
     (2, {}, (2048, 4096, 8192, 16384)),
     (3, {}, (4096, 8192, 16384, 16384)),
     (3, {"method": "full", "quantize": "none"}, (0, 4096, 8192, 16384)),
     (3, {"method": "full", "quantize": "none", "compile": True}, (2048, 4096, 16384, 16384)),
     (3, {"method": "full", "quantize": "none", "activation_checkpointing": "full"}, (16384,) * 4),
-    (3, {"grad_accum": 3}, (4096, 8192, 16384, 16384))], ids=str)
+    (3, {"grad_accum": 3}, (4096, 8192, 16384, 16384))], 0, 2, 4))
 def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypatch, capsys):
     for gigabytes, expected in zip((16, 24, 40, 80), tokens, strict=True):
         total = a_card_of(gigabytes, monkeypatch)

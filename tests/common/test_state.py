@@ -1,14 +1,11 @@
 """Training state out and in: bitwise resume, by name, strict, and over other numbers of ranks."""
 
-import os
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
 from faults import Faults, disk_full
-from helpers import ROOT
+from helpers import ranks_of, start_script
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -320,19 +317,14 @@ def ranks(tmp_path_factory):
     """(folder, {number of ranks: what it printed}): 2 ranks saved and loaded, 3 and 1 loaded."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     printed = {}
     for kind in ("dense", "adapters"):
         (folder / kind).mkdir()
     for action, world in (("save", 2), ("load", 3)):
-        finished = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world),
-             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "script.py", action],
-            cwd=folder, env=environment, timeout=120, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT)
-        printed[world] = finished.stdout
-        assert finished.returncode == 0, finished.stdout
+        ended = [process.finish() for process in ranks_of(
+            world, lambda: start_script(folder / "script.py", action, cwd=folder))]
+        printed[world] = "".join(text for _, text in ended)
+        assert not any(code for code, _ in ended), printed[world]
     alone = {"__name__": "alone"}
     exec(SCRIPT, alone)
     for kind in ("dense", "adapters"):
