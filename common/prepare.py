@@ -71,9 +71,9 @@ def load(options, source, config, skills):
     # A document must fit a pack and the model's positions.
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
-    own = ["eval_data", "columns", "rendered"]
-    own += ["chat_template", "strict_template"] if "virtual" in embedded else []
-    given = [f"--{name.replace('_', '-')}" for name in own if getattr(options, name)]
+    own = ("eval_data", "columns", "rendered", "chat_template", "strict_template")
+    given = [f"--{name.replace('_', '-')}" for name in own[:5 if "virtual" in embedded else 3]
+             if getattr(options, name)]
     if embedded and (given or len(options.data) > 1):
         raise UserError(f"--data {' '.join(embedded)} stands alone; what goes with data of your "
                         f"own: {', '.join(given) or 'other files'}")

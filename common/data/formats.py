@@ -124,9 +124,12 @@ def _messages(value, keys, where, ignored):
     systems = [part.pop(0) for part in parts if part and part[0]["role"] == "system"]
     if len({one["content"].strip() for one in systems}) > 1:
         raise Refused("its system texts differ")
+    history = _must_be(list, _parsed(value, "history", where) or [], "history", where)
+    if not all(isinstance(one, list) and [*map(type, one)] == [str, str] for one in history):
+        raise UserError(f"{where}: history must be a list of [question, answer] pairs of texts")
+    if len(keys) == 1 and history:
+        raise UserError(f"{where}: 'history' beside {keys[0]!r}: put its turns into the list")
     if len(keys) == 1:
-        if value.get("history"):
-            raise UserError(f"{where}: 'history' beside {keys[0]!r}: put its turns into the list")
         return systems[-1:] + parts[1]
     _, before, after = parts
     if len(after) > len(before) and after[:len(before)] == before:
@@ -134,7 +137,9 @@ def _messages(value, keys, where, ignored):
     for message in before:
         if message["role"] == "assistant":
             message["train"] = False
-    return systems[-1:] + _history(value, where) + before + after
+    earlier = [{"role": role, "content": text} for pair in history
+               for role, text in zip(("user", "assistant"), pair)]
+    return systems[-1:] + earlier + before + after
 
 
 def _conversation(value, key, where, ignored):
@@ -151,15 +156,6 @@ def _conversation(value, key, where, ignored):
                 continue
         messages.append(message)
     return messages
-
-
-def _history(value, where):
-    """Earlier turns, [[question, answer], ...], as messages."""
-    pairs = _must_be(list, _parsed(value, "history", where) or [], "history", where)
-    if not all(isinstance(one, list) and [*map(type, one)] == [str, str] for one in pairs):
-        raise UserError(f"{where}: history must be a list of [question, answer] pairs of texts")
-    return [{"role": role, "content": text} for pair in pairs
-            for role, text in zip(("user", "assistant"), pair)]
 
 
 def _message(turn, where, ignored):
@@ -202,11 +198,8 @@ def _content(turn, where):
 
 
 def _call(call, schemas):
-    """A call as {"type": "function", "function": {"name", "arguments": object}, "id"?}.
-
-    Arguments that are an object already lose null keys, with which Arrow fills them up, but for
-    those that the schema of the function names.
-    """
+    """A call as {"type": "function", "function": {"name", "arguments": object}, "id"?}; without the
+    null keys that Arrow fills into arguments, unless the function's schema names them."""
     call = {key: one for key, one in call.items() if one is not None} if (
         isinstance(call, dict)) else {}
     if "function" not in call:
