@@ -19,6 +19,7 @@ import numpy as np
 from common.data.encode import DOCUMENT, Encoded, TOKEN
 from common.errors import UserError, writing
 from common.files import manifest
+from common.files.json_files import write_whole
 from common.ranks import say
 
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # decides about tokens and masks
@@ -56,7 +57,7 @@ def cached(make, key, files=(), title="data"):
             made = make(file)
         made.documents.tofile(folder / "documents")
         prints = {path.name: manifest.fingerprint(path) for path in folder.iterdir()}
-        manifest.write_manifest(folder, prints, {"notes": made.notes})
+        write_whole(folder / manifest.MANIFEST, manifest.encoded(prints, {"notes": made.notes}))
         shutil.rmtree(path, ignore_errors=True)  # what was damaged
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(folder, path)
