@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.data import masks, parts, turns
-from common.data.sandbox import CLOSED, OPENED
-from common.data.template import Refused, Template
+from common.data.template import CLOSED, OPENED, Refused, Template
 from common.data.tokenizer import call, complete, read_template, read_tokenizer
 from common.errors import UserError, one_line
 
@@ -213,11 +212,10 @@ class Chat:
     def _render(self, messages, add_generation_prompt=False, **variables):
         if self._compiled is None:
             return "".join(message.get("content", "") for message in messages)
-        size = sum(map(_size, messages)) + _size(variables)
         return self._compiled.render({
             "messages": messages, "tools": None, "documents": None,
             "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables,
-        }, size)
+        })
 
     def _rendered(self, text):
         """The Layout of a text in which a conversation stands as a template has written it: the
@@ -338,10 +336,6 @@ def _strings(value):
             elif isinstance(one, (list, tuple)):
                 rest.append(one)
     return found
-
-
-def _size(value):
-    return sum(map(len, _strings(value)))
 
 
 def fixed_date(format):

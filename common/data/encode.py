@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.data import cache
 from common.data.parts import LeftOut
-from common.data.template import Refused, bounded_memory
+from common.data.template import Refused
 from common.errors import UserError
 from common.ranks import is_main, say
 
@@ -147,17 +147,16 @@ def _chunks(records):
 def _tokenise(chunk, chat, note, strict):
     """(number, record, layout, ids, trained) of each record that can be used; `note` of others."""
     kept = []
-    with bounded_memory():
-        for number, record in chunk:
-            try:
-                if "refused" in record:
-                    raise Refused(record["refused"])
-                kept.append((number, record, chat.layout(record)))
-            except Refused as error:
-                if strict and isinstance(error, LeftOut):
-                    raise UserError(f"{record.get('where', f'example {number + 1}')}: {error} "
-                                    "(--strict-template)") from None
-                note(f"skipped, {error}", number, record)
+    for number, record in chunk:
+        try:
+            if "refused" in record:
+                raise Refused(record["refused"])
+            kept.append((number, record, chat.layout(record)))
+        except Refused as error:
+            if strict and isinstance(error, LeftOut):
+                raise UserError(f"{record.get('where', f'example {number + 1}')}: {error} "
+                                "(--strict-template)") from None
+            note(f"skipped, {error}", number, record)
     found, groups = {}, {True: [], False: []}  # by what the tokenizer shall add
     for n, (_, _, layout) in enumerate(kept):
         if layout.spans is None and len(layout.text) > PIECE:

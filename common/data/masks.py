@@ -11,8 +11,7 @@ import re
 import numpy as np
 
 from common.data.parts import OWN
-from common.data.sandbox import CLOSED, OPENED
-from common.data.template import Refused
+from common.data.template import CLOSED, OPENED, Refused
 
 
 def take_marks(text):
