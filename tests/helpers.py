@@ -46,3 +46,10 @@ def run_script(script, *arguments, cwd, timeout=300, environment=None):
         cwd=cwd, capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "NO_COLOR": "1", **(environment or {})},
     )
+
+
+def encode_text(chat, text):
+    """(ids, trained) of a document, as lists: all trained, eos appended."""
+    layout = chat.layout({"text": text})
+    ids, trained = chat.finish(layout, chat.tokenise([layout.text], layout.whole)[0])
+    return ids.tolist(), trained.tolist()

@@ -40,10 +40,6 @@ def _raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(format):
-    return datetime.datetime.now().strftime(format)
-
-
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """Unlike jinja2's own, with no HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
@@ -62,23 +58,23 @@ class Template:
             trim_blocks=True, lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _tojson
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        environment.globals.update(
+            raise_exception=_raise_exception,
+            strftime_now=lambda format: datetime.datetime.now().strftime(format))
         del environment.globals["lipsum"]  # random text
         try:
             self.compiled = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where}: chat template, line {error.lineno}: "
                             f"{one_line(error)}") from None
-        except Exception as error:  # by Python's compiler, say for a thousand brackets
+        except Exception as error:  # of Python's compiler, say for a thousand brackets
             raise UserError(f"{where}: chat template failed: {one_line(error)}") from None
+        self.compiled.globals = dict(environment.globals)  # a ChainMap before, slow to copy
 
     def render(self, variables):
-        """The text for `variables`, a dict; what `{% generation %}` marks, between OPENED and
-        CLOSED.
-
-        Raises Refused for what the template itself objects to (`raise_exception`, a role or a key
-        that it does not know), and UserError for one that writes more than LONGEST.
-        """
+        """The text for `variables`, a dict. Raises Refused for what the template itself objects to
+        (`raise_exception`, a role or a key that it does not know), and UserError for one that
+        writes more than LONGEST."""
         pieces, length = [], 0
         try:
             for piece in self.compiled.generate(variables):

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -18,19 +17,8 @@ LARGEST = 2**28  # bytes of a file
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a token
 
 
-class Files(NamedTuple):
-    tokenizer: Tokenizer   # with all added tokens, and truncation and padding switched off
-    template: str | None   # source of the chat template
-    template_file: Path    # where it stands, for messages
-    special_tokens: dict   # {"bos_token": "<s>", ...} as the template sees them
-    stop_ids: set          # ids at which generation ends: generation_config's eos, the tokenizer's
-    eos_id: int | None     # appended to plain text
-    vocab_size: int        # largest id + 1 (the model may have more rows)
-    fingerprint: str       # SHA-256 of all that decides about ids and masks
-
-
 def read_tokenizer(folder):
-    """The `Files` of a folder; of all that it can hold, tokenizer.json must be there."""
+    """What a folder says, a dict; of its files tokenizer.json must be there."""
     folder = Path(folder)
     raw = {name: read_bytes(folder / name, LARGEST)
            for name in ("tokenizer.json", "chat_template.jinja", *SETTINGS)
@@ -62,9 +50,16 @@ def read_tokenizer(folder):
                          and one.get("name") == "default"), template)
     if not (template is None or isinstance(template, str)):
         raise UserError(f"{where}: chat_template must be text, or a list with one named 'default'")
-    return Files(tokenizer, template, where, special_tokens, {*stops, eos_id} - {None}, eos_id,
-                 vocab_size=max(vocabulary.values(), default=-1) + 1,
-                 fingerprint=hashlib.sha256(repr(sorted(raw.items())).encode()).hexdigest())
+    return {
+        "tokenizer": tokenizer,  # with all added tokens, and truncation and padding switched off
+        "template": template,  # source of the chat template, or None
+        "template_file": where,  # where it stands, for messages
+        "special_tokens": special_tokens,  # {"bos_token": "<s>", ...} as the template sees them
+        "stop_ids": {*stops, eos_id} - {None},  # generation ends at them
+        "eos_id": eos_id,  # appended to plain text; None: nothing is
+        "vocab_size": max(vocabulary.values(), default=-1) + 1,  # the model may have more rows
+        # SHA-256 of all that decides about ids and masks:
+        "fingerprint": hashlib.sha256(repr(sorted(raw.items())).encode()).hexdigest()}
 
 
 def _add_tokens(tokenizer, config, mapped, ids, folder):

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import GOLDENS
+from helpers import GOLDENS, encode_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors
 
@@ -192,6 +192,18 @@ def test_all_to_the_end_of_the_turn_is_trained_even_if_the_words_end_in_a_tag(ch
     assert stops_of(Chat.load(two)) == {"</s>", "<e>"}
 
 
+def test_thoughts_in_the_answer_are_trained_from_their_first_tag_on(tmp_path):
+    """Where a template has no header, and where there is no template."""
+    inst = ("{% for m in messages %}{{ '[' ~ m.content ~ ']' if m.role == 'user' else ' ' ~ "
+            "m.content ~ '</s>' }}{% endfor %}")
+    chat = Chat.load(folder_with(tmp_path / "t", inst))
+    joined = Chat.load(folder_with(tmp_path / "joined"))
+    for answer in ("<think>\nhm\n</think>\n\nyes", "<think>\n\n</think>\n\nyes", "</think>yes"):
+        assert said(chat, talk("a", answer, "b", answer)) == [answer + "</s>"] * 2
+        assert said(joined, talk("a", answer)) == [answer + "</s>"]
+    assert said(joined, talk("a", "<think>hm</think>")) == ["<think>hm</think></s>"]
+
+
 def test_a_header_in_a_users_words_begins_nothing(tmp_path):
     source = ("{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A - ' }}{{ m.content }}\n"
               "{% endfor %}{% if add_generation_prompt %}A: {% endif %}")
@@ -237,6 +249,29 @@ def test_calls_whose_arguments_cannot_be_marked(tmp_path):
         chat.encode_messages([*talk("a"), call])
 
 
+def test_arguments_without_end_are_refused(chats):
+    for depth, refused in ((100, False), (600, True), (900, True)):
+        value = "x"
+        for _ in range(depth):
+            value = [value]
+        call = {"role": "assistant", "content": "", "tool_calls": [
+            {"function": {"name": "f", "arguments": {"x": value}}}]}
+        if refused:
+            with pytest.raises(Refused, match="too deep"):
+                chats["qwen3"].layout({"messages": [*talk("a"), call]})
+        else:
+            assert chats["qwen3"].layout({"messages": [*talk("a"), call]}).spans
+
+
+def test_words_that_a_template_drops_at_times_are_missed_each_time(tmp_path):
+    """What was learned of one conversation does not hide that the next, alike, is not written."""
+    source = CHATML.replace("{{ m.content }}", "{{ m.content if 'a' in m.content }}")
+    chat = Chat.load(folder_with(tmp_path / "t", source))
+    for answer, dropped in (("am", ()), ("in", ("words of the assistant",)), ("am", ()),
+                            ("i", ("words of the assistant",))):
+        assert chat.layout({"messages": talk("a", answer)}).left_out == dropped
+
+
 def test_what_was_learned_is_tried_and_not_believed(tmp_path):
     """Of conversations of one shape, the template writes one otherwise."""
     source = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ ' (' ~ m.name ~ ')' if m.name }}")
@@ -254,14 +289,19 @@ def test_what_was_learned_is_tried_and_not_believed(tmp_path):
 def test_text_is_trained_whole_with_one_bos_and_one_eos(tmp_path):
     chat = Chat.load(folder_with(tmp_path / "t"))
     bos, eos = chat.tokenizer.token_to_id("<s>"), chat.tokenizer.token_to_id("</s>")
-    ids, trained = chat.encode_text("ab")
+    ids, trained = encode_text(chat, "ab")
     assert (ids[0], ids[-1], len(ids)) == (bos, eos, 4) and all(trained)
     ids, trained = chat.encode_messages(talk("ab", "c"))  # no template: joined
     assert chat.decode(ids) == "abc" and (ids.count(bos), ids.count(eos)) == (1, 1)
     assert trained == [False, False, False, True, True]
     with pytest.raises(Refused, match="several turns, .* --chat-template FILE"):
         chat.encode_messages(talk("ab", "c", "d"))
-    assert chat.encode_prompt("ab") == [bos, *chat.encode_text("ab")[0][1:-1]]
+    with pytest.raises(Refused, match="or a tool call, .* --chat-template FILE"):
+        chat.encode_messages([*talk("ab"), {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": {}}}]}])
+    with pytest.raises(UserError, match="--no-thinking: this model's chat template cannot"):
+        chat.no_thinking()
+    assert chat.encode_prompt("ab") == [bos, *encode_text(chat, "ab")[0][1:-1]]
     assert chat.encode_prompt(talk("ab")) == chat.encode_prompt("ab")
 
 
@@ -269,7 +309,7 @@ def test_a_template_with_bos_gets_no_second_one(chats):
     chat = chats["llama3"]
     bos = chat.tokenizer.token_to_id("<|begin_of_text|>")
     for ids in (chat.encode_messages(talk("a", "b"))[0], chat.encode_prompt(talk("a")),
-                chat.encode_text("a")[0], chat.encode_prompt("a")):
+                encode_text(chat, "a")[0], chat.encode_prompt("a")):
         assert ids[0] == bos and ids.count(bos) == 1
 
 
@@ -283,7 +323,7 @@ def test_a_tokenizer_that_appends_eos_itself(tmp_path):
     tokenizer.enable_padding(length=20)
     tokenizer.save(str(folder / "tokenizer.json"))
     chat = Chat.load(folder)
-    ids, trained = chat.encode_text("a long text")
+    ids, trained = encode_text(chat, "a long text")
     assert len(ids) == 13 and ids.count(chat.eos_id) == 1 and trained[-1]
     assert chat.eos_id not in chat.encode_prompt("a")
     assert chat.encode_messages(talk("a", "b"))[1] == [False, False, True, True]
@@ -416,7 +456,7 @@ def test_text_that_spells_a_control_token_is_refused(chats, role):
         with pytest.raises(UserError, match="control token"):
             chats["qwen3"].encode_prompt(prompt)
     with pytest.raises(UserError, match="control token"):
-        chats["qwen3"].encode_text("a<|im_end|>")
+        encode_text(chats["qwen3"], "a<|im_end|>")
 
 
 def test_an_assistant_may_think_and_a_user_may_not(chats):
@@ -436,13 +476,13 @@ def test_a_control_token_across_two_contents_and_in_other_spelling(tmp_path):
         Chat.load(folder_with(tmp_path / "a")).encode_messages(talk("x <", "/s> y"))
     lower = folder_with(tmp_path / "b", normalizer=normalizers.Lowercase())
     with pytest.raises(Refused, match="</s>"):
-        Chat.load(lower).encode_text("x </S> y")
+        encode_text(Chat.load(lower), "x </S> y")
 
 
 def test_text_that_cannot_be_encoded_or_marked_is_refused(chats):
     for text in ("\ud800", "a\udfff"):
         with pytest.raises(Refused, match="surrogate"):
-            chats["qwen3"].encode_text(text)
+            encode_text(chats["qwen3"], text)
         with pytest.raises(Refused, match="surrogate"):
             chats["qwen3"].encode_messages(talk("a", text))
     for name in ("qwen3", "qwen3 marked"):
@@ -637,7 +677,7 @@ def test_tokens_beside_tokenizer_json_are_those_of_transformers(tmp_path, case):
     for content, (_, flags) in found.items():
         if "s" in flags:
             with pytest.raises(Refused, match="control token"):
-                chat.encode_text(f"say {content}")
+                encode_text(chat, f"say {content}")
 
 
 @pytest.mark.parametrize("files, message", [

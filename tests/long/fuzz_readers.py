@@ -10,7 +10,7 @@ from typing import Callable
 
 import small_runs
 import torch
-from helpers import GOLDENS, ROOT, load
+from helpers import GOLDENS, ROOT, encode_text, load
 
 from common import hub, metrics, weights
 from common.data import cache, datasets, encode
@@ -219,7 +219,7 @@ def read_tokenizer(folder, names=()):
         chat.decode(ids)
 
     each(lambda: talk(TALK), lambda: talk(TALK[1:2]), lambda: chat.encode_prompt(TALK[:1]),
-         lambda: chat.decode(chat.encode_text("once")[0]))
+         lambda: chat.decode(encode_text(chat, "once")[0]))
 
 
 def prepare_template(folder):
