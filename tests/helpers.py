@@ -92,3 +92,10 @@ def ranks_of(world, start):
                 world), MASTER_ADDR="localhost", MASTER_PORT=str(port)):
             processes.append(start())
     return processes
+
+
+def encode_text(chat, text):
+    """(ids, trained) of a document, as lists: all trained, eos appended."""
+    layout = chat.layout({"text": text})
+    ids, trained = chat.finish(layout, chat.tokenise([layout.text], layout.whole)[0])
+    return ids.tolist(), trained.tolist()

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faults import forked
-from helpers import GOLDENS, ROOT, load
+from helpers import GOLDENS, ROOT, encode_text, load
 
 sys.path += [str(ROOT / "tests" / name) for name in ("chapter-02", "chapter-03")]
 import ch2_folders
@@ -211,7 +211,7 @@ def test_incident_11_one_bos_and_a_trained_end(name):
         if one["messages"][-1]["role"] == "assistant" and any(trained):
             last = max(i for i, yes in enumerate(trained) if yes)
             assert ids[last] in chat.stop_ids
-    ids, trained = chat.encode_text("A text.")
+    ids, trained = encode_text(chat, "A text.")
     assert (bos is None or ids.count(bos) == 1) and ids[-1] == chat.eos_id and trained[-1]
 
 
@@ -398,7 +398,7 @@ def test_incident_28_no_byte_is_counted():
         assert "bits per byte" not in text and "bpb" not in text and "token_bytes" not in text, file
     chat = Chat.load(ROOT / "common/tiny")
     text = "naïve 日本語 👩‍👩‍👧 ≠"
-    ids = chat.encode_text(text)[0][:-1]
+    ids = encode_text(chat, text)[0][:-1]
     assert any("\ufffd" in chat.decode([token]) for token in ids)  # half a character
     assert chat.decode(ids) == text
     assert np.all([isinstance(chat.decode([token]), str) for token in range(chat.vocab_size)])

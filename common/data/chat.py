@@ -8,19 +8,18 @@ offsets carry it over to tokens. Text that spells a control token is refused: it
 import datetime
 import hashlib
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.data import masks, parts, turns
-from common.data.sandbox import CLOSED, OPENED
 from common.data.template import Refused, Template
 from common.data.tokenizer import call, complete, read_template, read_tokenizer
 from common.errors import UserError, one_line
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
+JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"  # without a template
 
 
 class Layout(NamedTuple):
@@ -37,8 +36,7 @@ class Layout(NamedTuple):
 class Chat:
     """A tokenizer with its chat template. Made by `Chat.load(folder)`.
 
-    Its fields are those of `tokenizer_files.Files`: tokenizer, template, special_tokens, stop_ids,
-    eos_id, vocab_size, fingerprint.
+    Its fields are those that `tokenizer.read_tokenizer` gives.
     """
 
     @classmethod
@@ -48,36 +46,35 @@ class Chat:
         UserError for whatever is wrong with them.
         """
         self = cls()
-        vars(self).update(read_tokenizer(folder)._asdict())
-        self.given_template = None if template is None else Path(template)
-        if template is not None:
-            self.template, self.template_file = read_template(template), self.given_template
+        vars(self).update(read_tokenizer(folder))
+        self._given = template is not None
+        if self._given:
+            self.template, self.template_file = read_template(template), template
             self.fingerprint = hashlib.sha256(
                 f"{self.fingerprint} {self.template}".encode()).hexdigest()
-        source = self.template or ""
-        self._compiled = None if self.template is None else Template(source, self.template_file)
+        source = JOINED if self.template is None else self.template
+        self._compiled = Template(source, self.template_file)
         self._marks_generation = bool(re.search(r"{%[-+]?\s*generation\b", source))
         added = self.tokenizer.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         named = [token.content for token in added  # say <think>, to which the template gives sense
                  if token.content.strip() and token.content in source]
-        self._special = _any_of(special)
-        self._special_or_named = _any_of(special + named)
+        self._special = turns.any_of(special)
+        self._special_or_named = turns.any_of(special + named)
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
         self._shapes = {}  # see `parts.find`
-        headers, ending, ends = turns.learn(self.render, self._special, self._special_or_named) if (
-            self._compiled) else ([], "", [])
+        header, ending, ends = turns.learn(self.render, self._special, self._special_or_named)
         self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token) for token in ends}
-        stops = _any_of(map(self.tokenizer.id_to_token, self.stop_ids))
-        self._turns = turns.Turns(headers, ending, stops, self._special)
+        stops = turns.any_of(map(self.tokenizer.id_to_token, self.stop_ids))
+        self._turns = turns.Turns(turns.any_of({header, header.partition("<think>")[0]}),
+                                  bool(self._special.search(header)), ending, stops, self._special)
         return self
 
     def save(self, folder):
         """Add to the tokenizer's files in `folder`, copies of those that this was read from, what
         they lack: the chat template that was given, and the tokens at which an answer ends."""
-        template = None if self.given_template is None else self.template
-        complete(folder, template, self.stop_ids)
+        complete(folder, self.template if self._given else None, self.stop_ids)
 
     def render(self, messages, add_generation_prompt=False, **variables):
         """The conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.
@@ -87,36 +84,29 @@ class Chat:
         conversation that the template does not take.
         """
         text = self._render(_plain(messages), add_generation_prompt, **variables)
-        return text.replace(OPENED, "").replace(CLOSED, "") if self._marks_generation else text
+        return parts.take_marks(text)[0] if self._marks_generation else text
 
     def encode_messages(self, messages, **variables):
-        """(ids, trained) of a conversation: lists of int and of bool, of equal length.
-
-        Raises Refused if it cannot be used (control tokens in its text, no trustworthy mask).
-        """
-        return self._encode({**variables, "messages": messages})
-
-    def encode_text(self, text):
-        """(ids, trained) of a document: all trained, eos appended, BOS if the tokenizer adds it."""
-        return self._encode({"text": text})
+        """(ids, trained) of a conversation: lists of int and of bool, of equal length. Raises
+        Refused if it cannot be used (control tokens in its text, no trustworthy mask)."""
+        layout = self.layout({**variables, "messages": messages})
+        ids, trained = self.finish(layout, self.tokenise([layout.text], layout.whole)[0])
+        return ids.tolist(), trained.tolist()
 
     def encode_prompt(self, prompt, **variables):
         """Ids to generate from: of messages with the generation prompt, or of a plain text."""
+        plain = isinstance(prompt, str) or self.template is None
         if not isinstance(prompt, str):
-            self._check(_plain(prompt))
-            text = self.render(prompt, True, **variables)
-            if self._compiled is not None:
-                return self.tokenise([text])[0].ids
-            prompt = text
-        self._refuse_control_tokens(prompt)
-        ids = self.tokenise([prompt], whole=True)[0].ids
-        return ids[:-1] if ids and ids[-1] == self.eos_id else ids
+            self._check(_plain(prompt), {})
+            prompt = self.render(prompt, True, **variables)
+        if plain:
+            self._refuse_control_tokens(prompt)
+        ids = self.tokenise([prompt], plain)[0].ids
+        return ids[:-1] if plain and ids and ids[-1] == self.eos_id else ids
 
     def no_thinking(self):
         """The variables that have the template switch thinking off; UserError if it cannot."""
         asked = [{"role": "user", "content": "?"}]
-        if self.template is None:
-            raise UserError("--no-thinking: this model has no chat template")
         if self.render(asked, True, enable_thinking=False) == (
                 self.render(asked, True, enable_thinking=True)):
             raise UserError("--no-thinking: this model's chat template cannot switch it off (it "
@@ -126,13 +116,13 @@ class Chat:
     def decode(self, ids, skip_special=True):
         """The text of token ids; control tokens are left out unless `skip_special` is False."""
         return call("the tokenizer cannot decode", self.tokenizer.decode, list(map(int, ids)),
-                     skip_special_tokens=skip_special)
+                    skip_special_tokens=skip_special)
 
     def tokenise(self, texts, whole=False):
         """A `tokenizers.Encoding` per text. `whole` adds what the tokenizer adds to a document;
         a rendered conversation has its BOS from the template, and must not get a second."""
         return call("the tokenizer failed", self.tokenizer.encode_batch, texts,
-                     add_special_tokens=whole)
+                    add_special_tokens=whole)
 
     def layout(self, record):
         """The Layout of a record: {"text"} or {"messages"} with what else the template takes.
@@ -141,55 +131,48 @@ class Chat:
         day into the system prompt), so that the same data give the same tokens tomorrow.
         """
         if "text" in record:
-            if not record["text"].strip():
-                raise Refused("empty")
-            if record.get("rendered"):
-                return self._rendered(record["text"])
-            self._refuse_control_tokens(record["text"], advice="; if the text is a conversation "
-                                        "already rendered, give it as messages, or say --rendered")
-            return Layout(record["text"], None, True, True)
+            return self._text(record["text"], record.get("rendered"))
         messages = _plain(record["messages"])
         untrained = {n for n, message in enumerate(record["messages"])
                      if message.get("train") is False}
         variables = {key: value for key, value in record.items()
                      if key not in ("messages", "where")}
         self._check(messages, variables)
-        notes = self._notes(messages)
-        if self._compiled is None:
-            return self._joined(messages, untrained, variables.get("tools"), notes)
         variables["strftime_now"] = fixed_date
-        text = self._render(messages, **variables)
-        tools = variables.get("tools")
+        tools = variables.pop("tools", None)
 
         def render(messages, tools):
-            return self._render(messages, **variables | {"tools": tools})
+            return self._render(messages, tools=tools, **variables)
 
+        text = render(messages, tools)
+        if self._marks_generation:
+            text, generated = parts.take_marks(text)
         found, where, all_marked = parts.find(messages, tools, text, render, self._shapes,
                                               self._turns)
         left_out = parts.left_out(messages, found, where, text, all_marked)
-        last = len(messages) - 1
+
+        own, eos = [], None
+        if untrained or not self._marks_generation:
+            if where is None:
+                raise Refused("the chat template rewrites the assistant's words, so it cannot be "
+                              "told what to train on; mark them in the template with "
+                              "{% generation %}")
+            own = masks.regions(where, found, text, self._turns)
         if self._marks_generation:
-            plain, spans = masks.take_marks(text)
-            if untrained:
-                dropped = [span for span in self._regions(where, found, text)
-                           if span[2] in untrained]
-                if len(dropped) < len(untrained):
-                    raise Refused("a turn with the weight 0 in which the template writes nothing")
-                spans = masks.without(spans, [span[:2] for span in dropped], text)
-            return Layout(plain, spans, False, None, left_out, notes)
-        if where is None:
-            raise Refused("the chat template rewrites the assistant's words, so it cannot be told "
-                          "what to train on; mark them in the template with {% generation %}")
-        spans, eos = self._regions(where, found, text), None
-        if spans and spans[-1][2] == last and not text[spans[-1][1]:].strip():
-            start, end, _ = spans[-1]
-            ends = [token.end() for token in self._special.finditer(text, start, end)]
-            ending = self._turns.ending
-            if ends[-1:] != [end] and not (ending and text.endswith(ending, start, end)):
-                # No end-of-turn token: with eos it learns to stop.
-                spans[-1], eos = (start, len(text), last), last not in untrained
-        spans = [(start, end) for start, end, n in spans if n not in untrained]
-        return Layout(text, spans, False, eos, left_out, notes)
+            dropped = [(start, end) for start, end, n, _ in own if n in untrained]
+            if len(dropped) < len(untrained):
+                raise Refused("a turn with the weight 0 in which the template writes nothing")
+            spans = [(start, end) for start, end, k in generated or ()
+                     if k == parts.GENERATED and start < end and not any(
+                         start < last and first < end for first, last in dropped)]
+        else:
+            spans = [(start, end) for start, end, n, _ in own if n not in untrained]
+            if own and own[-1][1] == len(text) and not own[-1][3]:
+                eos = own[-1][2] not in untrained  # no end-of-turn token: it learns to stop
+        plain = self.template is None
+        if plain:
+            self._refuse_control_tokens(text)  # one may span two contents
+        return Layout(text, spans, plain, eos, left_out, self._notes(messages))
 
     def finish(self, layout, encoding):
         """(ids int32, trained bool), arrays, of a Layout and what `tokenise` made of its text (of
@@ -204,29 +187,21 @@ class Chat:
             trained[-1] = layout.eos
         return ids, trained
 
-    def _encode(self, record):
-        layout = self.layout(record)
-        encoding = self.tokenise([layout.text], layout.whole)[0]
-        ids, trained = self.finish(layout, encoding)
-        return ids.tolist(), trained.tolist()
-
     def _render(self, messages, add_generation_prompt=False, **variables):
-        if self._compiled is None:
-            return "".join(message.get("content", "") for message in messages)
-        size = sum(map(_size, messages)) + _size(variables)
         return self._compiled.render({
             "messages": messages, "tools": None, "documents": None,
-            "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables,
-        }, size)
+            "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables})
 
-    def _rendered(self, text):
-        """The Layout of a text in which a conversation stands as a template has written it: the
-        assistant's turns are trained, or all of it where none is found."""
-        spans, headers = [], _any_of(self._turns.headers)
-        while header := headers.search(text, spans[-1][1] if spans else 0):
-            stop = self._turns.stops.search(text, header.end())
-            spans.append((header.end(), stop.end() if stop else len(text)))
-        bos = self.special_tokens.get("bos_token")
+    def _text(self, text, rendered):
+        """The Layout of a text. Of one in which a template has already written a conversation
+        (`rendered`) the assistant's turns are trained, or all of it where none is found."""
+        if not text.strip():
+            raise Refused("empty")
+        if not rendered:
+            self._refuse_control_tokens(text, advice="; if the text is a conversation already "
+                                        "rendered, give it as messages, or say --rendered")
+            return Layout(text, None, True, True)
+        spans, bos = self._turns.own(text), self.special_tokens.get("bos_token")
         notes = () if spans else ("without the header of an assistant's turn: trained whole",)
         return Layout(text, spans or None, not (bos and text.startswith(bos)), None, (), notes)
 
@@ -243,46 +218,27 @@ class Chat:
             notes.append("with an empty answer, which is not trained")
         return tuple(notes)
 
-    def _joined(self, messages, untrained, tools, notes):
-        """The Layout for a tokenizer without a chat template: one turn, its contents joined."""
-        text, spans, left_out = "", [], ["the tools"] if tools else []
-        for n, message in enumerate(messages):
-            begin, text = len(text), text + message.get("content", "")
-            if message["role"] == "assistant" and n not in untrained:
-                spans.append((begin, len(text)))
-            if message.get("tool_calls"):
-                raise Refused("a tool call, and this model has no chat template: give one with "
-                              "--chat-template FILE")
-            if message.get("reasoning_content"):
-                left_out.append("the reasoning of the last turn")
-        self._refuse_control_tokens(text)  # one may span two contents
-        return Layout(text, spans, True, messages[-1]["role"] == "assistant" and bool(spans),
-                      tuple(left_out), notes)
-
-    def _regions(self, where, found, text):
-        if where is None:
-            raise Refused("the chat template rewrites the assistant's words, so it cannot be told "
-                          "which of them have the weight 0")
-        return masks.regions(where, found, text, self._turns)
-
-    def _check(self, messages, variables=()):
+    def _check(self, messages, variables):
         """Refuse what is no conversation, or holds control tokens or private-use characters."""
         if not any(value for one in messages for name, value in one.items() if name != "role"):
             raise Refused("empty")
-        turns = [message.get("role") for message in messages]
-        if self._compiled is None and max(turns.count("user"), turns.count("assistant")) > 1:
-            raise Refused("several turns, and this model has no chat template to tell them apart: "
-                          "give one with --chat-template FILE")
+        roles = [message.get("role") for message in messages]
+        if self.template is None and (max(roles.count("user"), roles.count("assistant")) > 1
+                                      or any(one.get("tool_calls") for one in messages)):
+            raise Refused("several turns, or a tool call, and this model has no chat template to "
+                          "tell them apart: give one with --chat-template FILE")
         for message in messages:
             if message.get("role") not in ROLES:
                 raise Refused(f"role {one_line(repr(message.get('role')))} is not one of "
                               + ", ".join(ROLES))
             if not isinstance(message.get("content", ""), str):
                 raise Refused(f"the content of a {message['role']} message is not text")
-            for text in _strings(message):
-                self._refuse_control_tokens(text, message["role"] == "user", chat=True)
-        for text in _strings(variables):
-            self._refuse_control_tokens(text, chat=True)
+        try:
+            for value in (*messages, variables):
+                for text in _strings(value):
+                    self._refuse_control_tokens(text, value.get("role") == "user", chat=True)
+        except RecursionError:
+            raise Refused("its values lie too deep within each other") from None
 
     def _refuse_control_tokens(self, text, named=False, chat=False, advice=""):
         """Special tokens are control tokens. So are, in a user's text, those added tokens that the
@@ -322,34 +278,11 @@ def _strings(value):
     """Every string in nested lists and dicts, keys included."""
     if isinstance(value, str):
         return [value]
-    found = []
     if isinstance(value, dict):
-        found, value = list(value), value.values()
-    elif not isinstance(value, (list, tuple)):
-        return found
-    rest = [value]
-    while rest:
-        for one in rest.pop():
-            if isinstance(one, str):
-                found.append(one)
-            elif isinstance(one, dict):
-                found.extend(one)
-                rest.append(one.values())
-            elif isinstance(one, (list, tuple)):
-                rest.append(one)
-    return found
-
-
-def _size(value):
-    return sum(map(len, _strings(value)))
+        value = [*value, *value.values()]
+    return [text for one in value for text in _strings(one)] if isinstance(value, list) else []
 
 
 def fixed_date(format):
     """`strftime_now` of templates in training data."""
     return datetime.date(2024, 7, 26).strftime(format)
-
-
-def _any_of(texts):
-    """A pattern that matches any of the texts, the longest first; nothing if there are none."""
-    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True)))
-                      or "(?!)")

@@ -1,34 +1,19 @@
 """Which characters of a rendered conversation, and which tokens, the model must learn to write.
 
 Trained is what the assistant has to write: all from behind the header of its turn (what a prompt
-ends with), to the end-of-turn token. For a template that says so itself ({% generation %}) see
-`take_marks`.
+ends with), to the end-of-turn token.
 """
 
 import bisect
 import re
+from itertools import pairwise
 
 import numpy as np
 
 from common.data.parts import OWN
-from common.data.sandbox import CLOSED, OPENED
 from common.data.template import Refused
 
-
-def take_marks(text):
-    """(text without OPENED and CLOSED, [(start, end)] of what stood between them)."""
-    plain, spans, length, open_at = [], [], 0, []
-    for piece in re.split(f"([{OPENED}{CLOSED}])", text):
-        if piece == OPENED:
-            open_at.append(length)
-        elif piece == CLOSED and open_at:
-            start = open_at.pop()
-            if not open_at and length > start:
-                spans.append((start, length))
-        elif piece != CLOSED:
-            plain.append(piece)
-            length += len(piece)
-    return "".join(plain), spans
+_TAGS = re.compile(r"</?think>(\s|</?think>)*\Z")  # before the first part of a content
 
 
 def inside(encoding, spans):
@@ -61,61 +46,52 @@ def _inside(offsets, spans):
 
 
 def regions(where, found, text, turns):
-    """[(start, end, message)] of what the assistant writes in `text`, the plain rendering.
+    """[(start, end, message, ended)] of what the assistant writes in `text`, the plain rendering;
+    `ended` says whether the end is an end-of-turn token's.
 
     `where` are the places of the parts `found`, `turns` the template's `Turns`. A region begins
     behind the header, so what the template inserts before the words (Qwen3's empty think block)
     is part of it; without a header it begins with the first of the words. Raises Refused where it
     cannot be told what to train on.
     """
-    spans, floor, last = [], 0, 0  # where what stands before this part ends
-    for start, end, k in where:
+    spans = []
+    for (_, floor, _), (start, end, k) in pairwise([(0, 0, None), *where]):
         message, kind, words = found[k]
-        floor, last = last, end
         if kind not in OWN:
             continue
+        lead = len(words) - len(words.lstrip())
+        kept = text.startswith(words, start - lead)  # with the white space at its edges
+        end = start - lead + len(words) if kept else end
         if spans and spans[-1][2] == message:
             spans[-1][1] = end
             continue
-        header, at = "", -1
-        for header in turns.headers:
-            edge = len(words) - len(words.lstrip())  # a header may end in the words' white space
-            if (at := text.rfind(header, floor, min(start + edge, end))) >= 0:
-                break
-        if at >= 0:
-            start = at + len(header)
+        headers = [*turns.header.finditer(text, floor, start)]
+        if headers:
+            start = headers[-1].end()
         elif kind == "call":
             raise Refused("the chat template does not show where the turn of a tool call begins; "
                           "mark it in the template with {% generation %}")
-        elif spans and floor == spans[-1][1] and not text[floor:start].strip():
-            start = floor  # two messages in one turn
+        else:
+            tags = _TAGS.search(text, floor, start - kept * lead)
+            start = tags.start() if tags else start - kept * lead
+            if spans and floor <= spans[-1][1] and not text[floor:start].strip():
+                start = spans[-1][1]  # two messages in one turn
         spans.append([start, end, message])
     calls = {part.message for part in found if part.kind == "call"}
     begins = [start for start, _, _ in where] + [len(text)]
-    for span in spans:
-        after = begins[min(bisect.bisect_left(begins, span[1]), len(where))]
-        stop = turns.stops.search(text, span[1], after)
-        special = turns.special.search(text, span[1], after)
-        if stop:  # all before it is the model's to write: a </think>, the end of a call
-            rest = turns.ending.partition(stop.group())[2]  # a second token, right behind it
-            span[1] = stop.end() + len(rest) * text.startswith(rest, stop.end())
-        elif special and (span[2] in calls or not text[span[1]:special.start()].strip()):
-            span[1] = special.end()
-        elif span[2] in calls and after < len(text):
+    ended = []
+    for start, end, message in spans:
+        after = begins[min(bisect.bisect_left(begins, end), len(where))]
+        special = turns.special.search(text, end, after)
+        stop = turns.end(text, end, after)  # all before it is the model's: a </think>, a call's end
+        if not stop and special and (message in calls or not text[end:special.start()].strip()):
+            stop = special.end()
+        elif not stop and message in calls and after < len(text):
             raise Refused("the chat template does not show where the turn of a tool call ends; "
                           "mark it in the template with {% generation %}")
-        elif span[2] in calls:
-            span[1] = after
-    if any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
+        elif not stop and (message in calls or not text[end:].replace("</think>", "").strip()):
+            end = len(text)
+        ended.append((start, stop or end, message, bool(stop)))
+    if any(before[1] > after[0] for before, after in zip(ended, ended[1:])):
         raise Refused("the chat template changes the order of the messages")
-    return [tuple(span) for span in spans]
-
-
-def without(spans, dropped, marked):
-    """The spans but for those that overlap one of `dropped`, whose places count the marks of
-    {% generation %} in `marked`."""
-    marks = [mark.start() for mark in re.finditer(f"[{OPENED}{CLOSED}]", marked)]
-    dropped = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end))
-               for start, end in dropped]
-    return [(start, end) for start, end in spans
-            if not any(start < last and first < end for first, last in dropped)]
+    return ended

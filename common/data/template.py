@@ -1,110 +1,90 @@
-"""A checkpoint's chat template: Jinja, rendered as transformers renders it, within bounds.
+"""A checkpoint's chat template: Jinja, rendered as transformers renders it.
 
-A template is a program that came with a download. It runs in `common/data/sandbox.py`; its output is
-streamed under a limit, and on Linux the process may not grow by more than MEMORY meanwhile. All
-that can go wrong in it is one line of a UserError.
+A template is a program that came with a download. jinja2's sandbox keeps it away from Python and
+from its arguments; whatever goes wrong in it is one line.
 """
 
-import contextlib
-import os
+import datetime
+import json
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from common.data.sandbox import Exceeded, Sandbox
 from common.errors import UserError, one_line
 
-MEMORY = 256 * 2**20      # bytes by which a rendering may enlarge the process
-LONGEST_TEMPLATE = 2**18  # characters; real templates have a few thousand
+LONGEST = 2**25  # characters that a template may write; a long conversation has a million
+OPENED, CLOSED = "\U0010fff0", "\U0010fff1"  # stand around what {% generation %} marks
 
 
 class Refused(UserError):
     """One example that cannot be used, while others can: skipped and counted in `encode`."""
 
 
-class Template:
-    """A chat template, compiled. `where` names its file in messages.
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: the assistant's own words, put between marks."""
 
-    Raises UserError for one that does not compile.
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller):
+        return OPENED + caller() + CLOSED
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """Unlike jinja2's own, with no HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
+
+
+class Template:
+    """A chat template, compiled, with what transformers' `apply_chat_template` gives to it.
+
+    `where` names its file in messages. Raises UserError for one that does not compile.
     """
 
     def __init__(self, source, where):
         self.where = where
-        if len(source) > LONGEST_TEMPLATE:
-            raise UserError(f"{where}: a chat template of {len(source):,} characters, the limit "
-                            f"is {LONGEST_TEMPLATE:,}; check that the file is the right one")
-        self.sandbox = Sandbox()
-        self.compiled = self._guarded(self._compile, source)
-
-    def _compile(self, source):
-        self.sandbox.start(LONGEST_TEMPLATE)
-        return self.sandbox.template(source)
-
-    def render(self, variables, size):
-        """The text for `variables`, a dict that holds about `size` characters of user text.
-
-        What `{% generation %}` marks stands between OPENED and CLOSED. Raises Refused for what the
-        template itself objects to (`raise_exception`, a role or a key that it does not know), and
-        UserError for a template that exceeds a bound.
-        """
-        return self._guarded(self._render, variables, 1_000_000 + 8 * size)
-
-    def _render(self, variables, longest):
-        self.sandbox.start(longest)
-        pieces, length = [], 0
-        for piece in self.compiled.generate(variables):
-            self.sandbox.watch()
-            pieces.append(piece)
-            length += len(piece)
-            if length > longest:
-                raise Exceeded(f"it writes more than {longest:,} characters")
-        self.sandbox.sizes = {}
-        return "".join(pieces)
-
-    def _guarded(self, work, *arguments):
-        """Run `work` under the memory limit, every failure turned into one clear line."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = _tojson
+        environment.globals.update(
+            raise_exception=_raise_exception,
+            strftime_now=lambda format: datetime.datetime.now().strftime(format))
+        del environment.globals["lipsum"]  # random text
         try:
-            with bounded_memory():
-                return work(*arguments)
-        except Exceeded as error:
-            raise UserError(f"{self.where}: chat template stopped: {error}") from None
-        except (MemoryError, RecursionError) as error:
-            why = "needs too much memory" if isinstance(error, MemoryError) else "nests too deeply"
-            raise UserError(f"{self.where}: chat template stopped: it {why}") from None
+            self.compiled = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{self.where}: chat template, line {error.lineno}: "
+            raise UserError(f"{where}: chat template, line {error.lineno}: "
                             f"{one_line(error)}") from None
+        except Exception as error:  # of Python's compiler, say for a thousand brackets
+            raise UserError(f"{where}: chat template failed: {one_line(error)}") from None
+        self.compiled.globals = dict(environment.globals)  # a ChainMap before, slow to copy
+
+    def render(self, variables):
+        """The text for `variables`, a dict. Raises Refused for what the template itself objects to
+        (`raise_exception`, a role or a key that it does not know), and UserError for one that
+        writes more than LONGEST."""
+        pieces, length = [], 0
+        try:
+            for piece in self.compiled.generate(variables):
+                pieces.append(piece)
+                length += len(piece)
+                if length > LONGEST:
+                    break
         except Exception as error:  # a template can raise anything that Python's operators can
-            kind = UserError if work == self._compile else Refused
-            raise kind(f"{self.where}: chat template failed: {one_line(error)}") from None
-
-
-_STATM = "/proc/self/statm"  # the first of its numbers is the size of this process, in pages
-_enforced = os.path.exists(_STATM)
-_bounded = 0  # how many `bounded_memory` are open
-
-
-@contextlib.contextmanager
-def bounded_memory(extra=MEMORY):
-    """While inside, the process cannot grow by more than `extra` bytes: MemoryError beyond.
-
-    By RLIMIT_AS, which Linux alone enforces; elsewhere only the other bounds hold. To enter it
-    costs about 10 microseconds, so a batch of renderings shares one.
-    """
-    global _bounded
-    if not _enforced or _bounded:
-        yield
-        return
-    import resource  # not on every system, but where there is /proc
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open(_STATM) as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + extra
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
-    _bounded += 1
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        _bounded -= 1
+            raise Refused(f"{self.where}: chat template failed: {one_line(error)}") from None
+        if length > LONGEST:
+            raise UserError(f"{self.where}: chat template stopped: it writes more than "
+                            f"{LONGEST:,} characters")
+        return "".join(pieces)

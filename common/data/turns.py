@@ -1,4 +1,4 @@
-"""How a chat template begins and ends what the assistant writes, learned by asking it."""
+"""Where the assistant's turns begin and end: learned from the chat template, found in a text."""
 
 import os
 import re
@@ -13,59 +13,66 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "?", "param
     "type": "object", "properties": {"x": {"type": "string"}}}}}
 
 
+def any_of(texts):
+    """A pattern that matches any of the texts, the longest first; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True)))
+                      or "(?!)")
+
+
 class Turns(NamedTuple):
     """How a template begins and ends what the assistant writes."""
 
-    headers: list        # what a generation prompt adds, say "<|im_start|>assistant\n"
+    header: re.Pattern   # what a generation prompt adds, say "<|im_start|>assistant\n"
+    sure: bool           # it has a special token, which no text can hold
     ending: str          # from behind the words to the end-of-turn token, say "<|im_end|>"; or ""
     stops: re.Pattern    # the tokens that end a turn
     special: re.Pattern  # all special tokens
 
+    def end(self, text, start, until=None):
+        """Where the token (there may be two) that ends the turn ends; None: there is no such."""
+        stop = self.stops.search(text, start, len(text) if until is None else until)
+        second = self.ending.partition(stop.group())[2] if stop else ""
+        return stop and stop.end() + len(second) * text.startswith(second, stop.end())
+
+    def own(self, text):
+        """[(start, end)] of all that follows a header, to the end of the turn."""
+        found = []
+        while begin := self.header.search(text, found[-1][1] if found else 0):
+            found.append((begin.end(), self.end(text, begin.end()) or len(text)))
+        return found
+
 
 def learn(render, special, named):
-    """(headers and ending of `Turns`, the tokens that end a turn), from three small conversations.
+    """(header and ending of `Turns`, the tokens that end a turn), from three small conversations.
 
     `render` is that of a Chat, `special` a pattern of the tokenizer's special tokens, `named` of
     these and of the added tokens that the template speaks of. What the template refuses, or what
     cannot be told, is left empty.
     """
-    header = ending = ""
-    tokens = []
+    def behind(messages, **variables):
+        """What follows WORD, and the tokens in it."""
+        _, word, tail = render(messages, **variables).rpartition(WORD)
+        tail = tail if word else ""
+        return tail, [*special.finditer(tail)] or [*named.finditer(tail)][-1:]
+
+    header, ending, ends = "", "", []
     for first in ([], [{"role": "system", "content": "?"}]):  # some insist on the second
         try:
             before, after = render([*first, USER]), render([*first, USER], True)
             same = len(os.path.commonprefix([before, after]))
-            cut = [token.start() for token in special.finditer(after)
-                   if token.start() < same < token.end()]
-            header = after[(cut or [same])[0]:]
-            text = render([*first, USER, {"role": "assistant", "content": WORD}])
-            ending, tokens = _end(text, special, named)
-            text = render([*first, USER, CALL], tools=[TOOL])
-            tokens = tokens + _end(text, special, named, tokens)[1]
+            header = after[max((token.start() for token in special.finditer(after)
+                                if token.start() < same < token.end()), default=same):]
+            tail, tokens = behind([*first, USER, {"role": "assistant", "content": WORD}])
+            ending, ends = "", []
+            for token in tokens:
+                if not ends or token.start() == len(ending):  # there may be a second right behind
+                    ending = tail[:token.end()]
+                    ends.append(token.group())
+            tail, tokens = behind([*first, USER, CALL], tools=[TOOL])
+            if tokens and not (ends and ends[0] in tail) and not tail[tokens[-1].end():].strip():
+                ends.append(tokens[-1].group())  # a call ends otherwise: with what comes last
         except Refused:
             pass
         if header:
             break
-    headers = [header, header.partition("<think>")[0]] if "<think>" in header else [header]
-    return [one for one in headers if one], ending, tokens
-
-
-def _end(text, special, named, usual=()):
-    """What follows WORD, up to the end-of-turn token, and that token, in a list: there may be two,
-    with nothing between. `usual` are those that end other turns. ("", []) if there is none."""
-    tail = text.rpartition(WORD)[2] if WORD in text else ""
-    found = [token for token in named.finditer(tail) if token.group() in usual[:1]]
-    found = found or [*special.finditer(tail)] or [*named.finditer(tail)][-1:]
-    if not found:
-        return "", []
-    token = found[0]
-    if usual and token.group() != usual[0]:  # a call ends otherwise: with what comes last
-        token = found[-1]
-        if tail[token.end():].strip():
-            return "", []
-    tokens, end = [], token.start()
-    while token and token.start() == end:
-        tokens.append(token.group())
-        end = token.end()
-        token = special.search(tail, end)
-    return tail[:end], tokens
+    return header, ending, ends

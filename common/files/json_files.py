@@ -9,6 +9,18 @@ from common.errors import UserError
 LARGEST = 2**25  # bytes of a JSON file; the index of a model of 700 billion parameters has 9 MB
 
 
+def read_bytes(file, largest=LARGEST):
+    """The content of a regular file of at most `largest` bytes; of any other a UserError."""
+    try:
+        if Path(file).exists() and not Path(file).is_file():  # say, a link to a device
+            raise UserError(f"{file}: not a regular file")
+        if Path(file).stat().st_size > largest:
+            raise UserError(f"{file}: larger than {largest >> 20} MiB; is it the right file?")
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
 def read_json(file):
     """The JSON object in `file` as a dict, with or without a byte-order mark before it.
 
@@ -16,15 +28,9 @@ def read_json(file):
     """
     file = Path(file)
     try:
-        if file.exists() and not file.is_file():  # say, a link to a device
-            raise UserError(f"{file}: not a regular file")
-        if file.stat().st_size > LARGEST:
-            raise UserError(f"{file}: larger than {LARGEST >> 20} MiB; is it the right file?")
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        value = json.loads(read_bytes(file).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # its text says on which line
         raise UserError(f"{file}: not valid JSON: {error}") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
     return value

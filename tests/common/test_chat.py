@@ -1,4 +1,4 @@
-"""common/data/chat.py and what it rests on (parts, turns, masks, template, sandbox, tokenizer_files).
+"""common/data/chat.py and what it rests on (parts, turns, masks, template, tokenizer).
 
 Goldens: what transformers renders, tokenises and, where the template marks {% generation %},
 masks (tests/goldens/make_chat.py). Everything else is worked out by hand below.
@@ -6,13 +6,12 @@ masks (tests/goldens/make_chat.py). Everything else is worked out by hand below.
 
 import codecs
 import json
-import os
 import shutil
 import time
 
 import numpy as np
 import pytest
-from helpers import GOLDENS
+from helpers import GOLDENS, encode_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors
 
@@ -193,6 +192,18 @@ def test_all_to_the_end_of_the_turn_is_trained_even_if_the_words_end_in_a_tag(ch
     assert stops_of(Chat.load(two)) == {"</s>", "<e>"}
 
 
+def test_thoughts_in_the_answer_are_trained_from_their_first_tag_on(tmp_path):
+    """Where a template has no header, and where there is no template."""
+    inst = ("{% for m in messages %}{{ '[' ~ m.content ~ ']' if m.role == 'user' else ' ' ~ "
+            "m.content ~ '</s>' }}{% endfor %}")
+    chat = Chat.load(folder_with(tmp_path / "t", inst))
+    joined = Chat.load(folder_with(tmp_path / "joined"))
+    for answer in ("<think>\nhm\n</think>\n\nyes", "<think>\n\n</think>\n\nyes", "</think>yes"):
+        assert said(chat, talk("a", answer, "b", answer)) == [answer + "</s>"] * 2
+        assert said(joined, talk("a", answer)) == [answer + "</s>"]
+    assert said(joined, talk("a", "<think>hm</think>")) == ["<think>hm</think></s>"]
+
+
 def test_a_header_in_a_users_words_begins_nothing(tmp_path):
     source = ("{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A - ' }}{{ m.content }}\n"
               "{% endfor %}{% if add_generation_prompt %}A: {% endif %}")
@@ -238,6 +249,29 @@ def test_calls_whose_arguments_cannot_be_marked(tmp_path):
         chat.encode_messages([*talk("a"), call])
 
 
+def test_arguments_without_end_are_refused(chats):
+    for depth, refused in ((100, False), (600, True), (900, True)):
+        value = "x"
+        for _ in range(depth):
+            value = [value]
+        call = {"role": "assistant", "content": "", "tool_calls": [
+            {"function": {"name": "f", "arguments": {"x": value}}}]}
+        if refused:
+            with pytest.raises(Refused, match="too deep"):
+                chats["qwen3"].layout({"messages": [*talk("a"), call]})
+        else:
+            assert chats["qwen3"].layout({"messages": [*talk("a"), call]}).spans
+
+
+def test_words_that_a_template_drops_at_times_are_missed_each_time(tmp_path):
+    """What was learned of one conversation does not hide that the next, alike, is not written."""
+    source = CHATML.replace("{{ m.content }}", "{{ m.content if 'a' in m.content }}")
+    chat = Chat.load(folder_with(tmp_path / "t", source))
+    for answer, dropped in (("am", ()), ("in", ("words of the assistant",)), ("am", ()),
+                            ("i", ("words of the assistant",))):
+        assert chat.layout({"messages": talk("a", answer)}).left_out == dropped
+
+
 def test_what_was_learned_is_tried_and_not_believed(tmp_path):
     """Of conversations of one shape, the template writes one otherwise."""
     source = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ ' (' ~ m.name ~ ')' if m.name }}")
@@ -255,14 +289,19 @@ def test_what_was_learned_is_tried_and_not_believed(tmp_path):
 def test_text_is_trained_whole_with_one_bos_and_one_eos(tmp_path):
     chat = Chat.load(folder_with(tmp_path / "t"))
     bos, eos = chat.tokenizer.token_to_id("<s>"), chat.tokenizer.token_to_id("</s>")
-    ids, trained = chat.encode_text("ab")
+    ids, trained = encode_text(chat, "ab")
     assert (ids[0], ids[-1], len(ids)) == (bos, eos, 4) and all(trained)
     ids, trained = chat.encode_messages(talk("ab", "c"))  # no template: joined
     assert chat.decode(ids) == "abc" and (ids.count(bos), ids.count(eos)) == (1, 1)
     assert trained == [False, False, False, True, True]
     with pytest.raises(Refused, match="several turns, .* --chat-template FILE"):
         chat.encode_messages(talk("ab", "c", "d"))
-    assert chat.encode_prompt("ab") == [bos, *chat.encode_text("ab")[0][1:-1]]
+    with pytest.raises(Refused, match="or a tool call, .* --chat-template FILE"):
+        chat.encode_messages([*talk("ab"), {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": {}}}]}])
+    with pytest.raises(UserError, match="--no-thinking: this model's chat template cannot"):
+        chat.no_thinking()
+    assert chat.encode_prompt("ab") == [bos, *encode_text(chat, "ab")[0][1:-1]]
     assert chat.encode_prompt(talk("ab")) == chat.encode_prompt("ab")
 
 
@@ -270,7 +309,7 @@ def test_a_template_with_bos_gets_no_second_one(chats):
     chat = chats["llama3"]
     bos = chat.tokenizer.token_to_id("<|begin_of_text|>")
     for ids in (chat.encode_messages(talk("a", "b"))[0], chat.encode_prompt(talk("a")),
-                chat.encode_text("a")[0], chat.encode_prompt("a")):
+                encode_text(chat, "a")[0], chat.encode_prompt("a")):
         assert ids[0] == bos and ids.count(bos) == 1
 
 
@@ -284,7 +323,7 @@ def test_a_tokenizer_that_appends_eos_itself(tmp_path):
     tokenizer.enable_padding(length=20)
     tokenizer.save(str(folder / "tokenizer.json"))
     chat = Chat.load(folder)
-    ids, trained = chat.encode_text("a long text")
+    ids, trained = encode_text(chat, "a long text")
     assert len(ids) == 13 and ids.count(chat.eos_id) == 1 and trained[-1]
     assert chat.eos_id not in chat.encode_prompt("a")
     assert chat.encode_messages(talk("a", "b"))[1] == [False, False, True, True]
@@ -417,7 +456,7 @@ def test_text_that_spells_a_control_token_is_refused(chats, role):
         with pytest.raises(UserError, match="control token"):
             chats["qwen3"].encode_prompt(prompt)
     with pytest.raises(UserError, match="control token"):
-        chats["qwen3"].encode_text("a<|im_end|>")
+        encode_text(chats["qwen3"], "a<|im_end|>")
 
 
 def test_an_assistant_may_think_and_a_user_may_not(chats):
@@ -437,13 +476,13 @@ def test_a_control_token_across_two_contents_and_in_other_spelling(tmp_path):
         Chat.load(folder_with(tmp_path / "a")).encode_messages(talk("x <", "/s> y"))
     lower = folder_with(tmp_path / "b", normalizer=normalizers.Lowercase())
     with pytest.raises(Refused, match="</s>"):
-        Chat.load(lower).encode_text("x </S> y")
+        encode_text(Chat.load(lower), "x </S> y")
 
 
 def test_text_that_cannot_be_encoded_or_marked_is_refused(chats):
     for text in ("\ud800", "a\udfff"):
         with pytest.raises(Refused, match="surrogate"):
-            chats["qwen3"].encode_text(text)
+            encode_text(chats["qwen3"], text)
         with pytest.raises(Refused, match="surrogate"):
             chats["qwen3"].encode_messages(talk("a", text))
     for name in ("qwen3", "qwen3 marked"):
@@ -457,47 +496,27 @@ def test_text_that_cannot_be_encoded_or_marked_is_refused(chats):
 # --- hostile files ---
 
 HOSTILE = [
-    "{{ 'x' * 10**9 }}", "{{ range(10**9) | list }}", "{{ 9**9**9 * 'x' }}",
-    "{{ range(99999) | list * 10000 }}", "{{ 'x' | center(10**9) }}", "{{ '%1000000000d' % 1 }}",
-    "{{ 'x'.ljust(10**9) }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}{% endfor %}",
-    "{% for a in range(9**5) %}{% for b in range(9**5) %}x{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
-    "{% set s = namespace(x='xx') %}{% for i in range(99) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
-    "{% set s = namespace(x='xx') %}{% for i in range(99) %}{% set s.x = s.x + s.x %}{% endfor %}",
-    "{% set s = namespace(x='xx') %}{% for i in range(9) %}"
-    "{% set s.x = s.x.replace('x', s.x) %}{% endfor %}",
-    "{% set s = namespace(x=[]) %}{% for i in range(40) %}{% set s.x = [s.x, s.x] %}{% endfor %}"
-    "{{ s.x }}",
-    "{% set s = namespace(x={}) %}{% for i in range(40) %}{% set s.x = {1: s.x, 2: s.x}.items() %}"
-    "{% endfor %}{{ s.x | tojson }}",
-    "{{ " + "(" * 5000 + ")" * 5000 + " }}", "{{ 1" + "+1" * 9000 + " }}", "x" * 300_000,
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ range(10**9) | list }}",
+    "{% for a in range(9**5) %}{% for b in range(9**5) %}0123456789{% endfor %}{% endfor %}",
+    "{{ " + "(" * 5000 + ")" * 5000 + " }}", "{{ 1" + "+1" * 9000 + " }}",
     "{% if x", "{{ x", "{% endfor %}", "{% include 'x' %}{% endgeneration %}", "{% break %}",
 ]
 
 
 @pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_template_ends_soon_with_one_line(tmp_path, source):
-    start = time.process_time()
+def test_a_hostile_template_ends_with_one_line(tmp_path, source):
     with pytest.raises(UserError) as caught:
         chat = Chat.load(folder_with(tmp_path / "t", source))
         chat.encode_messages(talk("a", "b"))
-    assert time.process_time() - start < 5
-    assert "\n" not in str(caught.value) and "chat" in str(caught.value)
+    assert "\n" not in str(caught.value) and "chat template" in str(caught.value)
 
 
-def test_bounds_that_hold_without_a_memory_limit(monkeypatch):
-    monkeypatch.setattr(template, "_enforced", False)
-    grow = "{% set s = namespace(x=[1, 2]) %}{% for i in range(40) %}{% set s.x = @ %}{% endfor %}"
-    for source, why in (
-            ("{{ 'x' * 10**9 }}", "repeats"), ("{{ 10**9 * 'x' }}", "repeats"),
-            ("{{ [1] * 10**9 }}", "repeats"), ("{{ 9 ** 9999 }}", "huge power"),
-            (grow.replace("[1, 2]", "9").replace("@", "s.x * s.x"), "huge number"),
-            (grow.replace("@", "s.x + s.x"), "builds"), (grow.replace("@", "[s.x, s.x]"), "builds"),
-            (grow.replace("[1, 2]", "'ab'").replace("@", "s.x ~ s.x"), "builds"),
-            ("{% for i in range(99999) %}0123456789{% endfor %}" * 3, "writes more than")):
-        with pytest.raises(UserError, match=why):
-            Template(source, "t").render({}, 0)
+def test_what_a_template_writes_is_bounded(monkeypatch):
+    written = Template("{% for i in range(9) %}0123456789{% endfor %}", "t")
+    assert len(written.render({})) == 90
+    monkeypatch.setattr(template, "LONGEST", 80)
+    with pytest.raises(UserError, match="t: chat template stopped: it writes more than 80 char"):
+        written.render({})
 
 
 def test_a_panic_of_the_tokenizer_is_an_error_and_ctrl_c_is_not():
@@ -521,43 +540,29 @@ def test_a_template_reaches_nothing_outside(tmp_path):
             Chat.load(folder_with(tmp_path / "t", source)).render(talk("a"))
 
 
-def test_the_memory_bound_is_lifted_again():
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("RLIMIT_AS is enforced on Linux only")
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(UserError, match="memory"):
-        Template("{{ 'x'.zfill(10**9) }}", "t").render({}, 0)
-    with pytest.raises(ZeroDivisionError):
-        with template.bounded_memory():
-            assert resource.getrlimit(resource.RLIMIT_AS) != before
-            1 / 0
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
-
-
 def test_a_long_conversation_is_no_offence(chats):
     messages = talk(*(f"message {i} " + "ü" * 50 for i in range(1000)))
     assert len(said(chats["qwen3"], messages)) == 500
 
 
-def test_loop_variables_and_controls_work_under_watch():
+def test_loop_variables_and_controls():
     source = ("{% for x in range(5) %}{% if x == 3 %}{% break %}{% endif %}{{ loop.index }}/"
               "{{ loop.length }}{{ '' if loop.last else ',' }}{% else %}never{% endfor %}"
               "{% for k, v in {'a': 1}.items() if v %}{{ k ~ v }}{% endfor %}"
               "{% filter upper %}b{% endfilter %}{{ [1, (2, 3)] | tojson }}"
               "{{ dict(a='<') | tojson }}")
-    assert Template(source, "t").render({}, 0) == '1/5,2/5,3/5,a1B[1, [2, 3]]{"a": "<"}'
+    assert Template(source, "t").render({}) == '1/5,2/5,3/5,a1B[1, [2, 3]]{"a": "<"}'
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("tokenizer.json", None, "no tokenizer.json"), ("tokenizer.json", b"", "not a tokenizer"),
     ("tokenizer.json", b"{}", "not a tokenizer"), ("tokenizer.json", b"\xff\0", "not a tokenizer"),
     ("tokenizer.json", b"[" * 100_000, "not a tokenizer"),
-    ("tokenizer_config.json", b"{", "not valid JSON"), ("tokenizer_config.json", b"\xff", "UTF-8"),
-    ("tokenizer_config.json", b"[1]", "JSON object was expected"),
+    ("tokenizer_config.json", b"{", "not valid JSON"), ("tokenizer_config.json", b"\xff", "utf-8"),
+    ("tokenizer_config.json", b"[1]", "must hold a JSON object"),
     ("tokenizer_config.json", b"[" * 100_000, "not valid JSON"),
-    ("tokenizer_config.json", b'{"eos_token": "<none>"}', "'<none>' is not in tokenizer.json"),
+    ("tokenizer_config.json", b'{"eos_token": "<none>"}',
+     "names .'<none>'., not in tokenizer.json; save the tokenizer anew"),
     ("tokenizer_config.json", b'{"chat_template": {"a": 1}}', "chat_template must be text"),
     ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 7}]}', "text"),
     ("special_tokens_map.json", b"nope", "not valid JSON"),
@@ -603,7 +608,8 @@ LATER = {
     "added_tokens_decoder stands alone, and its flags win": ({
         "tokenizer_config.json": {
             "bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]",
-            "added_tokens_decoder": {
+            "extra_special_tokens": {"audio_token": "<a>"}, "added_tokens_decoder": {
+                "261": {"content": "[PAD]", "special": False},
                 "260": {"content": "<b b>", "rstrip": True, "normalized": True},
                 "259": {"content": "<a>", "lstrip": True, "normalized": False, "special": True},
                 "258": {"content": "<think>", "lstrip": True, "normalized": False}}},
@@ -611,36 +617,36 @@ LATER = {
         "added_tokens.json": {"<not read>": 7}},
         {"<think>": (258, "l"), "<a>": (259, "sl"), "<b b>": (260, "rn"), "[PAD]": (261, "s")},
         [256, 259, 260, 260, 261, 258],
-        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}),
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]", "audio_token": "<a>"}),
     "added_tokens.json, then special_tokens_map.json, which wins": ({
         "tokenizer_config.json": {"eos_token": "</s>", "pad_token": "<s>"},
         "special_tokens_map.json": {
             "bos_token": {"content": "<s>", "lstrip": False}, "pad_token": "<pad>",
             "unk_token": {"content": "<unk>", "rstrip": True, "normalized": False},
             "additional_special_tokens": ["<x>"]},
-        "added_tokens.json": {"<tool>": 260, "<pad>": 259}},
-        {"<pad>": (259, "s"), "<tool>": (260, "n"), "<unk>": (261, "sr"), "<x>": (262, "s")},
+        "added_tokens.json": {"<tool>": 260, "<pad>": 259, "<x>": 262, "<unk>": 261}},
+        {"<pad>": (259, "s"), "<tool>": (260, "n"), "<unk>": (261, "s"), "<x>": (262, "n")},
         [256, 258, 259, 260, 261, 262],
         {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}),
-    "names alone, in the order of the names": ({
+    "names alone, of tokens that are there": ({
         "tokenizer_config.json": {
-            "bos_token": "<s>", "eos_token": "</s>", "image_token": "<img>", "pad_token": "[PAD]",
-            "unk_token": {"__type": "AddedToken", "content": "<unk>", "rstrip": True,
-                          "lstrip": False, "normalized": False},
-            "additional_special_tokens": ["<x>", "<think>", "}"]}},
-        {"}": (92, "s"), "<unk>": (259, "sr"), "[PAD]": (260, "s"), "<img>": (261, "s"),
-         "<x>": (262, "s")},
-        [256, 260, 258, 259, 262, 261],
-        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "[PAD]",
-         "image_token": "<img>"}),
-    "names of the model's own": ({
+            "bos_token": "<s>", "eos_token": "</s>", "mask_token": {
+                "__type": "AddedToken", "content": "{", "rstrip": True, "lstrip": False,
+                "normalized": False},
+            "additional_special_tokens": ["<think>", "}"]}},
+        {"{": (90, "sr"), "}": (92, "s")},
+        [256, 258],
+        {"bos_token": "<s>", "eos_token": "</s>", "mask_token": "{"}),
+    "lists in both files": ({
         "tokenizer_config.json": {
-            "eos_token": "</s>", "extra_special_tokens": {"audio_token": "<sound>"}},
+            "eos_token": "</s>", "image_token": "<think>",
+            "additional_special_tokens": ["<sound>"]},
         "special_tokens_map.json": {
-            "additional_special_tokens": ["<x>"], "eos_token": "<think>"}},
-        {"<think>": (258, "s"), "<sound>": (259, "s"), "<x>": (260, "s")},
+            "additional_special_tokens": ["<x>"], "eos_token": "<s>"},
+        "added_tokens.json": {"<sound>": 259, "<x>": 260}},
+        {"<think>": (258, "s"), "<sound>": (259, "s"), "<x>": (260, "n")},
         [256, 258, 260, 259],
-        {"eos_token": "<think>", "audio_token": "<sound>"}),
+        {"eos_token": "<s>", "image_token": "<think>"}),
 }
 
 
@@ -671,14 +677,18 @@ def test_tokens_beside_tokenizer_json_are_those_of_transformers(tmp_path, case):
     for content, (_, flags) in found.items():
         if "s" in flags:
             with pytest.raises(Refused, match="control token"):
-                chat.encode_text(f"say {content}")
+                encode_text(chat, f"say {content}")
 
 
 @pytest.mark.parametrize("files, message", [
     ({"tokenizer_config.json": {"added_tokens_decoder": {"300": {"content": "<a>"}}}},
-     "tokenizer_config.json: '<a>' is said to be token 300, but tokenizer.json leads to 259"),
-    ({"added_tokens.json": {"<a>": 260}}, "added_tokens.json: '<a>' .* 260, but .* leads to 259"),
-    ({"added_tokens.json": {"<a>": 258}}, "'<a>' is said .* 258, but .* has another token there"),
+     "'<a>' is said to be token 300, which does not fit tokenizer.json"),
+    ({"added_tokens.json": {"<a>": 260}}, "'<a>' is said to be token 260, which does not fit"),
+    ({"added_tokens.json": {"<a>": 258}}, "'<a>' is said to be token 258, which does not fit"),
+    ({"tokenizer_config.json": {"pad_token": "[PAD]", "added_tokens_decoder": {}}},
+     r"names \['\[PAD\]'\], not in tokenizer.json; .* AutoTokenizer"),
+    ({"special_tokens_map.json": {"unk_token": {"content": "<unk>"}}}, "names .'<unk>'., .* anew"),
+    ({"tokenizer_config.json": {"extra_special_tokens": ["<x>", "<y>"]}}, "names .'<x>', '<y>'., "),
     *(({name: content}, "added tokens cannot be read") for name, content in (
         ("added_tokens.json", {"<a>": "x"}), ("added_tokens.json", {"<a>": None}),
         ("added_tokens.json", {"\ud800": 259}),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checks import refused
-from helpers import GOLDENS
+from helpers import GOLDENS, encode_text
 
 from common.data import encode
 from common.data.cache import cached
@@ -48,7 +48,7 @@ def test_documents_are_ids_and_unshifted_labels(chat):
     encoded = encode.encode(iter(records), chat, 100)
     assert len(encoded) == 3 and encoded.lengths.dtype == np.int64
     for i, record in enumerate(records):
-        ids, trained = (chat.encode_text(record["text"]) if "text" in record
+        ids, trained = (encode_text(chat, record["text"]) if "text" in record
                         else chat.encode_messages(record["messages"]))
         input_ids, labels = encoded[i]
         assert input_ids.dtype == labels.dtype == torch.int64
@@ -82,7 +82,7 @@ def test_a_trained_first_token_is_nothing_to_train_on(tmp_path):
     (tmp_path / "t" / "chat_template.jinja").unlink()
     chat = Chat.load(tmp_path / "t")
     turns = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
-    assert chat.encode_messages(turns)[1] == [True, False, False]
+    assert chat.encode_messages(turns)[1] == [True, False]
     with pytest.raises(UserError, match="1 skipped, nothing in it to train on"):
         encode.encode([{"messages": turns}], chat, 100)
 
@@ -111,7 +111,7 @@ def test_too_long(chat, capsys):
 @pytest.mark.parametrize("length", [2, 3, 7, 100])
 def test_of_a_long_text_every_token_is_predicted_once(chat, length):
     text = "It is what it is: the sky, the grass.\n" * 9
-    ids = chat.encode_text(text)[0]
+    ids = encode_text(chat, text)[0]
     encoded = encode.encode([{"text": text}], chat, length)
     assert encoded.lengths.max() <= length and encoded.notes == []
     assert sum((one.tolist()[1:] for _, one in map(encoded.__getitem__, range(len(encoded)))),
@@ -126,7 +126,7 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
     rng = np.random.default_rng(0)
     words = ["the", "sky", "  ", "\n", "\n\n", "\n \n", "42", "Zürich", "👍🏽", ".", "\t", "\nIt"]
     text = " ".join(words[i] for i in rng.integers(0, len(words), 3000))
-    whole = chat.encode_text(text)[0]
+    whole = encode_text(chat, text)[0]
     calls = []
     tokenise = chat.tokenise
     monkeypatch.setattr(chat, "tokenise", lambda *a: calls.append(len(a[0])) or tokenise(*a))
@@ -147,7 +147,7 @@ def test_a_tokenizer_that_looks_across_line_ends_gets_the_text_whole(tmp_path, m
     chat = Chat.load(tmp_path / "t")
     text = "the sky\nis what\n" * 50
     monkeypatch.setattr(encode, "PIECE", 40)
-    assert encode.encode([{"text": text}], chat, 10**6)[0][0].tolist() == chat.encode_text(text)[0]
+    assert encode.encode([{"text": text}], chat, 10**6)[0][0].tolist() == encode_text(chat, text)[0]
 
 
 def test_a_token_beyond_the_vocabulary_is_an_error_with_its_place(chat):

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import small_runs
 import torch
-from helpers import GOLDENS, ROOT, load
+from helpers import GOLDENS, ROOT, encode_text, load
 
 from common import hub, metrics, weights
 from common.adapters import peft
@@ -226,7 +226,7 @@ def read_tokenizer(folder, names=()):
         chat.decode(ids)
 
     each(lambda: talk(TALK), lambda: talk(TALK[1:2]), lambda: chat.encode_prompt(TALK[:1]),
-         lambda: chat.decode(chat.encode_text("once")[0]))
+         lambda: chat.decode(encode_text(chat, "once")[0]))
 
 
 def prepare_template(folder):
