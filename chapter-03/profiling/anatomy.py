@@ -17,13 +17,6 @@ CATEGORIES = ("weights", "quantised base", "optimizer", "gradients", "activation
               "logits and loss")
 REGIONS = {"forward": "activations", "loss": "logits and loss", "backward": "activations",
            "optimizer": "optimizer"}  # the inner one first
-NEVER = float("inf")
-
-
-def base_bytes(model):
-    """Bytes of the layers that are kept in four bits."""
-    return sum(module.quantized.nbytes for module in model.modules()
-               if isinstance(module, NF4Linear))
 
 
 def predicted(model, prediction):
@@ -33,7 +26,8 @@ def predicted(model, prediction):
     names = {"optimizer moments": "optimizer", "layer at work": "activations"}
     for name, size in prediction.items():
         sizes["activations" if name.startswith("copies of") else names.get(name, name)] += size
-    sizes["quantised base"] = base_bytes(model)
+    sizes["quantised base"] = sum(module.quantized.nbytes for module in model.modules()
+                                  if isinstance(module, NF4Linear))
     sizes["weights"] -= sizes["quantised base"]
     return sizes
 
@@ -49,20 +43,24 @@ def measured(step, model, optimizer, device):
         events.extend(event.children)
     spans = {event.name: (event.start_time_ns, event.end_time_ns) for event in events
              if event.name in REGIONS}
+    changes = []
+    for born, died, size in _lives(events, device):
+        name = category(born, died, spans)
+        changes += [(born, name, size), (died, name, -size)]
     own = (*model.parameters(), *model.buffers())
     sizes = predicted(model, {"weights": sum(tensor.nbytes for tensor in own)})
     sizes["optimizer"] = sum(t.nbytes for state in optimizer.state.values()
                              for t in state.values() if t.device.type == device.type)
     fullest = dict(sizes)
-    for _, name, size in sorted(_changes(events, spans, device)):
+    for _, name, size in sorted(changes):
         sizes[name] += size
         if sum(sizes.values()) > sum(fullest.values()):
             fullest = dict(sizes)
     return fullest
 
 
-def _changes(events, spans, device):
-    """(time, category, bytes) of what the step allocates, and of its end with minus bytes."""
+def _lives(events, device):
+    """(when it was allocated, when freed, bytes) of all that the step allocates."""
     memory = sorted((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size)
                     for event in events if event.typed[0] == _EventType.Allocation
                     and event.typed[1].device.type == device.type)
@@ -71,20 +69,19 @@ def _changes(events, spans, device):
         if size > 0:
             alive[address] = time, size
         elif address in alive:  # or it is older than the step
-            yield from _life(*alive.pop(address), time, spans)
+            born, size = alive.pop(address)
+            yield born, time, size
     for born, size in alive.values():
-        yield from _life(born, size, NEVER, spans)
+        yield born, float("inf"), size
 
 
-def _life(born, size, died, spans):
+def category(born, died, spans):
+    """Of what was allocated and freed at these times; `spans` is {region: (begin, end)}."""
     where = next((name for name in REGIONS if name in spans
                   and spans[name][0] <= born < spans[name][1]), "forward")
-    category = REGIONS[where]
     if where == "backward" and died > spans["backward"][1]:
-        category = "gradients"  # all else that the backward makes is gone when it ends
-    yield born, category, size
-    if died != NEVER:
-        yield died, category, -size
+        return "gradients"  # all else that the backward makes is gone when it ends
+    return REGIONS[where]
 
 
 def table(expected, found):
