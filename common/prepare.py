@@ -13,7 +13,6 @@ import numpy as np
 
 from common import hub
 from common.data import encode
-from common.data.cache import cached
 from common.data.chat import Chat, fixed_date
 from common.data.encode import Encoded
 from common.data.parts import THOUGHTS
@@ -94,7 +93,7 @@ def load(options, source, config, skills):
 
     def encoded(records, title):
         files = [] if embedded else records.paths
-        return cached(
+        return encode.cached(
             lambda file: encode.encode(records, chat, limit, options.too_long, config.vocab_size,
                                        title, options.strict_template, file),
             [records if embedded else [records.columns, records.rendered], limit, options.too_long,

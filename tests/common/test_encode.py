@@ -1,4 +1,4 @@
-"""common/data/encode.py and common/data/cache.py: documents, what is left out, and what is kept."""
+"""common/data/encode.py: documents, what is left out, and what is kept."""
 
 import json
 import os
@@ -14,9 +14,8 @@ from checks import refused
 from helpers import GOLDENS
 
 from common.data import encode
-from common.data.cache import cached
 from common.data.chat import Chat
-from common.data.encode import show_example, split, virtual
+from common.data.encode import cached, show_example, split, virtual
 from common.data.readers import Records
 from common.errors import UserError
 
