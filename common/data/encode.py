@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from array import array
 from pathlib import Path
 
@@ -220,25 +221,25 @@ def cached(make, key, files=(), title="data"):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for left_over in path.parent.glob(f"{name}-*"):  # by a process that was killed
-                shutil.rmtree(left_over)
+            for left_over in path.parent.glob("new-*"):  # by a process that was killed
+                if time.time() - left_over.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(left_over)
         found = _read(path)
         if found is not None:
             return found.announce(title)
         try:
-            folder = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=path.parent)
-            folder = Path(stack.enter_context(folder))
+            new = stack.enter_context(tempfile.TemporaryDirectory(prefix="new-", dir=path.parent))
         except OSError as error:
             say(f"note: the tokenised data cannot be kept in {path.parent}: {error.strerror}")
             return make(tempfile.TemporaryFile())
-        with open(folder / "tokens", "w+b") as file:
+        with open(Path(new, "tokens"), "w+b") as file:
             made = make(file)
-        made.documents.tofile(folder / "documents")
-        prints = {path.name: manifest.fingerprint(path) for path in folder.iterdir()}
-        manifest.write_manifest(folder, prints, {"notes": made.notes})
+        made.documents.tofile(Path(new, "documents"))
+        prints = {file.name: manifest.fingerprint(file) for file in Path(new).iterdir()}
+        manifest.write_manifest(new, prints, {"notes": made.notes})
         shutil.rmtree(path, ignore_errors=True)  # what was damaged
         with contextlib.suppress(OSError):  # another process was faster
-            os.replace(folder, path)
+            os.replace(new, path)
         return made
 
 
