@@ -74,8 +74,8 @@ def load(options, source, config, skills):
     given = [f"--{name.replace('_', '-')}" for name in own[:5 if "virtual" in embedded else 3]
              if getattr(options, name)]
     if embedded and (given or len(options.data) > 1):
-        raise UserError(f"--data {' '.join(embedded)} stands alone; what goes with data of your "
-                        f"own: {', '.join(given) or 'other files'}")
+        raise UserError(f"{', '.join(given) or 'a second --data'} goes with a file of your own: "
+                        f"--data {' '.join(embedded)} stands alone")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
         held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
