@@ -32,9 +32,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def resolve(name, flag="--model"):
     """The folder of a model: `tiny`, a built-in architecture, a local folder, or a Hub id.
 
-    A folder of ARCHITECTURES holds config.json only, for `--init random`. A Hub id (`owner/name`)
-    is downloaded, or found in the Hub's cache. Raises UserError, naming `flag`, where there is no
-    such thing, with the nearest name, or where it cannot be had.
+    One of ARCHITECTURES holds config.json only, for `--init random`. A Hub id (`owner/name`) is
+    downloaded, or found in the Hub's cache. Raises UserError, naming `flag`, for all others.
     """
     text = str(name)
     if text in ("tiny", *ARCHITECTURES):
@@ -56,8 +55,7 @@ def resolve_data(name, flag="--data"):
 
     A name is a file, a folder, a data set on the Hub (`owner/name`), or a part of one of the latter
     two, a split or a file: `owner/name:test`. Which files that means is decided, and said, in
-    `common/data/splits.py`. Raises UserError, naming `flag`, where there is no such thing, where
-    several could be meant, or where it cannot be had or read here.
+    `common/data/splits.py`. Raises UserError, naming `flag`, where that is nothing, or not clear.
     """
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]

@@ -13,7 +13,6 @@ import numpy as np
 
 from common import hub
 from common.data import encode
-from common.data.cache import cached
 from common.data.chat import Chat, fixed_date
 from common.data.encode import Encoded
 from common.data.parts import THOUGHTS
@@ -75,8 +74,8 @@ def load(options, source, config, skills):
     given = [f"--{name.replace('_', '-')}" for name in own[:5 if "virtual" in embedded else 3]
              if getattr(options, name)]
     if embedded and (given or len(options.data) > 1):
-        raise UserError(f"--data {' '.join(embedded)} stands alone; what goes with data of your "
-                        f"own: {', '.join(given) or 'other files'}")
+        raise UserError(f"{', '.join(given) or 'a second --data'} goes with a file of your own: "
+                        f"--data {' '.join(embedded)} stands alone")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
         held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
@@ -94,7 +93,7 @@ def load(options, source, config, skills):
 
     def encoded(records, title):
         files = [] if embedded else records.paths
-        return cached(
+        return encode.cached(
             lambda file: encode.encode(records, chat, limit, options.too_long, config.vocab_size,
                                        title, options.strict_template, file),
             [records if embedded else [records.columns, records.rendered], limit, options.too_long,

@@ -14,7 +14,7 @@ from faults import forked
 from helpers import ROOT, load
 
 from common import prepare, weights
-from common.data import cache, encode
+from common.data import encode
 from common.data.chat import Chat
 from common.errors import run_main
 from common.files import checkpoint, state
@@ -89,7 +89,7 @@ def test_it_saves_at_the_next_step_boundary(
 @pytest.mark.parametrize("phase, where, call", [
     ("data preparation", lambda: (encode, "encode"), 1),
     ("data preparation", lambda: (Chat, "finish"), 5),  # in the midst of the documents
-    ("data preparation", lambda: (cache.os, "replace"), 1),  # as they are kept
+    ("data preparation", lambda: (encode.os, "replace"), 1),  # as they are kept
     ("before the first step", lambda: (prepare, "answer_questions"), 1),
     ("saving final/", lambda: (weights, "save_weights"), 1),
     ("after the last step", lambda: (prepare, "answer_questions"), 2),

@@ -1,16 +1,22 @@
-"""Records to documents of token ids and labels.
+"""Records to documents of token ids and labels, kept for the next run.
 
 The tokens of all documents are written to a file as they are made, and mapped from there: so a
 million short documents need some hundred megabytes of memory.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
+import json
 import os
 import re
+import shutil
 import sys
 import tempfile
+import time
 from array import array
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +25,9 @@ from tqdm import tqdm
 from common.data.parts import LeftOut
 from common.data.readers import Records
 from common.data.template import Refused
-from common.errors import UserError, listed, printable
+from common.errors import UserError, listed, printable, writing
+from common.files import manifest
+from common.files.json_files import write_whole
 from common.ranks import is_main, say
 
 IGNORE = -100  # the label of a token that is not trained
@@ -29,6 +37,7 @@ KINDS = 1000  # of reasons to leave something out that are counted apart
 TOKEN = np.dtype([("id", np.int32), ("trained", bool)])
 DOCUMENT = np.dtype([(name, np.int64) for name in (
     "start", "length", "trained", "record", "digest")])  # see `Encoded`
+CODE = sorted(Path(__file__).parent.glob("*.py"))  # decides about tokens and masks
 
 
 class Encoded:
@@ -50,17 +59,17 @@ class Encoded:
         start, length, *_ = self.documents[i].item()
         tokens = self.tokens[start:start + length]
         input_ids = torch.from_numpy(tokens["id"].astype(np.int64))
-        return input_ids, torch.where(torch.from_numpy(tokens["trained"].copy()), input_ids, IGNORE)
+        trained = torch.from_numpy(tokens["trained"].copy())
+        return input_ids, torch.where(trained, input_ids, IGNORE)
 
     def announce(self, title):
         """Print how much there is to train on, and what was left out; returns itself."""
         total, trained = self.documents["length"].sum(), self.documents["trained"].sum()
         say(f"{title}: {len(self):,} documents, {total:,} tokens, {trained / total:.0%} of them "
             "trained on")
-        for note in self.notes[:8]:
+        more = [f"and {len(self.notes) - 8} more such lines"] if len(self.notes) > 8 else []
+        for note in self.notes[:8] + more:
             say(f"{title}: {note}")
-        if len(self.notes) > 8:
-            say(f"{title}: and {len(self.notes) - 8} more such lines")
         return self
 
 
@@ -194,11 +203,63 @@ def _documents(where, record, length, max_length, too_long, note):
     return [(0, max_length)] if cut else []
 
 
-def virtual(count, vocab_size, max_length, seed):
-    """`count` documents of random tokens, all trained, for throughput where there is no data.
+def cached(make, key, files=(), title="data"):
+    """The `Encoded` that `make(file)` gives, or gave with the same `key` and `files` earlier.
 
-    Lengths are log-normal, as in instruction data: half are below a quarter of `max_length`.
+    `make` writes the tokens to the file that it is given, as `encode` does. `key` is anything that
+    JSON can write; of `files`, the content counts, and that of our own code. Kept are the tokens,
+    the documents, and a manifest with the notes, in $XDG_CACHE_HOME or ~/.cache; they may be
+    deleted at any time. What is damaged is made again, loudly. Of several processes, one makes the
+    data and the others wait for it.
     """
+    contents = [(Path(file).suffix, manifest.fingerprint(file)) for file in [*CODE, *files]]
+    name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    path = home / "bareloop" / "encoded" / name
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(writing(f"the tokenised data in {path.parent} (XDG_CACHE_HOME)"))
+        with contextlib.suppress(OSError):  # where nothing can be locked, each makes its own
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left_over in path.parent.glob("new-*"):  # by a process that was killed
+                if time.time() - left_over.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(left_over)
+        found = _read(path)
+        if found is not None:
+            return found.announce(title)
+        try:
+            new = stack.enter_context(tempfile.TemporaryDirectory(prefix="new-", dir=path.parent))
+        except OSError as error:
+            say(f"note: the tokenised data cannot be kept in {path.parent}: {error.strerror}")
+            return make(tempfile.TemporaryFile())
+        with open(Path(new, "tokens"), "w+b") as file:
+            made = make(file)
+        made.documents.tofile(Path(new, "documents"))
+        prints = {file.name: manifest.fingerprint(file) for file in Path(new).iterdir()}
+        write_whole(Path(new, manifest.MANIFEST), manifest.encoded(prints, {"notes": made.notes}))
+        shutil.rmtree(path, ignore_errors=True)  # what was damaged
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(new, path)
+        return made
+
+
+def _read(path):
+    """The `Encoded` that is kept there, its tokens mapped; None for none, or none to be used."""
+    if not path.is_dir():
+        return None
+    try:
+        notes = manifest.verify(path)["extra"]["notes"]
+        tokens = np.memmap(path / "tokens", TOKEN, "r")
+        return Encoded(tokens, np.fromfile(path / "documents", DOCUMENT), notes)
+    except (UserError, LookupError):
+        print(f"{path}: damaged; the data are tokenised again", file=sys.stderr)
+        return None
+
+
+def virtual(count, vocab_size, max_length, seed):
+    """`count` documents of random tokens, all trained, for throughput where there is no data; of
+    log-normal lengths, as in instruction data: half are below a quarter of `max_length`."""
     random = np.random.default_rng(seed)
     lengths = np.exp(random.normal(np.log(max(2, max_length / 4)), 0.8, count))
     documents = np.zeros(count, DOCUMENT)

@@ -6,9 +6,8 @@
     prompt/completion  {"prompt", "completion"}, each a text or a list of messages
     text               {"text"}: all of it is trained
 
-An example with the keys of two formats is read as the first of them in this order (Alpaca's own
-file has a "text" as well). Null counts as absent. What has a meaning is honoured or refused, and
-other keys are noted.
+An example with the keys of two formats is read as the first of them in this order. Null counts as
+absent. What has a meaning is honoured or refused, and other keys are noted.
 """
 
 import json

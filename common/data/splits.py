@@ -132,4 +132,3 @@ def _purpose(label):
             return "train"
         if HELD_OUT & {*words}:
             return "held out"
-    return None

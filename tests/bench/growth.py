@@ -118,7 +118,7 @@ def write_documents(path, count):
 def prepare(path):
     """What a run does with its data before the first step: seconds of each part, peak memory."""
     from common import hub
-    from common.data import cache, encode, readers
+    from common.data import encode, readers
     from common.data.chat import Chat
 
     packing, chat = load("chapter-01/packing.py"), Chat.load(hub.resolve("tiny"))
@@ -126,7 +126,7 @@ def prepare(path):
 
     def encoded():
         started = time.perf_counter()
-        result = cache.cached(lambda file: encode.encode(
+        result = encode.cached(lambda file: encode.encode(
             readers.Records(path), chat, 2048, file=file), "growth", [path])
         return result, time.perf_counter() - started
 

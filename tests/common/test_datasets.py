@@ -253,7 +253,7 @@ def test_an_example_that_is_refused_is_told_from_a_file_that_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("text, columns, message", [
-    ("instruction,input,response\na,b,c\n", None, "the keys 'instruction', 'input', 'response' fit"),
+    ("instruction,input,response\na,b,c\n", None, "keys 'instruction', 'input', 'response' fit"),
     ("Instruction,Output,system\na,b,c\n", None,
      "--columns instruction=Instruction,output=Output"),
     ("question,answer\na,b\n", "prompt=qestion,completion=answer",

@@ -1,4 +1,4 @@
-"""common/data/encode.py and common/data/cache.py: documents, what is left out, and what is kept."""
+"""common/data/encode.py: documents, what is left out, and what is kept."""
 
 import json
 import os
@@ -14,9 +14,8 @@ from checks import refused
 from helpers import GOLDENS, encode_text
 
 from common.data import encode
-from common.data.cache import cached
 from common.data.chat import Chat
-from common.data.encode import show_example, split, virtual
+from common.data.encode import cached, show_example, split, virtual
 from common.data.readers import Records
 from common.errors import UserError
 
@@ -237,13 +236,13 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path, chat, home, monkey
 def test_what_a_killed_process_has_left_is_removed(tmp_path, chat, home):
     path, calls = tmp_path / "a.jsonl", []
     path.write_text(json.dumps(talk("a", "b")))
+    old, live = home / "new-x1y2", home / "new-z3"
+    for folder in (old, live):
+        folder.mkdir(parents=True)
+        (folder / "tokens").write_text("half of it")
+    os.utime(old, (0, 0))
     make_from(path, chat, calls)
-    (kept,) = home.glob("*.lock")
-    left = home / f"{kept.stem}-x1y2"
-    left.mkdir()
-    (left / "tokens").write_text("half of it")
-    make_from(path, chat, calls)
-    assert not left.exists() and len(calls) == 1
+    assert not old.exists() and live.exists() and len(calls) == 1
 
 
 def test_of_several_at_once_one_does_the_work(tmp_path, chat):

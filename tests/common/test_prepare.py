@@ -220,7 +220,7 @@ def test_what_differs_is_seen_in_the_training_data_whatever_is_held_out(tmp_path
 def test_flags_that_have_no_meaning_are_refused(tmp_path):
     for more in ({"rendered": True}, {"strict_template": True}, {"chat_template": "none"},
                  {"columns": "text=a"}):
-        with pytest.raises(UserError, match="virtual stands alone; .* data of your own: --"):
+        with pytest.raises(UserError, match="--.* goes with a file of your own: --data virtual"):
             load(tmp_path, [], data=["virtual"], eval_data=None, **more)
 
 

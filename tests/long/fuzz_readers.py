@@ -16,7 +16,7 @@ from helpers import GOLDENS, ROOT, encode_text, load
 
 from common import hub, metrics, weights
 from common.adapters import peft
-from common.data import cache, encode, readers
+from common.data import encode, readers
 from common.data.chat import Chat
 from common.errors import UserError, located
 from common.files import checkpoint, manifest, state
@@ -325,14 +325,14 @@ def prepare_cache(folder):
         return made
 
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "home")}):
-        cache.cached(make, "fuzz")
+        encode.cached(make, "fuzz")
     (kept,) = folder.glob("home/*/*/*/")
     return copy(kept, folder, *(path.name for path in kept.iterdir()))
 
 
 def read_cache(folder, names):
     """What is kept, or, where it is damaged, nothing."""
-    found = cache._read(folder)
+    found = encode._read(folder)
     for i in range(len(found) if found is not None else 0):
         found[i]
 
