@@ -58,13 +58,13 @@ class Metrics:
 
     def log_step(self, step, loss, lr, grad_norm, tokens, step_seconds, peak_memory_bytes=None,
                  mfu=None):
-        """Report one optimizer step of `tokens` tokens; `mfu` is a fraction of 1. Every `log_every`th
-        step, the first and the last go to the screen."""
+        """Report one optimizer step of `tokens` tokens; `mfu` is a fraction of 1. The first step, the
+        last and every `log_every`th go to the screen."""
         if self.file is None:
             return
         speed = tokens / step_seconds if step_seconds > 0 else None
-        line = self._write(dict(zip(FIELDS, (
-            step, loss, lr, grad_norm, tokens, speed, step_seconds, peak_memory_bytes, mfu))), "train")
+        values = (step, loss, lr, grad_norm, tokens, speed, step_seconds, peak_memory_bytes, mfu)
+        line = self._write(dict(zip(FIELDS, values)), "train")
         now = time.perf_counter()
         if self.first is None:
             self.first = (step, now)

@@ -13,8 +13,8 @@ from common.errors import UserError, writing
 from common.files.json_files import read_json
 
 MOST_LAYERS = 1000  # more would take for ever to make
-# What an absent key means by model_type, as in transformers. Of every other family there are as many
-# key/value heads as heads, and head_dim is hidden_size / num_attention_heads.
+# What an absent key means by model_type, as in transformers. Where nothing stands here there are as
+# many key/value heads as heads, and head_dim is hidden_size / num_attention_heads.
 _FAMILIES = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
@@ -68,9 +68,6 @@ def _normalise(config, file):
         raise UserError(f"{file}: num_hidden_layers must be at most {MOST_LAYERS}")
     if not isinstance(config.get("model_type", ""), str):
         raise UserError(f"{file}: model_type={config['model_type']!r} is not text")
-    for key, value in config.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{file}: {key} is {value}, not a number")
     for rope in ropes:
         if rope is not None and not isinstance(rope, dict):
             raise UserError(f"{file}: rope_scaling must be null or an object, not {rope!r}")
@@ -87,6 +84,9 @@ def _normalise(config, file):
     theta = thetas[0] if thetas else 10000.0
     config["rope_theta"] = float(theta) if type(theta) is int else theta
     config["rope_scaling"] = scalings[0] if scalings else None
+    for key, value in {**config, **(config["rope_scaling"] or {})}.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{file}: {key} is {value}, not a number")
 
     family = _FAMILIES.get(config.get("model_type"), {})
     if "max_position_embeddings" in family:

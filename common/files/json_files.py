@@ -37,7 +37,7 @@ def read_json(file):
 
 
 def write_whole(file, data):
-    """Have these bytes on the disk as `file`; who reads it at any time has the old ones or these."""
+    """Have these bytes on the disk as `file`; who reads it meanwhile has the old ones or these."""
     new = Path(f"{file}.new")
     with open(new, "wb") as opened:
         opened.write(data)

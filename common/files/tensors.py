@@ -48,8 +48,8 @@ def tensor_headers(path, stem="model"):
 
 
 def tensor_problems(headers, wanted, loadable=FLOATING):
-    """What keeps the tensors of `headers` (see `tensor_headers`) from being those that are `wanted`
-    ({name: shape}), each of one of the dtypes `loadable`: at most four things, or "" for nothing."""
+    """Why the tensors of `headers` (see `tensor_headers`) are not those that are `wanted`, {name:
+    shape}, each of one of the dtypes `loadable`: at most four reasons; "" if they are."""
     problems = [f"{what} {listing(names)}" for what, names in (
         ("missing", wanted.keys() - headers.keys()),
         ("unexpected", headers.keys() - wanted.keys())) if names]

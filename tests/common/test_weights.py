@@ -290,6 +290,22 @@ def test_missing_unexpected_and_misshapen_are_named(tmp_path):
         weights.load_weights(tree(shapes | many), folder)
 
 
+def test_problems_of_tensors_in_few_words():
+    headers = {name: ((2,), "F32", None) for name in "abcdefg"}
+    wanted = {name: (2,) for name in "abcdefg"}
+    assert tensor_files.tensor_problems(headers, wanted) == ""
+    headers["d"] = ((2,), "I8", None)
+    wanted |= {"c": (3,), "x": (1,)}
+    del wanted["b"]
+    said = "missing x; unexpected b; c has shape (2,), not (3,); d is I8, not floating point"
+    assert tensor_files.tensor_problems(headers, wanted) == said
+    wanted |= {"e": (), "f": ()}
+    assert tensor_files.tensor_problems(headers, wanted) == said + "; and 2 more"
+    headers["d"] = ((2,), "F16", None)
+    assert tensor_files.tensor_problems(headers, wanted | {"e": (2,)}, {"F32"}).endswith(
+        "d is F16, not F32; and 1 more")
+
+
 def test_nothing_is_copied_when_something_is_wrong(tmp_path):
     tensors = tied_tensors()
     model = tree(shapes_of(tensors) | {"model.layers.0.w": (1,)})
