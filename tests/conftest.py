@@ -21,6 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bareloop-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+import small_runs
 from helpers import load
 
 collect_ignore = ["long", "bench", "goldens"]
@@ -78,6 +79,13 @@ def data(tmp_path_factory):
             for i, word in enumerate("one two three four five six".split() * 2)]
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
+
+
+@pytest.fixture
+def short_answers(request):
+    """The train.py of the test's chapter asks for three tokens: see `small_runs.short_answers`."""
+    with small_runs.short_answers(load(f"{request.path.parent.name}/train.py")):
+        yield
 
 
 @pytest.fixture

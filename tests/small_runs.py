@@ -44,19 +44,24 @@ def write_inputs(folder, steps=STEPS, documents=24):
             "--steps", str(steps), "--save-every", str(EVERY), "--eval-every", str(EVERY)]
 
 
+def short_answers(module):
+    """Within it the `generate` of a train.py gives three tokens: a model that has learned nothing
+    never stops."""
+    generate = module.generate
+    return mock.patch.object(module, "generate", lambda model, prompts, longest, *others: generate(
+        model, prompts, min(longest, 3), *others))
+
+
 def train(arguments, chapter="01"):
     """`train.main(arguments)` in this process, on one thread, asking few and short questions."""
     script = f"chapter-{chapter}/train.py"
     module = load(script)
-    generate = module.generate
     torch.set_num_threads(1)
     with contextlib.ExitStack() as small:
         for name, value in (("SCORED", 3), ("SHOWN", 2), ("TINY_DOCUMENTS", 60)):
             small.enter_context(mock.patch.object(prepare, name, value))
         small.enter_context(mock.patch.object(sys, "argv", [script]))
-        small.enter_context(mock.patch.object(
-            module, "generate", lambda model, prompts, longest, *others: generate(
-                model, prompts, min(longest, 3), *others)))
+        small.enter_context(short_answers(module))
         code = module.main(list(map(str, arguments)))
     if code:
         raise SystemExit(code)

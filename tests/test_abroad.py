@@ -13,8 +13,7 @@ import pytest
 from helpers import ROOT, run_script
 
 QUESTIONS = {"When do you open?": "At eight.", "What is the soup today?": "Pumpkin.",
-             "Do you take cards?": "Of course.", "Where can I park?": "Behind the church.",
-             "Who bakes the bread?": "Jonas.", "Is there a vegan cake?": "Yes."}
+             "Do you take cards?": "Of course.", "Who bakes the bread?": "Jonas."}
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # As Qwen3's does: an empty think block goes before the last answer, but not into the prompt.
@@ -44,7 +43,7 @@ def write_questions(file):
     return file
 
 
-def train(chapter, model, data, out, *more, steps=100):
+def train(chapter, model, data, out, *more, steps=75):
     done = run_script(
         f"chapter-{chapter}/train.py", "--model", model, "--data", data, "--eval-data", data,
         "--steps", steps, "--batch-tokens", 256, "--eval-every", 0, "--save-every", 0, "--device",
@@ -64,7 +63,7 @@ def ask(chapter, *where, cwd):
 
 @pytest.mark.parametrize("chapter, options", [
     ("01", ["--init", "pretrained", "--lr", "2e-3"]), ("02", ["--lr", "5e-3"]),
-    ("03", ["--lr", "5e-3"])])
+    pytest.param("03", ["--lr", "5e-3"], marks=pytest.mark.slow)])
 def test_the_end_of_turn_that_the_template_trains_is_where_it_stops(tmp_path, chapter, options):
     data = write_questions(tmp_path / "data.jsonl")
     train(chapter, base(tmp_path / "base", CHATML), data, tmp_path / "run", *options)
@@ -83,10 +82,10 @@ def test_the_end_of_turn_that_the_template_trains_is_where_it_stops(tmp_path, ch
 def test_what_the_template_inserts_is_trained_so_the_model_knows_what_it_is_asked(tmp_path):
     data = write_questions(tmp_path / "data.jsonl")
     shown = train("02", base(tmp_path / "base", THINK), data, tmp_path / "run",
-                  "--lr", "5e-3", steps=160)
+                  "--lr", "5e-3", steps=110)
     assert "[<think>\n\n</think>\n\nAt eight.<|im_end|>]" in shown and "warning" not in shown
     after = shown.partition("held-out, after training\n")[2]
-    for question, answer in list(QUESTIONS.items())[:4]:
+    for question, answer in QUESTIONS.items():
         assert f"    {question}\n      <think> </think> {answer}\n" in after
     final = tmp_path / "run" / "final"
     thinking = {question: f"<think>\n\n</think>\n\n{a}" for question, a in QUESTIONS.items()}

@@ -164,8 +164,8 @@ def test_the_data_format_is_markdown(patched, tmp_path):
 
     def train(name):
         return run_script(
-            root / "chapter-01/train.py", "--model", "tiny", "--init", "random", "--data",
-            tmp_path / name, *SHORT, "--out", tmp_path / name[3:], cwd=tmp_path)
+            root / "chapter-01/train.py", "--model", "tiny", "--data", tmp_path / name, *SHORT,
+            "--out", tmp_path / name[3:], cwd=tmp_path)
 
     shown = []
     for name in ("my.md", "my.jsonl"):

@@ -15,6 +15,7 @@ generate = load("chapter-02/generate.py")
 merge = load("chapter-02/merge.py")
 lora = load("chapter-02/lora.py")
 UserError = train.UserError
+pytestmark = pytest.mark.usefixtures("short_answers")
 
 METHODS = sorted(set(lora.METHODS) - {"full"})
 

@@ -15,6 +15,7 @@ merge = load("chapter-03/merge.py")
 nf4 = load("chapter-03/nf4.py")
 quantized_model = load("chapter-03/quantized_model.py")
 UserError = train.UserError
+pytestmark = pytest.mark.usefixtures("short_answers")
 
 
 def arguments(data, *more):
@@ -86,12 +87,15 @@ def test_what_cannot_be_is_refused_with_the_reason(tmp_path, data, more, message
     assert message in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_dry_run_and_a_missing_compiler(tmp_path, data):
-    """As a user runs it: what is predicted; and --compile without a compiler, in one line."""
+def test_dry_run(tmp_path, data):
     done = run_script("chapter-03/train.py", *arguments(data, "--dry-run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "adapters" in done.stdout and "predicted peak" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_one_line(tmp_path, data):
     done = run_script("chapter-03/train.py", *arguments(data, "--compile", "--steps", "1"),
                       cwd=tmp_path, environment={"CXX": "/no/such/compiler"}, fresh=True)
     lines = done.stderr.strip().splitlines()
