@@ -5,7 +5,8 @@ Every method adds a product of two thin matrices, A (r, in) and B (out, r), to t
     y = x (W + s B A)ᵀ + bias      x (T, in), y (T, out); T tokens, r the rank, s the scale
 
 and is one small class that says what it changes: the scale, the first values, the layer's
-equation or the optimisation. `METHODS` lists them: a new method is one class and one row there.
+equation or the optimisation. A new method is a class and a row in `METHODS`; and, if it is not
+saved as plain A and B, a branch in common/adapters/peft.py.
 
 W keeps its own dtype and has no gradient. A and B are float32 whatever W is: bfloat16 would round
 most of their updates away. For the products they are cast *down* to the dtype of x; casting x up,
@@ -22,6 +23,8 @@ from torch import nn
 from common.adapters.targets import check_config, dense_weight, select_targets
 from common.predict_memory import linear_cost
 from common.ranks import full_tensor, own_rows
+
+SMALLEST = torch.finfo(torch.float32).tiny  # or an all-zero row of W would be divided by zero
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,7 @@ class LoRALinear(nn.Module):
     """LoRA: y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ, s = α/r; A random, B = 0, so nothing changes at first.
 
     arXiv 2106.09685, equation 3. A starts as in the authors' code, U(±1/√in); the paper says
-    Gaussian. `base`, the layer that is adapted, computes x Wᵀ + bias and has what an nn.Linear has;
-    its `weight` is a parameter, or what a quantised layer makes of its own.
+    Gaussian. `base` is the adapted layer: an nn.Linear, or a quantised layer in its place.
     """
 
     rank_power = 1.0  # s = α / r^power
@@ -301,7 +303,6 @@ class DeltaLoRALinear(LoRALinear):
             own_rows(self.base.weight).addmm_(left, right, alpha=config.delta_ratio * self.scale)
 
 
-SMALLEST = torch.finfo(torch.float32).tiny  # or an all-zero row of W would be divided by zero
 METHODS = {
     "full": None,  # no adapter: every parameter of the model is trained
     "lora": LoRALinear,
@@ -356,7 +357,7 @@ def merged_weight(module):
 
 @torch.no_grad()
 def delta_weight(module):
-    """What the adapter has changed of the weight (out, in), float32; of Delta-LoRA only s B A."""
+    """How the adapter changes the weight (out, in), float32; for Delta-LoRA only s B A."""
     return module.merged() - module.original()
 
 
@@ -367,12 +368,12 @@ def state_names(model):
     names = [f"{prefix}.{name}" for prefix, module in modules.items()
              for name, _ in module.named_parameters(recurse=False)]
     names += [f"{n}.base.weight" for n, m in modules.items() if isinstance(m, DeltaLoRALinear)]
-    return names if modules else [name for name, _ in model.named_parameters()]
+    return names or [name for name, _ in model.named_parameters()]
 
 
 def optimizer_groups(model, config, lr, weight_decay):
-    """The trainable parameters as groups for torch.optim, each with `weight_decay`, which vectors
-    are spared, `lr`, and `lr_ratio`, its ratio to the `lr` given here: a schedule keeps it."""
+    """The trainable parameters as groups for torch.optim: vectors are not decayed, and `lr_ratio`
+    is what a schedule multiplies its learning rate by."""
     ratios = {parameter: module.lr_ratio(name, config) for _, module in adapter_modules(model)
               for name, parameter in module.named_parameters(recurse=False)}
     groups = {}
@@ -386,8 +387,7 @@ def optimizer_groups(model, config, lr, weight_decay):
 
 @torch.no_grad()
 def before_step(model, config):
-    """Call between the backward pass and clipping, so that what is clipped and logged is the
-    gradient that the optimizer gets: LoRA-FA replaces B's here."""
+    """Call between the backward pass and clipping: LoRA-FA replaces B's gradient here."""
     for _, module in adapter_modules(model):
         module.before_step(config)
 

@@ -91,10 +91,8 @@ def short_answers(request):
 @pytest.fixture
 def quick_ceilings(monkeypatch):
     """What the device can do, told or measured in one call: for tests that read no speed."""
-    ceilings = load("chapter-03/profiling/ceilings.py")
-    small = ceilings.torch.ones(2**16)
-    for name, answer in {"duration": functools.partial(ceilings.duration, repeats=1),
+    operators = load("chapter-03/profiling/operators.py")
+    for name, answer in {"duration": functools.partial(operators.duration, repeats=1),
                          "large_product": lambda device, dtype: 1e11,
-                         "large_copy": lambda device: 1e10,
-                         "_larger_than_caches": lambda: small}.items():
-        monkeypatch.setattr(ceilings, name, answer)
+                         "large_copy": lambda device: 1e10}.items():
+        monkeypatch.setattr(operators, name, answer)

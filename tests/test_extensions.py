@@ -9,6 +9,7 @@ when lines move, and fails when the code that it changes has changed.
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -69,6 +70,7 @@ def test_a_diff_is_short_and_in_the_readme(diff):
     lines = diff.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 40 and max(map(len, lines)) <= 101
     assert f"tests/extensions/{diff.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    subprocess.run(["git", "apply", "--check", diff], cwd=ROOT, check=True)
 
 
 def test_the_loss_is_dynamic_fine_tuning(patched, tmp_path):
