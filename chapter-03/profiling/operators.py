@@ -38,20 +38,14 @@ CLIP_BYTES = 12
 # --- what this device can do ---
 
 @functools.cache
-def large_product(device, dtype):
-    """FLOP/s of a square matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
+def ceilings(device, dtype):
+    """(FLOP/s of a large square product, bytes a second of a large copy, both read and written)."""
+    n, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-    return 2 * n**3 / duration(lambda: a @ b, device)
-
-
-@functools.cache
-def large_copy(device):
-    """Bytes per second of a copy, those read and those written."""
-    size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * size / duration(lambda: target.copy_(source), device)
+    return (2 * n**3 / duration(lambda: a @ b, device),
+            2 * size / duration(lambda: target.copy_(source), device))
 
 
 @functools.cache
@@ -272,7 +266,7 @@ def predict(model, pack, ops, device, fused_optimizer=True):
     forward, backward = attention(
         model.model.layers[0].self_attn.attend, device, dtype, lengths,
         config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    peak, bandwidth = large_product(device, dtype), large_copy(device)
+    peak, bandwidth = ceilings(device, dtype)
     roofline, own = collections.Counter(), collections.Counter()
     for op in ops:
         if op.bucket == "attention":  # two products; in the backward five

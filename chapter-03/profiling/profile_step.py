@@ -104,9 +104,9 @@ def main(argv=None):
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
     ops = operators.record(model, pack, compiled=options.compile)
-    flops, moved = operators.large_product(device, model.compute_dtype), operators.large_copy(device)
-    print(f"\nceilings    {flops / 1e9:,.0f} GFLOP/s in a large {options.dtype} product, "
-          f"{moved / 1e9:.1f} GB/s in a large copy")
+    peak, bandwidth = operators.ceilings(device, model.compute_dtype)
+    print(f"\nceilings    {peak / 1e9:,.0f} GFLOP/s in a large {options.dtype} product, "
+          f"{bandwidth / 1e9:.1f} GB/s in a large copy")
     times = operators.predict(model, pack, ops, device)
     total = sum(alone for _, alone in times.values())
     print(f"predicted   {1e3 * total:.1f} ms a step of {tokens} tokens, {tokens / total:,.0f} "
