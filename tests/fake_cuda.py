@@ -3,6 +3,7 @@
     python tests/fake_cuda.py steps       every chapter and method, two layers, a line of JSON each
     python tests/fake_cuda.py compiled    chapter 3 through torch.compile, as far as AOTAutograd
     python tests/fake_cuda.py memory      Qwen3 at full depth: the predicted peak and the traced one
+    python tests/fake_cuda.py "chapter 2, lora" loss        some cases by their names
 
 Nothing is computed, but every operator is called: one that gets tensors of two devices or of dtypes
 that do not go together fails as on a GPU. test_cuda_branch.py reads the lines. It needs g++, once:
@@ -41,7 +42,7 @@ def before_torch():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["steps"], ["compiled"], ["memory"]):
+    if not sys.argv[1:]:
         sys.exit(__doc__)
     LIBRARY = before_torch()
 
@@ -285,22 +286,22 @@ WHOLE = {  # row of chapter 3's table, of Qwen3-0.6B: its case
     "chapter 3, dense": ("chapter-03",),
     "chapter 3, dense, compiled": ("chapter-03", "full", "none", "none", True),
     "chapter 3, LoRA": ("chapter-03", "lora"), "chapter 3, QLoRA": ("chapter-03", "lora", "double")}
-EIGHT_BILLION = "Qwen3-8B, QLoRA, full checkpointing"
+# Of 2,048 tokens only: where a layer at work decides, what fake tensors make of SiLU's backward
+# (eight operators, where a GPU has one) takes more than the real thing.
+EIGHT_BILLION = "Qwen3-8B, QLoRA, full checkpointing, 2048 tokens"
 
 
-def cases(kind):
-    """(name, Case) of everything of a kind."""
-    if kind != "memory":
-        for name, case in {"steps": STEPS, "compiled": COMPILED}[kind].items():
-            yield name, Case(*case)
-        return
-    for tokens in (2048, 16384):
-        for name, case in WHOLE.items():
-            yield f"{name}, {tokens} tokens", Case(*case, layers=None, tokens=tokens)
-    # Of 2,048 tokens only: where a layer at work decides, what fake tensors make of SiLU's backward
-    # (eight operators, where a GPU has one) takes more than the real thing.
-    yield f"{EIGHT_BILLION}, 2048 tokens", Case(
-        "chapter-03", "lora", "double", "full", model="qwen3-8b", layers=None)
+def whole(case, tokens=2048, model="qwen3-0.6b"):
+    return lambda: Case(*case, model=model, layers=None, tokens=tokens).run()
+
+
+KINDS = {
+    "steps": {name: lambda case=case: Case(*case).run() for name, case in STEPS.items()},
+    "compiled": {name: lambda case=case: Case(*case).run() for name, case in COMPILED.items()},
+    "memory": {"loss": lambda: loss_memory(), **{
+        f"{name}, {tokens} tokens": whole(case, tokens)
+        for tokens in (2048, 16384) for name, case in WHOLE.items()},
+        EIGHT_BILLION: whole(("chapter-03", "lora", "double", "full"), model="qwen3-8b")}}
 
 
 def loss_memory(T=4096, V=151_936, D=1024):
@@ -335,11 +336,10 @@ def loss_memory(T=4096, V=151_936, D=1024):
 
 def main():
     after_torch()
-    if sys.argv[1] == "memory":
-        print(json.dumps({"case": "loss", **loss_memory()}), flush=True)
-    for name, case in cases(sys.argv[1]):
+    every = {name: run for kind in KINDS.values() for name, run in kind.items()}
+    for name in [name for word in sys.argv[1:] for name in KINDS.get(word, [word])]:
         try:
-            found = case.run()
+            found = every[name]()
         except Exception as error:  # told by the test of that name
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"case": name, **found}), flush=True)

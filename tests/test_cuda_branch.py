@@ -19,48 +19,58 @@ def found(fake_cuda_runs):
     if not fake_cuda_runs:
         pytest.skip("the stand-in for CUDA has to be compiled, and no g++ is here")
     lines = {}
-    for process in fake_cuda_runs.values():
+    for process in fake_cuda_runs:
         printed, errors = process.communicate(timeout=800)
         assert process.returncode == 0, errors[-2000:]
         lines |= {line.pop("case"): line for line in map(json.loads, printed.splitlines())}
     return lines
 
 
-@pytest.mark.parametrize("name", [*fake_cuda.STEPS, *fake_cuda.COMPILED])
-def test_step(name, found):
+def others_slow(cases, *telling):
+    """The cases as parameters: all but the `telling` ones are slow."""
+    return [pytest.param(case, marks=() if case in telling else pytest.mark.slow)
+            for case in cases]
+
+
+@pytest.mark.parametrize("case", [*fake_cuda.STEPS, *others_slow(
+    fake_cuda.COMPILED, "chapter 3, dense, none, compiled", "chapter 3, lora-fa, compiled",
+    "chapter 3, lora on nf4, full, compiled", "chapter 3, lora on double, selective, compiled")])
+def test_step(case, found):
     """No error (as of two devices, or dtypes that do not go together), every gradient there, of its
     parameter's dtype and device, nothing computed elsewhere; compiled, one graph for a layer, one
     for the first layer above a frozen embedding, one for the loss with any number of labels."""
-    step = found[name]
+    step = found[case]
     assert "error" not in step, step["error"]
     assert step["wrong"] == []
-    assert set(step["elsewhere"]) == (LORA_FA if "lora-fa" in name else set())
-    dense = name in ("chapter 1", "chapter 2, full") or "dense" in name
+    assert set(step["elsewhere"]) == (LORA_FA if "lora-fa" in case else set())
+    dense = case in ("chapter 1", "chapter 2, full") or "dense" in case
     assert step["breaks"] == 0
     # Adapters are added in place, but where a layer is computed again as a whole (compiling.py).
-    assert (step["copies"] > 0) == ("full, compiled" in name and not dense)
-    assert step["graphs"] == ((2 if dense else 3) if name in fake_cuda.COMPILED else 0)
+    assert (step["copies"] > 0) == ("full, compiled" in case and not dense)
+    assert step["graphs"] == ((2 if dense else 3) if case in fake_cuda.COMPILED else 0)
     assert step["predicted"] == pytest.approx(step["peak"], rel=0.02)
 
 
-@pytest.mark.parametrize("name", [*fake_cuda.WHOLE, fake_cuda.EIGHT_BILLION])
-def test_memory_of_the_whole_model_is_the_predicted_one(name, found):
+@pytest.mark.parametrize("case", others_slow(
+    (case for case in fake_cuda.KINDS["memory"] if case != "loss"), "chapter 1, 2048 tokens",
+    "chapter 2, LoRA, 2048 tokens", "chapter 3, QLoRA, 2048 tokens",
+    "chapter 3, dense, compiled, 2048 tokens"))
+def test_memory_of_the_whole_model_is_the_predicted_one(case, found):
     """Within 1 %; and chapter 3's README has these figures."""
     readme = (ROOT / "chapter-03" / "README.md").read_text(encoding="utf-8")
+    name, tokens = re.fullmatch(r"(.*), (\d+) tokens", case).groups()
     cells = re.search(rf"^\| {re.escape(name)} \|(.*)\|$", readme, re.MULTILINE)[1].split("|")
-    for tokens, cell in zip((2048, 16384), cells, strict=True):
-        if name == fake_cuda.EIGHT_BILLION and tokens == 16384:
-            continue
-        memory = found[f"{name}, {tokens} tokens"]
-        assert "error" not in memory, memory["error"]
-        assert memory["predicted"] == pytest.approx(memory["peak"], rel=0.01)
-        shown = [float(number) for number in re.findall(r"[\d.]+", cell)]
-        assert shown == pytest.approx([memory["predicted"] / 1e9, memory["peak"] / 1e9], abs=0.006)
+    memory = found[case]
+    assert "error" not in memory, memory["error"]
+    assert memory["predicted"] == pytest.approx(memory["peak"], rel=0.01)
+    shown = [float(number) for number in re.findall(r"[\d.]+", cells[tokens != "2048"])]
+    assert shown == pytest.approx([memory["predicted"] / 1e9, memory["peak"] / 1e9], abs=0.006)
 
 
-def test_memory_of_the_loss(found):
+@pytest.mark.parametrize("case", ["loss"])
+def test_memory_of_the_loss(case, found):
     """Above inputs and gradients: the target of 15 % of the plain loss's."""
-    loss = found["loss"]
+    loss = found[case]
     assert loss["compiled"] < loss["chunked"] <= 0.15 * loss["plain"]
 
 
