@@ -83,10 +83,10 @@ def data(tmp_path_factory):
 @pytest.fixture
 def quick_ceilings(monkeypatch):
     """What the device can do, told or measured in one call: for tests that read no speed."""
-    ceilings = load("chapter-03/profiling/ceilings.py")
-    small = ceilings.torch.ones(2**16)
-    for name, answer in {"duration": functools.partial(ceilings.duration, repeats=1),
+    operators = load("chapter-03/profiling/operators.py")
+    small = operators.torch.ones(2**16)
+    for name, answer in {"duration": functools.partial(operators.duration, repeats=1),
                          "large_product": lambda device, dtype: 1e11,
                          "large_copy": lambda device: 1e10,
-                         "_larger_than_caches": lambda: small}.items():
-        monkeypatch.setattr(ceilings, name, answer)
+                         "larger_than_caches": lambda: small}.items():
+        monkeypatch.setattr(operators, name, answer)

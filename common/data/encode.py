@@ -50,7 +50,8 @@ class Encoded:
         start, length, *_ = self.documents[i].item()
         tokens = self.tokens[start:start + length]
         input_ids = torch.from_numpy(tokens["id"].astype(np.int64))
-        return input_ids, torch.where(torch.from_numpy(tokens["trained"].copy()), input_ids, IGNORE)
+        trained = torch.from_numpy(tokens["trained"].copy())
+        return input_ids, torch.where(trained, input_ids, IGNORE)
 
     def announce(self, title):
         """Print how much there is to train on, and what was left out; returns itself."""

@@ -56,9 +56,9 @@ BUGS = [
     (9, "a step without targets is divided by 0", [
         (CH1, "pack, device)) / max(1, targets)", "pack, device)) / torch.tensor(targets)")]),
     (9, "examples with nothing to train on are kept", [
-        ("common/data/encode.py", "if trained[start + 1:end].any():", "if end > start:")]),
+        ("common/data/encode.py", "if not trained[start + 1:end].any():", "if end <= start:")]),
     (10, "what is cut before the answer is kept", [
-        ("common/data/encode.py", "if trained[start + 1:end].any():", "if end > start + 1:")]),
+        ("common/data/encode.py", "if not trained[start + 1:end].any():", "if end < start + 2:")]),
     (10, "nothing is cut", [("common/data/encode.py", "if length <= max_length:", "if length:")]),
     (11, "the tokenizer adds a second BOS", [
         ("common/data/chat.py", "self.tokenise([layout.text], layout.whole)",
@@ -146,7 +146,7 @@ BUGS = [
          "if not any(file.resolve().is_relative_to(home) for home in homes):", "if False:")]),
     (26, "ids are not looked at", [
         ("common/data/encode.py",
-         "if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:",
+         "if vocab_size is not None and len(ids) and ids.max() >= vocab_size:",
          "if False:")]),
     (27, "chapter 1 adds up in bfloat16", [
         (CH1, "logits = model(**inputs).float()", "logits = model(**inputs)")]),
