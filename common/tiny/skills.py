@@ -104,7 +104,7 @@ def split_of(prompt):
 
 
 def records(name, split, count, seed=0):
-    """`count` records of the skills `name`, each skill in turn; the same seed gives the same records.
+    """`count` records of the skills `name`, each skill in turn, determined by the seed.
 
     `name` is "base", "new" or "all"; `split` is "train" or "eval", and no prompt is in both.
     Each record is {"messages": [user, assistant], "skill": name of the skill}. A longer list
