@@ -49,7 +49,7 @@ def read_options(doc, argv, adapters=True):
     if options.raw and options.no_thinking:
         raise UserError("--raw does without the chat template, so --no-thinking has no meaning")
     if options.compare and (options.chat or not options.adapter):
-        raise UserError("--compare needs --adapter and --prompt: it shows the adapter beside its base")
+        raise UserError("--compare needs --adapter, to show it beside its base, and --prompt")
     for name, fits in (
             ("max_new_tokens", options.max_new_tokens >= 1), ("top_k", options.top_k >= 0),
             ("temperature", 0 <= options.temperature < float("inf")), ("seed", options.seed >= 0),

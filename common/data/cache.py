@@ -1,7 +1,7 @@
-"""Tokenised data, kept for the next run in a folder for each hash of what they were made from.
+"""Tokenised data, kept for the next run, each in a folder named by a hash of what it was made from.
 
-These lie in $XDG_CACHE_HOME or ~/.cache, in bareloop/encoded, and may be deleted at any time. Each
-holds the tokens, which are mapped and not read, the documents, and a manifest with the notes.
+The folders are in bareloop/encoded below $XDG_CACHE_HOME or ~/.cache, and may be deleted at any
+time. Each holds the tokens, which are memory-mapped, the documents, and a manifest with the notes.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from common.files import manifest
 from common.files.json_files import write_whole
 from common.ranks import say
 
-CODE = sorted(Path(__file__).parent.glob("*.py"))  # decides about tokens and masks
+CODE = sorted(Path(__file__).parent.glob("*.py"))  # on which tokens and masks depend
 
 
 def cached(make, key, files=(), title="data"):
     """The `Encoded` that `make(file)` gives, or gave with the same `key` and `files` earlier.
 
     `make` writes the tokens to the file that it is given, as `encode` does. `key` is anything that
-    JSON can write; of `files`, the content counts, and that of our own code. What is damaged is
-    made again, loudly. Of several processes, one makes the data and the others wait for it.
+    JSON can write; of `files` and of our own code, the content counts. A damaged entry is made
+    again, with a warning. Of several processes, one makes the data and the others wait for it.
     """
     contents = [(Path(file).suffix, manifest.fingerprint(file)) for file in [*CODE, *files]]
     name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
@@ -38,7 +38,7 @@ def cached(make, key, files=(), title="data"):
     path = home / "bareloop" / "encoded" / name
     with contextlib.ExitStack() as stack:
         stack.enter_context(writing(f"the tokenised data in {path.parent} (XDG_CACHE_HOME)"))
-        with contextlib.suppress(OSError):  # where nothing can be locked, each makes its own
+        with contextlib.suppress(OSError):  # if nothing can be locked, each makes its own
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -65,7 +65,7 @@ def cached(make, key, files=(), title="data"):
 
 
 def _read(path):
-    """The `Encoded` that is kept there, its tokens mapped; None for none, or none to be used."""
+    """The `Encoded` that is kept there, its tokens mapped; None if there is no usable one."""
     if not path.is_dir():
         return None
     try:
