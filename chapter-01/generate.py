@@ -1,9 +1,9 @@
-"""Ask a trained model something: several prompts at once, in one pack.
+"""Ask a trained model something: one or more prompts at once, in one pack.
 
     python chapter-01/generate.py --model runs/chapter-01/001/final --prompt "Reverse: cat"
 
-There is no cache here: every new token runs the whole pack again, which needs no code beyond the
-model itself. Chapter 2 adds the cache.
+There is no cache here: for every new token the model runs on the whole pack again, which needs no
+further code. Chapter 2 adds the cache.
 """
 
 import sys
@@ -28,9 +28,9 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
     """Continue each prompt until a stop token or `max_new_tokens`.
 
     `prompts` is a list of lists of token ids. Returns the new tokens of each, without the stop
-    token. Temperature 0, or one too small for float32, takes the likeliest token; above it,
-    tokens are drawn from softmax(logits / temperature), fixed by `seed`. All prompts share one
-    pack per step; a document that is finished leaves it.
+    token. Temperature 0, or one too small for float32, takes the likeliest token; otherwise tokens
+    are drawn from softmax(logits / temperature), fixed by `seed`. All prompts share one pack per
+    step; a document that is finished leaves it.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-# Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no word for it.
+# Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no such argument.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 # Fields of config.json that change the maths and that this file does not implement, each with
 # the values that leave it out.
@@ -145,14 +145,14 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
     n is the tokens cu_seqlens[n] to cu_seqlens[n+1]. Returns (T, H, d).
 
     On CUDA in 16 bits this is one call of PyTorch's FlashAttention for packed sequences.
-    Elsewhere the documents take turns. `split` and not slices: the backward of a slice fills a
-    whole pack with zeros, for every document anew.
+    Elsewhere the documents are computed one after another. `split` and not slices: the backward of
+    a slice fills a whole pack with zeros, for every document.
     """
     if q.is_cuda and q.dtype != torch.float32:
         # window (-1, 0): everything to the left, nothing to the right, which is causal.
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
                            window_size=(-1, 0), **GROUPED)
-    if q.is_cuda:  # its float32 kernel wants as many key/value heads as there are query heads
+    if q.is_cuda:  # CUDA's float32 kernel wants as many key/value heads as query heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     lengths = cu_seqlens.diff().tolist()
     outputs = []

@@ -1,9 +1,9 @@
 # Copied from chapter-01/packing.py (whole file)
 """Packing: documents of unequal length, end to end in one row, with nothing wasted on padding.
 
-`packed_sequence_collate_fn` makes one pack of some documents. `PackSampler` chooses the documents
-of every pack of the run, in an order that depends on the seed alone: not on the number of GPUs,
-and not on where a run was interrupted.
+`packed_sequence_collate_fn` makes a pack of given documents. `PackSampler` chooses the documents of
+every pack of the run, in an order that depends on the seed alone: not on the number of GPUs, and
+not on where a run was interrupted.
 """
 
 import numpy as np

@@ -32,7 +32,7 @@ from loss import CHUNK, chunked_cross_entropy
 
 __all__ = ["LlamaConfig", "LlamaForCausalLM", "initialise"]
 
-# Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no word for it.
+# Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no such argument.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 

@@ -93,8 +93,8 @@ def learning_rate(step, total, options):
 
 # Copied from chapter-02/train.py
 def to_device(pack, device):
-    """The same pack with its tensors on `device`. A GPU fetches pinned memory by itself; for other
-    memory Python would wait until the GPU has done all that it was told before."""
+    """The same pack with its tensors on `device`. A GPU copies pinned memory in the background;
+    with other memory Python would wait until the GPU has finished all earlier work."""
     pinned = torch.device(device).type == "cuda"
     return {name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
             if torch.is_tensor(value) else value for name, value in pack.items()}
@@ -233,7 +233,7 @@ def main(argv=None):
             before_step(model, adapter)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
             norm = full_tensor(norm)
-            loss, norm = torch.stack((total_loss, norm)).tolist()  # one GPU is waited for here only
+            loss, norm = torch.stack((total_loss, norm)).tolist()  # the only wait for a single GPU
             lr = learning_rate(step, total_steps, options)
             if nonfinite.check(loss, norm, step, documents, saved):
                 for group in optimizer.param_groups:

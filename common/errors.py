@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this; and how others say that memory is out."""
+"""UserError, the exception for what the user can put right, and how errors become one line."""
 
 import difflib
 import os
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Wrong input of any kind. Its text is one line that says where, what, and what to do.
 
-    Scripts print it as `error: ...` and end with exit code 2 (`run_main`). Whatever of a hostile
-    file is quoted in it, it stays one line that cannot command a terminal.
+    Scripts print it as `error: ...` and end with exit code 2 (`run_main`). Control characters are
+    escaped, so text quoted from a hostile file cannot control the terminal.
     """
 
     def __str__(self):
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 def printable(text, limit):
-    """At most `limit` characters of a text, control characters spelled out."""
+    """At most `limit` characters of a text, control characters escaped."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     return shown if len(text) <= limit else shown + "…"
 
@@ -31,20 +31,20 @@ def one_line(error, limit=200):
 
 
 def nearest(word, candidates):
-    """' (did you mean X?)' for the candidate that resembles `word`, or nothing."""
+    """' (did you mean X?)' for the candidate that resembles `word`, or ''."""
     match = difflib.get_close_matches(word, list(candidates), 1)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
 def listed(words, most=8):
-    """The first of some words, and how many more there are."""
+    """The first `most` of some words, and how many more there are."""
     words = list(words)
     return ", ".join(words[:most] + [f"{len(words) - most} more"] * (len(words) > most))
 
 
 @contextmanager
 def writing(file):
-    """Give an OSError from inside the block (a full disk, say) as a UserError about `file`."""
+    """Turn an OSError inside the block (a full disk, say) into a UserError about `file`."""
     try:
         yield
     except BrokenPipeError:  # of a print inside the block
@@ -55,8 +55,8 @@ def writing(file):
 
 @contextmanager
 def located(place):
-    """Give a ValueError from inside the block, say of a model's config, as a UserError that names
-    the place it speaks of."""
+    """Turn a ValueError inside the block, say from a model's config, into a UserError that names
+    the place."""
     try:
         yield
     except ValueError as error:
@@ -64,24 +64,21 @@ def located(place):
 
 
 def out_of_memory(error):
-    """True if this exception is one of those by which Python, PyTorch, CUDA and its libraries
-    (cuBLAS for its workspace, NCCL) say so."""
+    """True if `error` is how Python, PyTorch, CUDA or its libraries (cuBLAS, NCCL) report it."""
     words = "out of memory|_ALLOC_FAILED|can't allocate memory"  # the last one on a CPU
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and re.search(words, str(error)) is not None)
 
 
 def run_main(main):
-    """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130.
-
-    So does SIGTERM, with 143; while a run trains, `common.guard.Signals` saves first.
-    """
+    """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130,
+    SIGTERM 143. (During training `common.guard.Signals` saves first.)"""
     def terminated(signum, frame):
         print(f"\nstopped by {signal.Signals(signum).name}", file=sys.stderr)
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGTERM, terminated)
-    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is spelled out
+    for stream in (sys.stdout, sys.stderr):  # escape what the terminal's encoding lacks
         stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())

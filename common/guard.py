@@ -14,16 +14,16 @@ from common.ranks import say
 class Signals:
     """Within `with Signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`.
 
-    It is then "SIGTERM" or "SIGINT", else None; the loop looks at each step boundary (with
+    It is then "SIGTERM" or "SIGINT", else None; the loop looks at it after each step (with
     `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
-    KeyboardInterrupt at once. The handlers before come back at the end. Main thread only.
+    KeyboardInterrupt at once. The previous handlers are restored at the end. Main thread only.
     """
 
     def __init__(self):
         self.requested = None
         self.interrupted = None  # when the first Ctrl-C came
         self.before = {}
-        # torchrun gets the terminal's Ctrl-C as we do, and sends every rank another one.
+        # torchrun gets the terminal's Ctrl-C too, and passes it on to every rank a second time.
         self.echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self):
@@ -36,7 +36,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        # It may run between any two bytecodes, also inside print: so flags, and one bare write.
+        # This may run between any two bytecodes, even inside print: so only flags and a bare write.
         self.requested = self.requested or signal.Signals(number).name
         if number != signal.SIGINT:
             return
@@ -63,8 +63,8 @@ class NonFinite:
         """True if the step may be taken, False if the loop must skip it (no optimizer.step).
 
         `documents` are the ids of the step's documents, printed so that a bad one can be found;
-        `checkpoint` is the last good one, named when it is time to stop. With several ranks give
-        the loss and norm of all, so that all decide alike.
+        `checkpoint` is the last good one, named when it is time to stop. With several ranks pass
+        the loss and norm over all of them, so that all decide alike.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
@@ -85,7 +85,7 @@ class NonFinite:
 
 
 class LossSpikes:
-    """Says when a loss stands out: more than `sigmas` deviations above its running mean.
+    """Reports a loss that stands out: more than `sigmas` deviations above its running mean.
 
     Mean and variance are exponential averages over about `window` steps. Nothing is said in the
     first `window` steps, when the loss still falls fast.
@@ -99,8 +99,8 @@ class LossSpikes:
     def check(self, loss, step):
         """True, after printing one line, if this step's loss is a spike. Steps come in order."""
         if not math.isfinite(loss):
-            return False  # NonFinite speaks of these
-        # A spread of at least 1 % of the mean: noise on a flat loss is no news.
+            return False  # NonFinite reports these
+        # A spread of at least 1 % of the mean: noise on a flat loss is not worth a line.
         limit = self.mean + self.sigmas * max(math.sqrt(self.variance), 0.01 * abs(self.mean))
         spike = self.seen >= self.window and loss > limit
         if spike:

@@ -1,7 +1,7 @@
 """Names to local files: built-in architectures, folders, and the Hugging Face Hub.
 
-Downloads go through huggingface_hub, with its cache and its progress bars; what goes wrong is told
-in one line, with the next command to type.
+Downloads go through huggingface_hub, with its cache and its progress bars. An error is one line
+that says what to do next.
 """
 
 import errno
@@ -22,8 +22,8 @@ from common.errors import UserError, nearest, one_line
 
 COMMON = Path(__file__).resolve().parent
 ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
-# Offline the Hub's cache counts as whole only for the patterns that it was filled with, so there
-# is one list. It leaves out pickled weights and Llama's original/*.pth.
+# Offline, the Hub's cache counts as complete only for the patterns that it was filled with, so
+# there is one list for all. It leaves out pickled weights and Llama's original/*.pth.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -84,8 +84,8 @@ def resolve_data(name, flag="--data"):
 
 
 def whole_name(name):
-    """A local file or folder, `:split` behind it or not, by its absolute path; other names, and
-    what means something else first (`tiny`, `virtual`...), as they are."""
+    """A local file or folder, with or without `:split`, as an absolute path; other names, and those
+    with a meaning of their own (`tiny`, `virtual`...), unchanged."""
     path = os.path.expanduser(name)
     if name in ("auto", "tiny", "virtual", *ARCHITECTURES):
         return name
@@ -96,7 +96,7 @@ def whole_name(name):
 
 
 def _similar(path, names=()):
-    """" (did you mean X?)" for a path that is not there: what lies beside it, or one of `names`."""
+    """" (did you mean X?)" for a missing path: something in the same folder, or one of `names`."""
     beside = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     return nearest(path.name, [*names, *beside])
 
@@ -135,7 +135,7 @@ def _plain_words(repo, kind, file=None):
     again = f"try again, or, to do without the Hub: {script}--model tiny{data}"
     offline = ("HF_HUB_OFFLINE is set: unset it and" if constants.HF_HUB_OFFLINE else
                "there is no connection to the Hub:")
-    words = {  # of the first that an error is: a gated repository, say, is a kind of missing one
+    words = {  # the first match counts: a gated repository, say, is also a kind of missing one
         GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
         f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami`: who you are)",
         RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the Hub"
@@ -145,10 +145,10 @@ def _plain_words(repo, kind, file=None):
         EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
         HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
         PermissionError: f"{repo}: cannot write the Hub's cache: set HF_HOME",
-        # A failed connection: the HTTP library under huggingface_hub, another one in each of its
-        # major versions, has errors of its own; its download helper hf_xet raises RuntimeError.
+        # A failed connection: huggingface_hub's HTTP library, not the same one in each of its major
+        # versions, has errors of its own; its download helper hf_xet raises RuntimeError.
         (*HfHubHTTPError.__bases__, OSError, RuntimeError): "the Hub, or the way there, failed for "
-        f"{repo}: {again} (what is there stays)"}
+        f"{repo}: {again} (what has been downloaded is kept)"}
     try:
         yield
     except Exception as error:

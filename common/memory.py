@@ -1,4 +1,4 @@
-"""A process's memory: what it has used, and how the steps of a run use the same again."""
+"""A process's memory: how much it has used, and how to use the same blocks in every step."""
 
 import ctypes
 import resource
@@ -8,11 +8,11 @@ import torch
 
 
 def keep_freed(device):
-    """On a CPU keep what is freed for the next allocation, with glibc; elsewhere change nothing.
+    """On a CPU with glibc, keep freed memory for the next allocation; elsewhere do nothing.
 
     By default glibc maps each block of 32 MB or more anew and gives it back when it is freed, and
-    the system fills each page of a new mapping with zeros. The steps of a training run need the
-    same blocks again and again: of a step of Qwen3-0.6B on a CPU that was a quarter.
+    the system fills each page of a new mapping with zeros. A training run needs the same blocks in
+    every step: for Qwen3-0.6B on a CPU, those zeros took a quarter of the time.
     """
     on_linux_cpu = torch.device(device).type == "cpu" and sys.platform == "linux"
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on_linux_cpu else None

@@ -28,10 +28,10 @@ WIDTHS = (13, 9, 10, 10, 10, 11, 6, 11)  # 80 columns
 class Metrics:
     """The reports of one run, into `run_folder` and onto the screen.
 
-    With `start_step` (a resume) lines of later steps go from metrics.jsonl first, so that there is
-    no gap and no repeat; so write what belongs to a step before saving that step's checkpoint. An
-    evaluation that comes after it and is there already is not written twice. Only the main rank
-    reports. Raises UserError where TensorBoard is missing, or the folder cannot be written.
+    On a resume, lines after `start_step` are first removed from metrics.jsonl, so that there is no
+    gap and no repeat; so log a step before saving its checkpoint. An evaluation of `start_step`
+    that is in the file already is not written twice. Only the main rank reports. Raises UserError
+    if TensorBoard is wanted and missing, or if the folder cannot be written.
     """
 
     def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0):
@@ -39,7 +39,7 @@ class Metrics:
         self.total_steps, self.log_every = total_steps, log_every
         self.first = None  # (step, clock) of the first step seen: it compiles and does not count
         self.board = self.file = None
-        self.evaluated = set()  # the keys of each line that the last checkpoint's step has already
+        self.evaluated = set()  # (step, *keys) of the lines that `start_step` has already
         if not is_main():
             return
         if tensorboard:
@@ -90,7 +90,7 @@ class Metrics:
         print(_row((f"{step}/{self.total_steps}",)) + f"  {shown}", flush=True)
 
     def sync(self):
-        """Have all lines on the disk itself; before a checkpoint that a resume would start from."""
+        """Flush all lines to the disk; call it before saving a checkpoint."""
         if self.file is not None:
             with writing(self.path):
                 os.fsync(self.file.fileno())
@@ -103,7 +103,7 @@ class Metrics:
         self.file = self.board = None
 
     def _write(self, line, kind):
-        """Write the line, as JSON has it, unless it is an evaluation that is there; gives it."""
+        """Write the line, null where not finite, unless it is in the file already; gives it."""
         line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in line.items()}
         if (line["step"], *sorted(line)) in self.evaluated:
@@ -127,7 +127,7 @@ def _number(value, form):
 
 
 def _cut(path, start_step):
-    """Drop the lines after `start_step` from metrics.jsonl, and, saying so, unreadable ones.
+    """Drop the lines after `start_step` from metrics.jsonl, and unreadable ones with a message.
 
     Gives (step, *keys) of the lines of `start_step` itself, which stay.
     """

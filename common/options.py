@@ -31,7 +31,7 @@ def option(default, text, *, choices=None, least=None, result=True):
     """A dataclass field that is also a flag, of the field's type (`list`: one or more words).
 
     `default=None` leaves the value to the preset; `least` is the smallest legal number;
-    `result=False` marks what may change on --resume without changing the weights that come out.
+    `result=False` marks an option that does not affect the resulting weights.
     """
     return field(default=default, metadata={
         "text": text, "choices": choices, "least": least, "result": result})
@@ -39,8 +39,8 @@ def option(default, text, *, choices=None, least=None, result=True):
 
 @dataclass
 class TrainOptions:
-    """The options of every chapter's train.py. After `parse`, none that a run needs is None,
-    but `batch_tokens` on a GPU (`predict.fit_batch`)."""
+    """The options of every chapter's train.py. After `parse`, every option that a run needs has a
+    value, except `batch_tokens` on a GPU (see `predict.fit_batch`)."""
 
     # --- what ---
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
@@ -50,12 +50,12 @@ class TrainOptions:
     columns: str = option(None, "rename a dataset's keys, e.g. prompt=question,completion=answer")
     eval_data: str = option(None, "held-out data, written as --data is (default: 2 %% of the data, "
                             "1 to 200 examples)", result=False)
-    chat_template: str = option(None, "a file with a chat template, in the place of the model's; "
-                                "it is copied into what the run leaves")
-    strict_template: bool = option(False, "stop where the chat template leaves out something that "
-                                   "an example says, rather than count it")
-    rendered: bool = option(False, "each \"text\" of the data is a conversation as a chat template "
-                            "has rendered it, control tokens and all")
+    chat_template: str = option(None, "a file with a chat template to use instead of the model's; "
+                                "it is copied into the result")
+    strict_template: bool = option(False, "stop if the chat template leaves out something that an "
+                                   "example says, instead of counting it")
+    rendered: bool = option(False, "each \"text\" of the data is a conversation that a chat "
+                            "template has already rendered, control tokens included")
     # --- where ---
     out: str = option(None, "the run's folder (default: runs/chapter-0N/ and the next number)",
                       result=False)
@@ -78,10 +78,10 @@ class TrainOptions:
     lr: float = option(None, "highest learning rate", least=0)
     min_lr: float = option(0.0, "learning rate at the end of the schedule", least=0)
     warmup: int = option(None, "steps over which the learning rate rises linearly", least=0)
-    schedule: str = option("cosine", "how it goes on after the warm-up; wsd stays constant, then "
+    schedule: str = option("cosine", "learning rate after the warm-up; wsd stays constant, then "
                            "falls linearly over the last fifth",
                            choices=("cosine", "linear", "constant", "wsd"))
-    weight_decay: float = option(0.1, "AdamW's, on matrices only", least=0)
+    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", least=0)
     clip: float = option(1.0, "largest gradient norm; 0 switches clipping off", least=0)
     # --- machine ---
     dtype: str = option("auto", "of the computation (weights that are trained stay float32); "
@@ -103,7 +103,7 @@ class TrainOptions:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, exit code 2, and the nearest flag."""
+    """argparse with one-line errors and exit code 2; suggests the nearest flag."""
 
     def error(self, message):
         wrong = re.match(r"unrecognized arguments: (\S+)", message)
@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
 
 def read_flags(options_class, description, argv):
     """What was typed, as a dict; options that were not typed are absent."""
-    follows = "Where no default stands, it follows from model and data: --dry-run prints it."
+    follows = "Where no default is given, it depends on model and data: --dry-run prints it."
     width = min(100, shutil.get_terminal_size().columns)  # no wider than a person reads easily
     parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
                     epilog=follows if issubclass(options_class, TrainOptions) else None,
@@ -142,7 +142,7 @@ def _flag(name):
 
 
 def _value(one, word):
-    """The value of an option that this word stands for; ArgumentTypeError where there is none."""
+    """The option's value for a word that was typed; ArgumentTypeError if it is not valid."""
     choices, least = one.metadata["choices"], one.metadata["least"]
     try:
         value = word if one.type is list else one.type(word)
@@ -158,7 +158,7 @@ def _value(one, word):
 
 
 def _read_values(options_class, path, values):
-    """As `read_flags`, of the values in a JSON file: taken as if they had been typed."""
+    """Like `read_flags`, for the values of a JSON file: read as if they had been typed."""
     options, words = {one.name: one for one in fields(options_class)}, []
     for name, value in values.items():
         if name not in options:
@@ -188,7 +188,7 @@ def choose_device(name):
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device cpu")
     names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # read when the first memory is taken
     if name == "cuda" and not any(map(os.environ.get, names)):
-        os.environ[names[0]] = "expandable_segments:True"  # packs of many sizes leave fewer gaps
+        os.environ[names[0]] = "expandable_segments:True"  # less fragmentation by uneven packs
     return torch.device(name)
 
 
@@ -203,13 +203,12 @@ def choose_dtype(name, device):
 
 
 def parse(options_class, chapter, description, tiny, real, argv=None):
-    """The options of this run: an `options_class` in which nothing is left open, but for
-    --batch-tokens on a GPU (see `predict.fit_batch`).
+    """The options of this run, an `options_class`, all resolved except --batch-tokens on a GPU.
 
     `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
-    values: for the embedded model (`init` and `steps` only on the embedded data), and for every
-    other; a value that depends on --method is itself a dict, with a "default". Prints what `auto`
-    chose. Raises UserError on anything wrong, before any file of the model is touched.
+    values, for the embedded model (`init` and `steps` only on the embedded data) and for all
+    others; a value that depends on --method is itself a dict, with a "default". Prints what `auto`
+    chose. Raises UserError if anything is wrong, before any file of the model is touched.
     """
     given = read_flags(options_class, description, argv)
     if "config" in given:
@@ -299,8 +298,8 @@ def _choose_model_and_data(options, device, tiny, real):
 
 
 def save_options(options, chapter, run, data):
-    """Write `train_config.json`: the resolved options, the versions, the number of ranks, and a
-    hash of the documents that `data`, a `prepare.Data`, trains on. The main rank's work."""
+    """Write `train_config.json`, on the main rank: the resolved options, the versions, the number
+    of ranks, and a hash of the training documents in `data`, a `prepare.Data`."""
     if not is_main():
         return
     record = {"chapter": chapter, "options": asdict(options), "world_size": world_size(),
@@ -311,10 +310,10 @@ def save_options(options, chapter, run, data):
 
 
 def _resumed(options_class, chapter, given):
-    """The options of the run in --resume DIR, with what was typed now laid over them.
+    """The options of the run in --resume DIR, overridden by what was typed now.
 
-    Every changed option is reported. One that alters the weights that come out needs
-    --allow-changes; more --steps under --schedule constant does not alter the steps before.
+    Every changed option is reported. One that affects the resulting weights needs --allow-changes;
+    more --steps under --schedule constant do not alter the steps before.
     """
     run = Path(given["resume"])
     path = run / "train_config.json"
@@ -348,7 +347,7 @@ def _resumed(options_class, chapter, given):
         altering.append("packs per step")
     if altering and not options.allow_changes:
         raise UserError(f"--resume {run}: changing {', '.join(altering)} alters the result: leave"
-                        " it as it was, or say --allow-changes if that is meant")
+                        " it as it was, or say --allow-changes if that is intended")
     options.device = choose_device(options.device).type
     options.out = None
     return options

@@ -17,9 +17,9 @@ from common.memory import readable_bytes
 from common.predict_memory import layer_costs, linear_cost, memory
 from common.ranks import least, say, world_size
 
-PACKS = (16384, 8192, 4096, 2048)  # tokens, as `fit_batch` tries them
-SHARE = 0.85  # of a GPU's memory, that a run may take
-# The kind of a parameter by what its name has in it; what has none of these lies in the blocks.
+PACKS = (16384, 8192, 4096, 2048)  # tokens, in the order in which `fit_batch` tries them
+SHARE = 0.85  # the part of a GPU's memory that a run may take
+# The kind of a parameter, by a part of its name; all others belong to the blocks.
 KINDS = {"lora_": "adapters", "vera_": "adapters", "embed_tokens": "embedding", "lm_head": "head",
          "norm": "norms"}
 # Dense TFLOP/s from the makers' data sheets, without structured sparsity: in bfloat16 with
@@ -38,7 +38,7 @@ PEAK_TFLOPS = {
 def parameters(model):
     """Numbers in the model: dict with total, trainable, embedding, head, blocks, norms, adapters.
 
-    A tied matrix counts once, as the embedding. A quantised weight counts as what it stands for.
+    A tied matrix counts once, as the embedding; a quantised weight as the weight it stands for.
     """
     counts = dict.fromkeys(("total", "trainable", "blocks", *KINDS.values()), 0)
     for name, parameter in model.named_parameters():
@@ -52,7 +52,7 @@ def parameters(model):
 
 
 def mean_attended(lengths):
-    """Σl²/Σl: how long a document the average token lies in. It stands for S in the formulas."""
+    """Σl²/Σl: the mean length of a token's document, averaged over tokens; S in the formulas."""
     lengths = np.asarray(lengths, dtype=np.float64)  # squares overflow int32 from 46,341 tokens on
     return float((lengths**2).sum() / lengths.sum())
 
@@ -61,9 +61,9 @@ def flops_per_token(model, attended):
     """FLOPs of one token of a training step: dict with matrices, head, attention, total, full.
 
     `attended` is `mean_attended`, or S for documents that are all S tokens long. `total` counts
-    causal attention as what it needs: a token looks at half of its document on average. `full`
-    is the other convention in use, where it looks at all of it. Recomputation (activation
-    checkpointing, dequantising) does not count: it is not work that the model asks for.
+    what causal attention needs: a token looks at half of its document on average. `full` follows
+    the other convention in use: it looks at all of it. Recomputation (activation checkpointing,
+    dequantising) does not count, since the model itself does not need it.
     """
     matrices = sum(cost.flops() for layer in model.model.layers for cost in layer_costs(layer))
     head = linear_cost(model.lm_head or model.model.embed_tokens).flops()
@@ -95,8 +95,8 @@ def peak_flops(device, dtype):
 class Prediction(dict):
     """What `training` predicts: bytes by category at the fullest moment of a step, on each rank.
 
-    `parameters`, `flops` (of one token, see `flops_per_token`), `peak_flops` (of all ranks
-    together, or None) and `tokens` (of the largest pack) lie beside them as attributes.
+    Its attributes are `parameters`, `flops` (of one token, see `flops_per_token`), `peak_flops` (of
+    all ranks together, or None) and `tokens` (of the largest pack).
     """
 
     def __init__(self, categories, **known):
@@ -109,9 +109,9 @@ class Prediction(dict):
         return sum(self.values())
 
     def mfu(self, tokens_per_second, full=False):
-        """Model FLOPs utilisation, 0 to 1: the FLOPs that the model asks for over those the
-        hardware could have done. `full` counts attention over all of the document. None where
-        the hardware's peak is not known."""
+        """Model FLOPs utilisation, 0 to 1: the FLOPs that the model needs over those the hardware
+        could have done. `full` counts attention over all of the document. None if the hardware's
+        peak is not known."""
         if self.peak_flops is None:
             return None
         return self.flops["full" if full else "total"] * tokens_per_second / self.peak_flops
@@ -138,10 +138,10 @@ class Prediction(dict):
 def training(model, lengths, options, chunk=None):
     """Predict a step of a run of `model` on documents of these lengths.
 
-    `options` are the run's: batch_tokens, grad_accum, dtype, device and, where a chapter has them,
-    activation_checkpointing and compile (whose packs are filled up). `chunk` is the rows of the
-    chunked loss, None for the plain one. The model may be on the "meta" device, its adapters in
-    place. Gives a `Prediction`.
+    `options` are the run's: batch_tokens, grad_accum, dtype, device and, in chapter 3,
+    activation_checkpointing and compile (whose packs are padded to batch_tokens). `chunk` is the
+    rows of the chunked loss, None for the plain one. The model may be on the "meta" device; it has
+    its adapters already. Gives a `Prediction`.
     """
     lengths = np.asarray(lengths)
     compiled = getattr(options, "compile", False)
@@ -154,12 +154,12 @@ def training(model, lengths, options, chunk=None):
 
 
 def fit_batch(options, model, chunk=None):
-    """Fill in --batch-tokens where a GPU's run has left it open, and say so.
+    """Choose --batch-tokens on a GPU if it was not given, and say so.
 
     The largest of PACKS whose predicted peak is at most SHARE of the GPU's memory; --grad-accum
-    grows so that a step keeps its tokens. (The rest of the memory is for CUDA itself, for what
-    kernels take for a moment, and for gaps between blocks.) `model` needs only shapes. Raises
-    UserError where not even the smallest fits, or one document of --max-seq-len.
+    grows so that a step keeps its tokens. (The rest of the memory is for CUDA itself, for kernels'
+    scratch space, and for fragmentation.) `model` needs only shapes. Raises UserError if the
+    smallest does not fit, or one document of --max-seq-len does not.
     """
     if options.batch_tokens is not None:
         return

@@ -16,28 +16,28 @@ from torch import Tensor, nn
 FLOAT32 = 4  # bytes; master weights, gradients, both Adam moments, norm statistics, the loss
 
 
-# --- linear layers, which say themselves what they need ---
+# --- linear layers, each of which states its own cost ---
 
 class LinearCost(NamedTuple):
     """What a training step needs for a linear layer y = x Wᵀ, beside W itself."""
 
     shape: tuple  # (out, in)
-    weight: Tensor | None  # W as a parameter; None where it is quantised, so made anew at each use
+    weight: Tensor | None  # W as a parameter; None if it is quantised, so dequantised at each use
     factors: tuple = ()  # of an adapter: A (r, in) and s B (out, r)
     keeps_input: bool = False  # x, for the gradient of W or of A
-    keeps: int = 0  # numbers of each token beside: of an adapter x Aᵀ, of dropout what it made
-    keeps_output: bool = False  # y, where something is still to be done to it that is trained
+    keeps: int = 0  # other numbers per token: an adapter's x Aᵀ; with dropout its result and mask
+    keeps_output: bool = False  # y, if a trained operation on it follows, as in DoRA
 
     def flops(self):
-        """Of one token in forward and backward: 6 for each number that is trained, else 4."""
+        """Of one token in forward and backward: 6 for each trained number, 4 for a frozen one."""
         trained = self.weight is not None and self.weight.requires_grad
         return (6 if trained else 4) * prod(self.shape) + sum(
             (6 if matrix.requires_grad else 4) * matrix.numel() for matrix in self.factors)
 
 
 def linear_cost(module):
-    """The `LinearCost` of an nn.Linear, of an embedding that is the output head too, or of what
-    stands in the place of one and says it itself, by a method `cost`."""
+    """The `LinearCost` of an nn.Linear, of an embedding that is also the output head, or of a layer
+    that has a method `cost`."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         weight = module.weight
         return LinearCost(tuple(weight.shape), weight, keeps_input=weight.requires_grad)
@@ -57,7 +57,7 @@ def layer_costs(layer):
 def memory(model, tokens, dtype, **how):
     """Bytes by category at the fullest moment of a training step: their sum is the peak.
 
-    Takes what `phases` takes.
+    The arguments are those of `phases`.
     """
     return max(phases(model, tokens, dtype, **how).values(), key=lambda sizes: sum(sizes.values()))
 
@@ -66,16 +66,16 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
            kernel_joins=False, compiled=False):
     """The moments of a step at which memory can be fullest: name -> {category: bytes}.
 
-    Going forward activations pile up; going backward they make room for gradients. So the peak
-    is at the turning point (the loss), or at the end, when all gradients are there.
+    Activations accumulate in the forward pass. In the backward pass they are freed while gradients
+    are added. So the peak is at the loss, or at the end, when all gradients exist.
 
     `model` needs only shapes (the "meta" device will do), with adapters in place and frozen
     parameters marked. `tokens` is T, of the largest pack. `dtype` is the compute dtype.
     `checkpointing` is "none", "selective" or "full"; `chunk` is the rows of the chunked loss, or
     None for the plain one; `ranks` share the parameters (FSDP2: a rough figure, as gathered
-    weights are freed when their time comes, not at once). `kernel_joins`: attention is one
-    kernel for all documents (CUDA, 16 bits) rather than one call for each. `compiled`: what
-    surrounds attention is. The optimizer is AdamW, fused, whose step needs nothing of its own.
+    weights are not freed at once). `kernel_joins`: attention is one kernel for all documents (CUDA,
+    16 bits) rather than one call for each. `compiled`: layers are, except for attention. The
+    optimizer is AdamW, fused, whose step needs no memory of its own.
     """
     c, layers = dtype.itemsize, model.model.layers
     embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
@@ -91,7 +91,7 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     weights = sum(t.nbytes for t in model.parameters()) // ranks
     weights += sum(t.nbytes for t in model.buffers())  # not sharded
     gradients = FLOAT32 * trained // ranks
-    held = gradients if grad_accum > 1 else 0  # gradients of the micro-batches before
+    held = gradients if grad_accum > 1 else 0  # gradients of earlier micro-batches
     moments = 2 * FLOAT32 * trained // ranks
 
     # --- what the forward keeps for the backward ---
@@ -109,11 +109,11 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     first = layer_costs(layers[0])
     if checkpointing != "none":
         # Kept: the layer's input, and if selective what is expensive to compute. The layer at work
-        # is computed once more, so its own tensors are there a second time.
+        # is computed again, so its own tensors exist as well.
         expensive = (expensive_per_token(layers[0], dtype, compiled)
                      if checkpointing == "selective" else 0)
         again = (max(per_layer) - expensive) * tokens + max(copies)
-        if not kernel_joins:  # attention in blocks has q, k and v there a third time, by heads
+        if not kernel_joins:  # attention in blocks also holds q, k and v arranged by head
             again += c * tokens * sum(cost.shape[0] for cost in first[:3])
         kept = len(layers) * (c * D + expensive)
         copies = [0] * len(layers)
@@ -127,16 +127,16 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     head_gradient = FLOAT32 * V * D * head_trained
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
     F = linear_cost(layers[-1].mlp.up_proj).shape[0]
-    # A quantised layer's matrices are dequantised in turn, or, in a compiled layer that is computed
-    # again, all at once.
+    # A quantised layer's matrices are dequantised one by one, or, in a compiled layer that is
+    # computed again, all at once.
     whole = [prod(cost.shape) for cost in first if cost.weight is None]
     whole = sum(whole) if compiled and checkpointing == "full" else max(whole, default=0)
     at_work = tokens * (2 * c * D + 2 * c * F) + c * whole + again
-    if ranks > 1:  # its whole gradient, in float32 for the reduction too; the gathering's buffer
+    if ranks > 1:  # its whole gradient, also in float32 for the reduction; the gathering's buffer
         at_work += (2 * c + FLOAT32) * one_layer
-    # A tied matrix has two gradients in the backward: the head's waits, apart from those of the
-    # micro-batches before, for the embedding's. From a plain float32 product it is a view, so that
-    # their sum is a third; otherwise autograd adds in place.
+    # A tied matrix has two gradients in the backward: the head's, apart from those of earlier
+    # micro-batches, is held until the embedding's is there. From a plain float32 product it is a
+    # view, so that their sum is a third tensor; otherwise autograd adds in place.
     waiting = head_gradient if tied and held else 0
     in_embedding = 0
     if embedding.requires_grad:
@@ -165,9 +165,10 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
 
 
 def loss_and_head(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
-    """Bytes that the loss needs at its worst, and then the backward of the head.
+    """The most bytes that the loss needs, and then those of the head's backward.
 
-    `trained`: the head is. `copy`: bytes of its weight in c, which goes when the head's turn ends.
+    `trained`: whether the head is. `copy`: bytes of its weight in c, which is freed after the
+    head's backward.
     """
     narrow = c < FLOAT32
     if chunk is None:
@@ -177,11 +178,10 @@ def loss_and_head(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
         product = c * tokens * V + c * V * D * trained
         cast = (c + FLOAT32) * V * D * trained - copy if narrow else 0
         return loss, c * tokens * D + max(product, cast)
-    # Both gradients are formed in the forward, one chunk's logits after another (loss.py): in c,
-    # with float32 pieces that fit a cache; then the chunk's share of the weight's gradient, in c
-    # and, where adding it up needs that, in float32. On a GPU that is one product, and the compiled
-    # softmax has no pieces. The backward multiplies both gradients, and has them twice for that
-    # moment.
+    # Both gradients are formed in the forward, chunk by chunk (loss.py): the logits in c, with
+    # float32 pieces that fit a cache; then the chunk's share of the weight's gradient, in c and, to
+    # be added up, in float32. On a GPU that is one product, and the compiled softmax has no pieces.
+    # The backward scales both gradients, and briefly holds them twice.
     rows = -(-tokens // -(-tokens // chunk))
     both = c * tokens * D + FLOAT32 * V * D * trained
     pieces = (1 + narrow) * FLOAT32 * min(rows * V, 2**23 if on_gpu else 2**21)
@@ -196,26 +196,26 @@ def loss_and_head(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
 def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
     """What a decoder layer keeps for its backward, bytes per token: named terms, in order.
 
-    Compiled code computes what is cheap a second time, such as silu(gate), or what DoRA has scaled.
+    Compiled code recomputes what is cheap, such as silu(gate) and DoRA's scaling.
     """
     norm = partial(norm_per_token, dtype=dtype, compiled=compiled)
     c, attention = dtype.itemsize, layer.self_attn
     q, k, v, o, gate, up, down = costs = layer_costs(layer)
     d, qk_norm = attention.head_dim, not isinstance(attention.q_norm, nn.Identity)
     (Hd, D), Kd, F = q.shape, k.shape[0], up.shape[0]
-    # Chapter 3's attention computes its output again, but not where it is one kernel of the GPU's.
+    # Chapter 3's attention recomputes its output in the backward, unless it is one GPU kernel.
     keeps_output = kernel_joins or getattr(attention, "keeps_output", True)
     scaled = costs if not compiled else (v, o, down) if qk_norm else (q, k, v, o, down)
     return {
         "input norm: x, x / rms, result": norm(
             layer.input_layernorm, D, q.keeps_input or k.keeps_input or v.keeps_input),
-        # The result is turned by the rotary tables, which keeps none of it.
+        # The result is then rotated, for which nothing is kept.
         "norms of q and k: x, x / rms": (
             norm(attention.q_norm, Hd, False, Hd // d) + norm(attention.k_norm, Kd, False, Kd // d)
             if qk_norm else 0),
         "attention: q, k, v": c * (Hd + 2 * Kd),
         "attention: output, log-sum-exp": (c * Hd + FLOAT32 * Hd // d) * keeps_output,
-        # One kernel's output is kept already; those of one call a document are joined in another.
+        # One kernel's output is kept already; the outputs by document are joined in a new tensor.
         "input of o_proj": c * Hd * (o.keeps_input and not kernel_joins),
         "feed-forward norm: x, x / rms, result": norm(
             layer.post_attention_layernorm, D, gate.keeps_input or up.keeps_input),
@@ -228,11 +228,9 @@ def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
 
 
 def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):
-    """RMSNorm keeps x and 1/rms in float32, x/rms if its weight is trained, maybe its result.
-
-    The result is kept by the next product, if that needs it for a gradient of its own. Compiled, x
-    is kept as it came, and x/rms not at all.
-    """
+    """Bytes per token for RMSNorm: x and 1/rms in float32; x/rms if its weight is trained; its
+    result if the next product needs that for a gradient. Compiled, x is kept in its own dtype, and
+    x/rms not at all."""
     c = dtype.itemsize
     if compiled:
         return FLOAT32 * rows + c * width * (1 + keeps_result)
@@ -242,7 +240,7 @@ def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):
 def expensive_per_token(layer, dtype, compiled=False):
     """Outputs of the matrix products and of attention: what selective checkpointing keeps.
 
-    Compiled code does not keep the last product, which nothing but the next layer needs (or DoRA).
+    Compiled code does not keep the last product, unless DoRA needs it.
     """
     c, d, costs = dtype.itemsize, layer.self_attn.head_dim, layer_costs(layer)
     (Hd, _), down = costs[0].shape, costs[-1]
@@ -256,8 +254,8 @@ def expensive_per_token(layer, dtype, compiled=False):
 def weight_copies(layer, dtype):
     """Bytes of a layer's matrices in the compute dtype that an eager step keeps until backward.
 
-    A float32 master is cast for its product, and the product keeps what it multiplied by. (An
-    adapter's B is multiplied by its scale first, which is a copy in any dtype.)
+    A float32 master is cast for its product, which keeps the cast. (An adapter's B is scaled first,
+    which makes a copy in any dtype.)
     """
     c, total = dtype.itemsize, 0
     for cost in layer_costs(layer):

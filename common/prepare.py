@@ -1,7 +1,7 @@
 """From --model and --data to documents of token ids, and to the questions that are asked.
 
 What lies between the options and the loop: which data, which tokenizer, what is held out, and a few
-questions that show before and after what the model has learned.
+questions, asked before and after training, that show what the model has learned.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from common.tiny import skills as tiny
 SHOWN = 4  # questions whose answers are printed
 TINY_DOCUMENTS = 20_000  # of --data tiny
 SCORED = 100  # documents of each set on which exact match is measured (tiny data only)
-ANSWER = ("content", "tool_calls", *THOUGHTS)  # keys of what an assistant's turn may hold
+ANSWER = ("content", "tool_calls", *THOUGHTS)  # keys under which an assistant's turn has its answer
 WIDTH = 76  # characters of a line that shows a question or an answer
 
 
@@ -36,19 +36,19 @@ class Question:
 
     text: str       # for people: the last thing that was said
     prompt: list    # token ids
-    expected: list  # token ids that the document goes on with, up to its end-of-turn token
+    expected: list  # token ids: how the document goes on, up to its end-of-turn token
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run works on. `quizzes` are questions on held-out documents, lists by name."""
+    """What a run works on. `quizzes` are lists of questions on held-out documents, by name."""
 
     source: Path  # the model's folder
     train: Encoded
     held_out: Encoded
     chat: Chat | None  # None: random tokens, nothing to ask
     quizzes: dict
-    scored: bool  # exact match means something for these answers
+    scored: bool  # whether exact match means something for these answers
 
     def digest(self):
         """A hash of the documents that are trained on, in their order."""
@@ -74,8 +74,8 @@ def load(options, source, config, skills):
     given = [f"--{name.replace('_', '-')}" for name in own[:5 if "virtual" in embedded else 3]
              if getattr(options, name)]
     if embedded and (given or len(options.data) > 1):
-        raise UserError(f"{', '.join(given) or 'a second --data'} goes with a file of your own: "
-                        f"--data {' '.join(embedded)} stands alone")
+        raise UserError(f"--data {' '.join(embedded)} cannot be combined with "
+                        f"{', '.join(given) or 'other files'}")
     if options.data == ["virtual"]:
         train = encode.virtual(2000, config.vocab_size, limit, options.seed)
         held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
@@ -117,18 +117,18 @@ def load(options, source, config, skills):
     if options.resume and not options.allow_changes:
         began = read_json(Path(options.resume) / "train_config.json").get("data")
         if began not in (None, data.digest()):
-            raise UserError(f"--resume {options.resume}: the documents are others than when it "
-                            "began (a file, the chat template, what is held out): put that back, "
-                            "or say --allow-changes if it is meant")
+            raise UserError(f"--resume {options.resume}: the documents are not those that it began "
+                            "with (a file, the chat template or what is held out has changed): "
+                            "undo that, or say --allow-changes if it is intended")
     return data
 
 
 def questions(chat, documents, records, count, limit):
-    """A `Question` on each of the first `count` documents of an `Encoded`, as `records` has them.
+    """A `Question` on each of the first `count` documents of an `Encoded`, made from `records`.
 
-    A conversation is asked its last trained turn, with the generation prompt of the template, never
-    with a piece of the document; a text is asked to go on from its first words. Where the template
-    refuses, or the prompt has `limit` tokens or more, there is no question.
+    The question is the prompt before a conversation's last trained turn, as the template writes it
+    for generation; for a text, its first words. There is none where the template refuses, or the
+    prompt has `limit` tokens or more.
     """
     wanted, found = {}, []
     for i, number in enumerate(documents.documents["record"][:count].tolist()):
@@ -161,8 +161,8 @@ def _question(chat, record, ids, trained):
 
 
 def _last_answer(chat, record):
-    """(number of the last trained message of a conversation, the ids of its prompt, the ids of the
-    document, where in these the last trained ones begin and end). Raises Refused."""
+    """(index of a conversation's last trained message, the ids of its prompt, the ids of the
+    document, start and end in these of the last trained ones). Raises Refused."""
     messages = record["messages"]
     turns = [n for n, one in enumerate(messages)
              if one["role"] == "assistant" and one.get("train") is not False
@@ -177,7 +177,7 @@ def _last_answer(chat, record):
 
 
 def say_what_differs(chat, records):
-    """Warn where what is asked is not what is trained; the first few conversations tell."""
+    """Warn if what is asked is not what is trained, checked on the first few conversations."""
     conversations = (record for record in islice(records, 200) if "messages" in record)
     for record in islice(conversations, SHOWN):
         try:
@@ -191,7 +191,7 @@ def say_what_differs(chat, records):
                      "they are; --chat-template FILE gives it one")
         elif ids[:start] != prompt:
             doubt = (f"what is asked is not what is trained: a prompt ends in {asked}, and what is "
-                     f"trained stands behind {written}. Another template (--chat-template FILE), "
+                     f"trained follows {written}. Another template (--chat-template FILE), "
                      "one whose {% generation %} begins where its prompt ends, or documents with "
                      "<think> where the prompt has that, would help")
         elif ids[end - 1] not in chat.stop_ids:
@@ -218,14 +218,14 @@ def answer_questions(data, model, generate):
 
 
 def exact_match(results):
-    """{"exact_match_<quiz>": share of answers that are the expected ones, token for token, and
-    stop there}."""
+    """{"exact_match_<quiz>": share of answers that equal the expected ones, token for token, and
+    stop where these do}."""
     return {f"exact_match_{name}": sum(question.expected == answer for question, answer in answers)
             / len(answers) for name, answers in results.items()}
 
 
 def show_answers(data, results, when):
-    """Print the first few answers of each quiz and, where it means something, exact match."""
+    """Print the first few answers of each quiz and, if they are scored, the exact match."""
     for name, answers in results.items():
         title = f"\n{name}, {when} training"
         if data.scored:

@@ -95,7 +95,7 @@ def shard(model, ranks, dtype):
     ranks begin from rank 0's values, and no GPU ever holds the whole model.
 
     Call it after adapters are in place and before the optimizer is made. Afterwards only the
-    model's own forward sees whole parameters: compute on one elsewhere through `full_tensor` only.
+    model's own forward sees whole parameters; elsewhere use `full_tensor`.
     (Zhao et al. 2023, arXiv:2304.11277; FSDP2 shards each parameter by rows.)
     """
     if ranks.world_size == 1:
@@ -148,7 +148,7 @@ def copy_into(parameter, tensor):
 
 
 def all_sum(tensor):
-    """Replace `tensor` by its sum over the ranks, in place; gives it back. Collective."""
+    """Replace `tensor` by its sum over the ranks, in place, and return it. Collective."""
     return _reduce(tensor, dist.ReduceOp.SUM)
 
 
@@ -174,7 +174,7 @@ def any_rank(flag):
 
 
 def on_all_ranks(action):
-    """`action()` on every rank; where it fails on one, all raise, so that none waits for ever."""
+    """`action()` on every rank; if it fails on one, all raise, so that none waits for ever."""
     answer = failure = None
     try:
         answer = action()
@@ -186,8 +186,8 @@ def on_all_ranks(action):
 
 
 def on_main(action):
-    """On every rank the whole number (None: 0) that `action()` gives on the main rank, which alone
-    runs it; where it fails, all raise."""
+    """Run `action()` on the main rank and return its whole number (None: 0) on every rank; if it
+    fails, all raise."""
     number = on_all_ranks(lambda: action() if is_main() else 0)
     return int(all_sum(torch.tensor(number or 0)))
 
@@ -198,14 +198,14 @@ def stop_ranks():
         gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
         if gloo:
-            # Gloo's threads live on with the sharded model and drop the last collective's tensor a
+            # Gloo's threads live on with the sharded model and free the last collective's tensor a
             # moment later, for which they need the interpreter: if it is gone, the process aborts.
             time.sleep(0.2)
 
 
 @contextlib.contextmanager
 def _plain_words(doing):
-    """A collective fails when another rank is gone or stuck: say so, ahead of PyTorch's words."""
+    """A collective fails when another rank is gone or stuck: say so before PyTorch's words."""
     try:
         yield
     except RuntimeError as error:  # torch.distributed.DistError is one

@@ -1,4 +1,4 @@
-"""A run's own steps that are not the loop: saving a step, leaving the result, stopping early."""
+"""What a run does outside its loop: saving a step, writing the result, stopping early."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from common.ranks import is_main, say, stop_ranks
 
 
 def save_step(run, model, optimizer, state, options, names=None):
-    """Commit `step-N/` with everything that --resume needs, prune older ones, give it.
+    """Commit `step-N/` with everything that --resume needs, prune older ones, and return it.
 
     `names` are the parameters to save (default: all). N is state["step"]. Collective.
     """
@@ -44,7 +44,7 @@ def save_model(folder, model, config, data, dtype):
 
 def save_files(folder, write_files, data, size=0):
     """Commit `folder`: what `write_files(temporary folder)` writes, the tokenizer's files of
-    `data.source`, and what `data.chat` knows beyond them."""
+    `data.source`, and what `data.chat` adds to them."""
     def write(temporary):
         write_files(temporary)
         if is_main():
@@ -56,13 +56,14 @@ def save_files(folder, write_files, data, size=0):
 
 
 def how_to_ask(kind, folder):
-    """The command that asks a "model" or "adapter" in `folder`, beside the script that runs now."""
+    """The command that asks the "model" or "adapter" in `folder`, with the running script's
+    generate.py."""
     script = Path(sys.argv[0]).with_name("generate.py")
     return f'ask it:\npython {shlex.join([str(script), f"--{kind}", str(folder)])} --prompt "..."'
 
 
 def stopped(run, state, signals):
-    """Say how to go on after a signal, and give the exit code (128 + the signal's number)."""
+    """Say how to go on after a signal, and return the exit code (128 + the signal's number)."""
     name = signals.requested or "a signal on another rank"
     say(f"\nstopped by {name} after step {state['step']}, which is saved. Go on with:\n"
         f"  python {shlex.join(sys.argv[:1])} --resume {shlex.quote(str(run))}")

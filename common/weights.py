@@ -30,11 +30,11 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def load_weights(model, path):
     """Copy the checkpoint in folder `path` into the model's parameters, which keep their dtype.
 
-    Strict: raises UserError that names what is missing, unexpected, mis-shaped or not a floating
-    point tensor, or a file that is not as we wrote it, before anything is copied. For a tied model
-    (without a parameter `lm_head.weight`) the checkpoint may hold a duplicate of the embedding
-    under that name, if it is equal, or the embedding under that name alone. Parameters may be
-    sharded by FSDP2.
+    Strict: before anything is copied, raises UserError that names what is missing, unexpected,
+    mis-shaped or not a floating point tensor, or a file that has changed since we wrote it. For a
+    tied model (without a parameter `lm_head.weight`) the checkpoint may hold a duplicate of the
+    embedding under that name, if it is equal, or the embedding under that name alone. Parameters
+    may be sharded by FSDP2.
     """
     path = Path(path)
     verify(path)

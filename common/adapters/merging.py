@@ -1,4 +1,4 @@
-"""Around a merge: its flags, a prompt to compare on, what was lost, the folder that is written."""
+"""What surrounds a merge: its flags, a prompt to compare on, what was lost, the folder written."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def flags(doc, *more_dtypes):
-    """The Parser of a merge.py with docstring `doc`: the flags that every chapter has."""
+    """A Parser with the flags of every chapter's merge.py, whose docstring is `doc`."""
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--adapter", required=True, help="the adapter's folder, or a Hub id")
     parser.add_argument("--out", required=True, help="the folder to write; must not exist")
@@ -31,7 +31,7 @@ def flags(doc, *more_dtypes):
 def check_new(out):
     """Raise UserError if there is anything at path `out`."""
     if os.path.lexists(out):
-        raise UserError(f"{out} is there already, and nothing is written over: choose another")
+        raise UserError(f"{out} is there already, and is not overwritten: choose another name")
 
 
 def stored_dtype(name, base):
@@ -56,13 +56,13 @@ def sample(model, adapter, base):
 
 
 def report(dtype, norms, before, after):
-    """What a merge has cost, from the `norms` that `merge_into` gave and the sample's logits (T, V)
-    with the adapter (`before`) and of the merged model. A dict:
+    """What a merge lost, from the `norms` that `merge_into` gave and the sample's logits (T, V)
+    with the adapter (`before`) and of the merged model (`after`). A dict:
 
     `dtype`; `layers`, by name the error of the realised ΔW relative to ΔW (0: all of it survived;
     1: as far off as no adapter at all); `total`, the same over all layers; `delta`, the Frobenius
-    norm of all ΔW; `logit_difference`, the largest, beside `largest_logit`; and at how many of the
-    `tokens` the likeliest next token is another, `tokens_changed`.
+    norm of all ΔW; `logit_difference`, the largest, beside `largest_logit`; and `tokens_changed`,
+    at how many of the `tokens` the likeliest next token is a different one.
     """
     def relative(pairs):
         delta, error = (sum(column) for column in zip(*pairs))
@@ -78,7 +78,7 @@ def report(dtype, norms, before, after):
 
 
 def show(report, out, more=()):
-    """Print what the rounding has cost, by decoder layer and in all, `more` lines, and what the
+    """Print what rounding lost, by decoder layer and in total, then the lines `more`, and what the
     folder `out` is."""
     print(f"error of the merged ΔW after rounding to {report['dtype']}, relative to ΔW\n"
           "(0: all of it survived, 1: as far off as without the adapter)")
@@ -93,7 +93,7 @@ def show(report, out, more=()):
         print("  every ΔW is zero: has this adapter been trained?")
     print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
           f"{report['logit_difference']:.2e}\n(largest logit {report['largest_logit']:.1f}), "
-          f"likeliest next token another at {report['tokens_changed']}")
+          f"likeliest next token changed at {report['tokens_changed']}")
     print(*more, f"wrote {out}: a Hugging Face model folder", runs.how_to_ask("model", out),
           sep="\n")
 

@@ -1,12 +1,11 @@
 """Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors.
 
 What is written here loads with `peft.PeftModel.from_pretrained` and gives the same logits; what
-PEFT wrote loads here. PEFT itself only warns of tensors that are missing, and is silent on those
-that are too many. Here both are errors, as is every option that would change the result and is
-not implemented.
+PEFT wrote loads here. PEFT itself only warns of missing tensors, and ignores extra ones. Here both
+are errors, and so is every option that would change the result and is not implemented.
 
-A tensor's name is `base_model.model.`, the layer's name in the model, and ours of the parameter.
-`lora`, where a function asks for it, is the chapter's lora.py, as a module.
+A tensor's name is `base_model.model.`, the layer's name in the model, and the parameter's name
+here. The argument `lora` is the chapter's lora.py, as a module.
 """
 
 import json
@@ -28,14 +27,14 @@ from common.ranks import copy_into, full_tensor, is_main
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."
 
-# PEFT's options that change what an adapter computes and are not implemented, so must be unset;
-# `bias` may also be "none".
+# PEFT's options that change what an adapter computes and are not implemented, so they must be
+# unset; `bias` may also be "none".
 REFUSED = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "exclude_modules",
     "fan_in_fan_out", "kasa_config", "layer_replication", "layers_to_transform", "lora_bias",
     "megatron_config", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
     "trainable_token_indices", "use_bdlora", "use_qalora")
-# Those that are used below, or that matter in training or to PEFT only.
+# Options that are used below, or matter only in training or to PEFT.
 KNOWN = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "d_initial", "ensure_weight_tying",
     "eva_config", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern",
@@ -45,7 +44,7 @@ KNOWN = (
     "vera_dropout")
 WAY_OUT = ("merge it in PEFT (merge_and_unload), save the whole model and its tokenizer, and give"
            " that folder as --model")
-# First values of A and B that leave the base weight alone; others would subtract from it.
+# Initialisations of A and B that leave the base weight alone; others would subtract from it.
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -58,7 +57,7 @@ def save_adapter(model, config, path, base_model_name, lora, metadata=None):
     of the model without them. LoRA+ and LoRA-FA are written as the LoRA adapters that they are,
     PiSSA as the LoRA adapter of twice the rank that fits the *original* weights. `metadata` is for
     the header of the tensor file. Collective under FSDP2; rank 0 writes. Raises UserError for
-    Delta-LoRA, which has changed the base weights and is no adapter.
+    Delta-LoRA, which has changed the base weights and is not an adapter.
     """
     if config.method in ("full", "delta-lora"):
         raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
@@ -68,7 +67,7 @@ def save_adapter(model, config, path, base_model_name, lora, metadata=None):
     if is_main():
         options = _peft_options(config)
         options["base_model_name_or_path"] = str(base_model_name)
-        last = {name.rpartition(".")[2] for name in adapters}  # "q_proj"…, if that names no others
+        last = {name.rpartition(".")[2] for name in adapters}  # "q_proj"…, if that is unambiguous
         others = {name.rpartition(".")[2] for name in linear_layers(model)}
         options["target_modules"] = list(adapters) if last & others else sorted(last)
         text = json.dumps(options, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -88,7 +87,7 @@ def _tensors(adapters, config):
 
 
 def _by_key(adapters, projections):
-    """{PEFT's name: (adapter layer, parameter)}, if asked with VeRA's two random matrices."""
+    """{PEFT's name: (adapter layer, parameter)}; with `projections` also VeRA's random matrices."""
     found = {}
     for name, module in adapters.items():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -136,8 +135,8 @@ def metadata(path):
 
 
 def tokenizer_folders(base, adapter=None):
-    """The folders with tokenizer files, the second over the first: an adapter's may know more
-    tokens, or another template."""
+    """The folders with tokenizer files. An adapter's, which may have more tokens or another
+    template, come last and override the base's."""
     return [base, adapter] if adapter and (adapter / "tokenizer.json").is_file() else [base]
 
 
@@ -146,8 +145,8 @@ def load_adapter(model, path, lora):
 
     Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
     options that are not implemented. Copies of the base's embedding and head, which PEFT may add,
-    must be what the model has. Warns on stderr of an adapter that changes nothing. After an error
-    the model is not to be used.
+    must equal the model's. Warns on stderr about an adapter that changes nothing. After an error
+    the model must not be used.
     """
     path = Path(path)
     options, file = _read_options(path), path / CONFIG
@@ -191,7 +190,7 @@ def load_adapter(model, path, lora):
 
 def _copies(model, headers):
     """{key: the model's parameter} of PEFT's copies of the base's embedding and head. It saves
-    them where the head has an adapter, where the embedding was resized, and if asked."""
+    them if the head has an adapter, if the embedding was resized, or on request."""
     own = dict(model.named_parameters())
     embedding = own["model.embed_tokens.weight"]
     head = own.get("lm_head.weight", own.get("lm_head.base.weight", embedding))
@@ -202,9 +201,9 @@ def _copies(model, headers):
 
 
 def _read_options(path):
-    """adapter_config.json as a dict, of a folder in which nothing has changed since."""
+    """adapter_config.json as a dict, after checking the folder against its manifest."""
     path = Path(path)
-    verify(path)  # or else a flipped bit would have another model loaded
+    verify(path)  # otherwise a flipped bit could load another model
     if not (path / CONFIG).exists():
         hint = f": did you mean {path / 'final'}?" if (path / "final" / CONFIG).exists() else ""
         raise UserError(f"{path}: no {CONFIG} here, so no adapter{hint}")
@@ -220,7 +219,7 @@ def _adapter_config(options, model, lora):
     kind = str(options.get("peft_type")).upper()
     if kind not in ("LORA", "VERA"):
         raise UserError(f"peft_type={options.get('peft_type')!r} is not LORA or VERA")
-    # What is not said is PEFT's default; for our families that adapts q_proj and v_proj.
+    # PEFT's default; for our families it adapts q_proj and v_proj.
     targets = options.get("target_modules") or ["q_proj", "v_proj"]
     if isinstance(targets, list):  # it may name layers that only other families have
         names = [name for name, _ in model.named_modules()]

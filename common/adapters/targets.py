@@ -1,6 +1,6 @@
 """What can be adapted: the options of an adapter, and the layers that `--target-modules` names.
 
-Whatever a method cannot do is refused here, before anything is trained.
+Whatever a method cannot do is refused here, before training begins.
 """
 
 import re
@@ -9,7 +9,7 @@ from torch import nn
 
 from common.errors import UserError, nearest
 
-# Each number's least value (None: anything above 0), and what it must stay below.
+# For each number its least value (None: anything above 0), and a bound that it must stay below.
 NUMBERS = {"rank": (1, 2**14 + 1), "alpha": (None, 1e300), "dropout": (0, 1),
            "lr_ratio": (None, 1e300), "delta_ratio": (0, 1e300), "delta_start": (0, 1e300),
            "seed": (0, 2**63)}
@@ -37,8 +37,8 @@ def check_config(config, methods):
 
 
 def dense_weight(base, config):
-    """The weight of `base` (out, in), for PiSSA and Delta-LoRA, which write to it; UserError where
-    it is quantised, or has too few singular values or bits."""
+    """The weight of `base` (out, in), for PiSSA and Delta-LoRA, which write to it. UserError if it
+    is quantised, or has too few singular values or bits."""
     weight, method = base.weight, f"--method {config.method}"
     if not isinstance(weight, nn.Parameter):
         raise UserError(f"{method} changes the base weight, which cannot be done to a quantised"
@@ -53,7 +53,7 @@ def dense_weight(base, config):
 
 
 def linear_layers(model):
-    """{dotted name: module} of all linear layers, dense or quantised, also those under adapters."""
+    """{dotted name: module} of all linear layers, dense or quantised, with or without adapters."""
     return {name: module for name, module in model.named_modules()
             if hasattr(module, "in_features")}
 

@@ -1,4 +1,4 @@
-"""Continuing prompts with a model that has a KVCache: all of them together, a token at a time."""
+"""Continuing prompts with a KV cache: all of them together, a token at a time."""
 
 from itertools import accumulate
 
@@ -15,8 +15,8 @@ def choose_tokens(logits, temperature, top_k, top_p, draws):
     Temperature 0, or one too small for float32, takes the likeliest. Otherwise a token is drawn
     from softmax(logits / temperature), of which `top_k` (0: no limit) and then `top_p` (1: no
     limit) leave only the likeliest: k tokens, and the fewest that together have probability p
-    ("The Curious Case of Neural Text Degeneration", 1904.09751, section 3.1). `draws` (N,),
-    uniform in [0, 1), decide: the token is where the running sum of the probabilities passes it.
+    ("The Curious Case of Neural Text Degeneration", 1904.09751, section 3.1). `draws` (N,) are
+    uniform in [0, 1): the token is the one at which the running sum of probabilities passes them.
     """
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
@@ -26,9 +26,9 @@ def choose_tokens(logits, temperature, top_k, top_p, draws):
     chances = logits[:, : top_k or None].softmax(-1)
     sums = chances.cumsum(-1)
     left = (sums - chances < top_p).sum(-1, keepdim=True)  # the tokens before it have less than p
-    left = left.clamp(min=1)  # a p that float32 rounds to 0 leaves the likeliest too
+    left = left.clamp(min=1)  # even a p that float32 rounds to 0 leaves the likeliest
     drawn = draws[:, None] * sums.gather(-1, left - 1)
-    # A running sum that a GPU forms in parallel may fall by a rounding: stay within what is left.
+    # A running sum computed in parallel may fall by a rounding error: stay within what is left.
     index = (sums <= drawn).sum(-1, keepdim=True).minimum(left - 1)
     return tokens.gather(-1, index)[:, 0]
 
@@ -39,8 +39,8 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
     """Continue each prompt until a stop token, `max_new_tokens`, or the model's last position.
 
     `prompts` is a list of lists of token ids. Returns the new tokens of each, without the stop
-    token. For the sampling see `choose_tokens`; a document's draws depend on `seed` and its place
-    in the list only, not on the others. `on_token(document, token)` is called for each new token
+    token. For the sampling see `choose_tokens`; a document's draws depend only on `seed` and its
+    place in the list, not on the others. `on_token(document, token)` is called for each new token
     as it comes. Raises UserError for a prompt that does not fit the model.
     """
     longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
@@ -84,7 +84,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
             if len(answers[n]) < limits[n]:
                 rows.append(row)
         if 0 < len(rows) < len(growing):
-            cache.keep(rows)  # what is finished costs nothing any more
+            cache.keep(rows)  # finished documents cost nothing any more
         growing = [growing[row] for row in rows]
         new = [[answers[n][-1]] for n in growing]
     model.train(was_training)

@@ -1,8 +1,8 @@
-"""The cache of keys and values, with which a document grows by a token at the cost of a token.
+"""The KV cache: generating a token costs the work of one token, not of the whole document.
 
 Attention is the only part of the model that looks at earlier tokens, and all it needs of them is
-their keys and values, which never change again. Kept, they make a step of generation one token's
-work instead of the whole document's. Shapes as in modeling_llama.py; C is the tokens of room.
+their keys and values, which never change again: so they are kept. Shapes as in modeling_llama.py;
+C is the room, in tokens.
 """
 
 import torch
@@ -13,9 +13,9 @@ class KVCache:
     """Keys and values of all tokens so far, so that a forward pass computes only the new ones.
 
     Room for N = `documents` documents of up to C = `room` tokens. In each layer, document n is
-    row n of keys and of values, (N, K, C, d), from its position 0 on. The first pass takes the
-    prompts, whole and of any lengths, and attends within them as ever; every pass after it takes
-    one token of each document. Not for training: nothing here has gradients.
+    row n of keys and of values, (N, K, C, d), from its position 0 on. The first pass takes whole
+    prompts of any lengths, and attends within them as usual; every later pass takes one token of
+    each document. Not for training: nothing here has gradients.
     """
 
     def __init__(self, documents, room):
@@ -39,7 +39,7 @@ class KVCache:
     def store(self, layer, k, v):
         """Keep this pass's keys and values (T, K, d) of an attention layer."""
         if layer not in self.layers:
-            # Zeros: a masked value is multiplied by zero, which memory as it is may not survive.
+            # Zeros: a masked value is multiplied by zero, and 0 · NaN would still be NaN.
             shape = self.documents, k.shape[1], self.room, k.shape[2]
             self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
         row, column = self.where
@@ -49,9 +49,9 @@ class KVCache:
     def attention(self, layer, q):
         """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row."""
         keys, values = (x[:, :, : self.length] for x in self.layers[layer])
-        # The query heads that share a key/value head stand where several tokens would:
-        # (N, K, H/K, d). Never is_causal here: it would line up the first query with the first
-        # key, not the last with the last.
+        # The query heads that share a key/value head take the place of several tokens:
+        # (N, K, H/K, d). Never is_causal here: it would align the first query with the first key,
+        # not the last with the last.
         q = q.unflatten(1, (keys.shape[1], -1))
         return F.scaled_dot_product_attention(
             q, keys, values, attn_mask=self.visible).flatten(1, 2)

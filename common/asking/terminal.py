@@ -14,8 +14,8 @@ from common.options import Parser, choose_device, choose_dtype
 
 
 def read_options(doc, argv, adapters=True):
-    """What was typed, checked; `doc` is the script's docstring. Without `adapters` there are only
-    the flags of a chapter that has neither them nor a cache."""
+    """What was typed, checked; `doc` is the script's docstring. Without `adapters`, only the flags
+    of a chapter that has neither adapters nor a cache."""
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     add, longest = parser.add_argument, 256 if adapters else 128
     add("--model", required=not adapters, help="a model folder, tiny, or a Hub id" + adapters * (
@@ -25,7 +25,7 @@ def read_options(doc, argv, adapters=True):
     add("--raw", action="store_true",
         help="continue the text itself, without the chat template around it")
     add("--no-thinking", action="store_true",
-        help="have the chat template switch thinking off, where it can")
+        help="let the chat template switch thinking off, if it can")
     add("--max-new-tokens", type=int, default=longest, help=f"longest answer (default: {longest})")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--seed", type=int, default=0, help="for temperatures above 0")
@@ -49,7 +49,7 @@ def read_options(doc, argv, adapters=True):
     if options.raw and options.no_thinking:
         raise UserError("--raw does without the chat template, so --no-thinking has no meaning")
     if options.compare and (options.chat or not options.adapter):
-        raise UserError("--compare needs --adapter, whose base it shows beside it, and --prompt")
+        raise UserError("--compare needs --adapter, to show it beside its base, and --prompt")
     for name, fits in (
             ("max_new_tokens", options.max_new_tokens >= 1), ("top_k", options.top_k >= 0),
             ("temperature", 0 <= options.temperature < float("inf")), ("seed", options.seed >= 0),
@@ -60,8 +60,8 @@ def read_options(doc, argv, adapters=True):
 
 
 def run(doc, argv, load_model, lora):
-    """The main of a chapter with adapters: `lora` is its lora.py, and `load_model(name, device,
-    dtype, adapter)` gives (model, its folder)."""
+    """The main of a generate.py with adapters: `lora` is the chapter's lora.py, and
+    `load_model(name, device, dtype, adapter)` gives (model, its folder)."""
     options = read_options(doc, argv)
     device = choose_device(options.device)
     adapter = hub.resolve(options.adapter, "--adapter") if options.adapter else None
@@ -83,7 +83,7 @@ def run(doc, argv, load_model, lora):
 
 
 def encode(chat, options):
-    """The ids of each prompt, in the chat template unless --raw is given or there is none."""
+    """The ids of each prompt, in the chat template unless there is none or --raw is given."""
     variables = chat.no_thinking() if options.no_thinking else {}
     as_text = options.raw or chat.template is None
     return [chat.encode_prompt(text if as_text else [{"role": "user", "content": text}],
@@ -116,7 +116,7 @@ def stream(model, chat, prompt, settings):
         nonlocal shown
         ids.append(token)
         text = chat.decode(ids)
-        if not text.endswith("\ufffd"):  # else: a character of which only some bytes are here
+        if not text.endswith("\ufffd"):  # a character of which only some bytes have come
             print(text[len(shown):], end="", flush=True)
             shown = text
 

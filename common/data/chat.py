@@ -1,8 +1,9 @@
 """tokenizer.json and the checkpoint's own chat template: text to token ids, and which to train on.
 
-Trained is what the model must write itself: all of an assistant's turn behind its header, the
-end-of-turn token with it. `common/data/masks.py` finds it in the rendered text, and the tokenizer's
-offsets carry it over to tokens. Text that spells a control token is refused: it would become one.
+The model is trained on what it must write itself: the assistant's turn after its header, the
+end-of-turn token included. `common/data/masks.py` finds that in the rendered text, and the
+tokenizer's offsets map it to tokens. Text that spells a control token is refused: it would become
+one.
 """
 
 import datetime
@@ -27,23 +28,23 @@ class Layout(NamedTuple):
 
     text: str
     spans: list | None    # trained (start, end) in characters, in order; None: all of it
-    whole: bool           # the tokenizer adds what it adds to a document of its own (BOS)
+    whole: bool           # the tokenizer adds its special tokens (BOS), as to any document
     eos: bool | None      # append eos: trained or not; None: append nothing
-    left_out: tuple = ()  # what of the record the chat template does not write
-    notes: tuple = ()     # what else to say of such examples
+    left_out: tuple = ()  # the parts of the record that the chat template does not write
+    notes: tuple = ()     # other remarks on such examples
 
 
 class Chat:
     """A tokenizer with its chat template. Made by `Chat.load(folder)`.
 
-    Its fields are those that `tokenizer.read_tokenizer` gives.
+    Its public fields are those that `tokenizer.read_tokenizer` gives.
     """
 
     @classmethod
     def load(cls, folder, template=None):
         """Read the tokenizer files of `folder`; `template` is a file with another chat template.
 
-        UserError for whatever is wrong with them.
+        Raises UserError if anything is wrong with them.
         """
         self = cls()
         vars(self).update(read_tokenizer(folder))
@@ -57,7 +58,7 @@ class Chat:
         self._marks_generation = bool(re.search(r"{%[-+]?\s*generation\b", source))
         added = self.tokenizer.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
-        named = [token.content for token in added  # say <think>, to which the template gives sense
+        named = [token.content for token in added  # say <think>, which means something to it
                  if token.content.strip() and token.content in source]
         self._special = turns.any_of(special)
         self._special_or_named = turns.any_of(special + named)
@@ -72,8 +73,8 @@ class Chat:
         return self
 
     def save(self, folder):
-        """Add to the tokenizer's files in `folder`, copies of those that this was read from, what
-        they lack: the chat template that was given, and the tokens at which an answer ends."""
+        """Add to the copies of the tokenizer's files in `folder` what they lack: the chat template
+        that was given, and the tokens at which an answer ends."""
         complete(folder, self.template if self._given else None, self.stop_ids)
 
     def render(self, messages, add_generation_prompt=False, **variables):
@@ -81,7 +82,7 @@ class Chat:
 
         `messages` is a list of {"role", "content", ...}; `variables` go to the template (tools,
         enable_thinking...). Without a template the contents are joined. Raises Refused for a
-        conversation that the template does not take.
+        conversation that the template rejects.
         """
         text = self._render(_plain(messages), add_generation_prompt, **variables)
         return parts.take_marks(text)[0] if self._marks_generation else text
@@ -105,7 +106,7 @@ class Chat:
         return ids[:-1] if plain and ids and ids[-1] == self.eos_id else ids
 
     def no_thinking(self):
-        """The variables that have the template switch thinking off; UserError if it cannot."""
+        """The variables with which the template switches thinking off; UserError if it cannot."""
         asked = [{"role": "user", "content": "?"}]
         if self.render(asked, True, enable_thinking=False) == (
                 self.render(asked, True, enable_thinking=True)):
@@ -127,8 +128,8 @@ class Chat:
     def layout(self, record):
         """The Layout of a record: {"text"} or {"messages"} with what else the template takes.
 
-        Raises Refused. The date that a template can ask for is a fixed one (Llama 3.2 writes the
-        day into the system prompt), so that the same data give the same tokens tomorrow.
+        Raises Refused. A template that asks for the date (Llama 3.2 writes it into the system
+        prompt) gets a fixed one, so that the same data give the same tokens tomorrow.
         """
         if "text" in record:
             return self._text(record["text"], record.get("rendered"))
@@ -154,8 +155,8 @@ class Chat:
         own, eos = [], None
         if untrained or not self._marks_generation:
             if where is None:
-                raise Refused("the chat template rewrites the assistant's words, so it cannot be "
-                              "told what to train on; mark them in the template with "
+                raise Refused("the chat template rewrites the assistant's words, so it is not "
+                              "clear what to train on; mark them in the template with "
                               "{% generation %}")
             own = masks.regions(where, found, text, self._turns)
         if self._marks_generation:
@@ -168,15 +169,15 @@ class Chat:
         else:
             spans = [(start, end) for start, end, n, _ in own if n not in untrained]
             if own and own[-1][1] == len(text) and not own[-1][3]:
-                eos = own[-1][2] not in untrained  # no end-of-turn token: it learns to stop
+                eos = own[-1][2] not in untrained  # no end-of-turn token: eos teaches it to stop
         plain = self.template is None
         if plain:
             self._refuse_control_tokens(text)  # one may span two contents
         return Layout(text, spans, plain, eos, left_out, self._notes(messages))
 
     def finish(self, layout, encoding):
-        """(ids int32, trained bool), arrays, of a Layout and what `tokenise` made of its text (of
-        a text that is trained whole, its ids are enough)."""
+        """(ids int32, trained bool), arrays, from a Layout and the Encoding of its text (or just
+        the ids, if all of it is trained)."""
         ids = np.array(getattr(encoding, "ids", encoding), dtype=np.int32)
         trained = np.ones(len(ids), dtype=bool)
         if layout.spans is not None:
@@ -193,8 +194,8 @@ class Chat:
             "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables})
 
     def _text(self, text, rendered):
-        """The Layout of a text. Of one in which a template has already written a conversation
-        (`rendered`) the assistant's turns are trained, or all of it where none is found."""
+        """The Layout of a text. In a conversation that a template has `rendered`, the assistant's
+        turns are trained, or all of it if none is found."""
         if not text.strip():
             raise Refused("empty")
         if not rendered:
@@ -206,7 +207,7 @@ class Chat:
         return Layout(text, spans or None, not (bos and text.startswith(bos)), None, (), notes)
 
     def _notes(self, messages):
-        """What a person might not expect to have in the data."""
+        """Remarks on what a user might not expect in the data."""
         notes = [f"with a key {one_line(repr(key), 40)} in their turns, which the chat template "
                  "does not use" for key in sorted(set().union(*messages) - TURN_KEYS)
                  if not re.search(rf"\b{re.escape(key)}\b", self.template or "")]
@@ -219,7 +220,7 @@ class Chat:
         return tuple(notes)
 
     def _check(self, messages, variables):
-        """Refuse what is no conversation, or holds control tokens or private-use characters."""
+        """Refuse what is not a conversation, or has control tokens or private-use characters."""
         if not any(value for one in messages for name, value in one.items() if name != "role"):
             raise Refused("empty")
         roles = [message.get("role") for message in messages]
@@ -238,11 +239,11 @@ class Chat:
                 for text in _strings(value):
                     self._refuse_control_tokens(text, value.get("role") == "user", chat=True)
         except RecursionError:
-            raise Refused("its values lie too deep within each other") from None
+            raise Refused("its values are nested too deeply") from None
 
     def _refuse_control_tokens(self, text, named=False, chat=False, advice=""):
-        """Special tokens are control tokens. So are, in a user's text, those added tokens that the
-        template names: an assistant may write <think>, a user must not."""
+        """Special tokens are control tokens. In a user's text (`named`), so are the added tokens
+        that the template names: an assistant may write <think>, a user must not."""
         pattern = self._special_or_named if named else self._special
         found = pattern.search(text)
         if not found and self._normalizer is not None:
@@ -260,7 +261,7 @@ class Chat:
 
 
 def _plain(messages):
-    """The messages without None values and our "train", thoughts under all names of templates."""
+    """The messages without None and our "train"; thoughts under every name that templates use."""
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
         raise Refused("a conversation must be a list of {\"role\", \"content\"}")
     plain = []
@@ -284,5 +285,5 @@ def _strings(value):
 
 
 def fixed_date(format):
-    """`strftime_now` of templates in training data."""
+    """`strftime_now` for the templates of training data."""
     return datetime.date(2024, 7, 26).strftime(format)

@@ -33,7 +33,7 @@ from common.ranks import is_main, say
 IGNORE = -100  # the label of a token that is not trained
 BATCH, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at once
 PIECE = 2**16  # characters: a longer text is tokenised in pieces, in parallel
-KINDS = 1000  # of reasons to leave something out that are counted apart
+KINDS = 1000  # the most reasons to leave something out that are counted separately
 TOKEN = np.dtype([("id", np.int32), ("trained", bool)])
 DOCUMENT = np.dtype([(name, np.int64) for name in (
     "start", "length", "trained", "record", "digest")])  # see `Encoded`
@@ -43,9 +43,9 @@ CODE = sorted(Path(__file__).parent.glob("*.py"))  # decides about tokens and ma
 class Encoded:
     """Documents of token ids. `encoded[i]` is (input_ids, labels), int64, labels not yet shifted.
 
-    `tokens` is an array of TOKEN, one document behind the other, and `documents` one of DOCUMENT:
+    `tokens` is an array of TOKEN, one document after another, and `documents` one of DOCUMENT:
     where each starts, its length, how many of its tokens are trained, the number of the record that
-    it came from, skipped ones counted too, and a hash of its ids. `notes`: what was left out.
+    it came from (skipped ones count too), and a hash of its ids. `notes`: what was left out.
     """
 
     def __init__(self, tokens, documents, notes=()):
@@ -82,7 +82,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     before: so every token but the first is predicted once. Records that cannot be used (empty, say)
     are skipped, counted and named; so is what the template leaves out of the others, unless
     `strict`: then it is an error. Raises UserError where a token id is not below `vocab_size`, or
-    nothing is left. The tokens go to `file`, by default one without a name.
+    nothing is left. The tokens go to `file`, by default a temporary one.
     """
     if max_length < 2:
         raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
@@ -131,7 +131,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
 
 
 def _chunks(records):
-    """Lists of (number, place, record), not too long, with a progress bar for the work on them."""
+    """Lists of (number, place, record) of limited length, with a progress bar for their use."""
     files = isinstance(records, Records)  # they know how many bytes they have
     chunk, characters = [], 0
     with tqdm(total=records.size if files else None, unit="B" if files else " documents",
@@ -150,7 +150,7 @@ def _chunks(records):
 
 def _tokenise(chunk, chat, note):
     """(number, place, record, layout, ids, trained) of all records that can be used."""
-    kept, texts = [], {True: [], False: []}  # by what the tokenizer shall add
+    kept, texts = [], {True: [], False: []}  # by `Layout.whole`
     for number, where, record in chunk:
         try:
             if "refused" in record:
@@ -171,8 +171,8 @@ def _tokenise(chunk, chat, note):
 
 
 def _long(text, chat):
-    """The ids of a long text: the tokens of its pieces, if this tokenizer never looks across the
-    line end at which they are cut, and else of all of it at once, which takes more memory."""
+    """The ids of a long text, tokenised in pieces if this tokenizer never looks across the line
+    ends between them; otherwise all at once, which takes more memory."""
     for probe in ("a\nb", "It ends.\nNext", "1\n2", ":\n\nx", " \nA"):
         at = probe.rindex("\n") + 1
         pieces = [chat.tokenise([probe[:at]], True)[0].ids, chat.tokenise([probe[at:]])[0].ids]
@@ -274,8 +274,8 @@ def virtual(count, vocab_size, max_length, seed):
 def split(encoded, seed, share=0.02, most=200):
     """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many.
 
-    No document is on both sides: of equal ones all are trained on, or all held out where there are
-    no others.
+    All copies of a document go to the same side: training, unless there is nothing else to hold
+    out.
     """
     count = len(encoded)
     _, groups, copies = np.unique(encoded.documents["digest"], return_inverse=True,
@@ -296,8 +296,8 @@ def split(encoded, seed, share=0.02, most=200):
 
 
 def show_example(encoded, chat, limit=400):
-    """The first document as text, what is trained on marked: in green, or in [brackets] where the
-    output is no terminal or NO_COLOR is set. Of a long one, the beginning and the end."""
+    """The first document as text, with what is trained on in green, or in [brackets] if the output
+    is not a terminal or NO_COLOR is set. Of a long one, the beginning and the end."""
     ids, labels = encoded[0]
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     begin, end = ("\033[32m", "\033[0m") if colour else ("[", "]")

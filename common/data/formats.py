@@ -24,7 +24,7 @@ WEIGHTS = ("weight", "train", "loss")  # of a turn or of an example: whether it 
 MEANT = (*BESIDE, *WEIGHTS, "label")  # read under their own names, whatever --columns says
 KNOWN = "; ".join(map(" + ".join, FORMATS))
 TRUTH = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-CALLER = "caller"  # an assistant who calls a tool, in formats in which that is a role of its own
+CALLER = "caller"  # an assistant who calls a tool, in formats where that is a role of its own
 ROLES = {  # what data sets call the speakers -> what chat templates call them
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "system": "system",
@@ -37,12 +37,12 @@ POST_TRAINING = ("learning from preferences is post-training (DPO and its kin), 
 
 
 def convert(value, where, ignored, rendered=False):
-    """{"messages": [...], "tools"?} or {"text"} of an example, a dict as it stands in a file.
+    """{"messages": [...], "tools"?} or {"text"} from an example, a dict as found in a file.
 
     Each message is {"role", "content", ...} as OpenAI has it, calls in "tool_calls" with objects
-    as arguments, and with "train": False if it is not to be trained on. `ignored` is a dict to
-    which keys are added that have no part in it, with the place. Raises Refused for an example
-    that can be left out, and UserError for a file that is not what it should be.
+    as arguments, and with "train": False if it is not to be trained on. Keys that are not used are
+    added to the dict `ignored`, with the place. Raises Refused for an example that can be left out,
+    and UserError for a file that is not what it should be.
     """
     value = _present(value, "an example", where)
     keys = next((keys for keys in FORMATS if value.keys() >= {*keys}), None)
@@ -77,7 +77,7 @@ def convert(value, where, ignored, rendered=False):
 
 
 def quoted(key):
-    """A key of somebody's data as a message may show it."""
+    """A key of the user's data, made fit for a message."""
     return one_line(repr(key), 40)
 
 
@@ -105,12 +105,12 @@ def _trains(value, what, where):
 
 
 def _truth(value):
-    """True or False for what says so, in a table as text; None for all else."""
+    """True or False for a value that means it (also as text, in tables); None for any other."""
     return TRUTH.get(str(value).strip().lower())
 
 
 def _messages(value, keys, where, ignored):
-    """The messages of an example: of one list, or of a question and its answer."""
+    """The messages of an example: from one list, or from a question and its answer."""
     system = _text(value, "system", where)
     parts = [[{"role": "system", "content": system}] if system.strip() else []]
     for key, role in zip(keys, ("user", "assistant")):
@@ -142,7 +142,8 @@ def _messages(value, keys, where, ignored):
 
 
 def _conversation(value, key, where, ignored):
-    """The messages of a list of turns, in either spelling; a call is its speaker's."""
+    """The messages of a list of turns, in either spelling; a tool call that is a turn of its own
+    joins the assistant's turn before it, if there is one."""
     messages = []
     for turn in _must_be(list, _parsed(value, key, where), key, where):
         message = _message(turn, where, ignored)
@@ -150,7 +151,6 @@ def _conversation(value, key, where, ignored):
         if message["role"] == CALLER:
             message["role"] = "assistant"
             if before["role"] == "assistant" and before.get("train") == message.get("train"):
-                # Words, or another call, beside it.
                 before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
                 continue
         messages.append(message)
@@ -197,8 +197,8 @@ def _content(turn, where):
 
 
 def _call(call, schemas):
-    """A call as {"type": "function", "function": {"name", "arguments": object}, "id"?}; without the
-    null keys that Arrow fills into arguments, unless the function's schema names them."""
+    """A call as {"type": "function", "function": {"name", "arguments": object}, "id"?}, without the
+    null keys that Arrow adds to arguments, unless the function's schema names them."""
     call = {key: one for key, one in call.items() if one is not None} if (
         isinstance(call, dict)) else {}
     if "function" not in call:
@@ -230,7 +230,7 @@ def _tools(value, where):
 
 
 def _without_nulls(value, schema):
-    """`value` without keys that are null, but for those that a JSON schema names."""
+    """`value` without the keys that are null and not named by the JSON `schema`."""
     schema = schema if isinstance(schema, dict) else {}
     if isinstance(value, dict):
         named = schema.get("properties")
@@ -251,20 +251,20 @@ def _must_be(kind, value, what, where):
 
 
 def _present(value, what, where):
-    """The keys of an object that are there: not null, and not NaN, which is pandas' word for it."""
+    """An object without the keys whose value is null, or NaN, which is pandas' null."""
     return {key: one for key, one in _must_be(dict, value, what, where).items()
             if one is not None and one == one}
 
 
 def _parsed(value, key, where):
-    """What stands under a key, or what it says if it is JSON within JSON, as some files have it."""
+    """The value of a key, decoded if it is JSON within a string, as in some files."""
     found = value.get(key)
     return found if not isinstance(found, str) or not found else _json(found, UserError(
         f"{where}: {key} is text, and that is not valid JSON; json.dumps writes it as it must be"))
 
 
 def _json(text, error):
-    """What a JSON text says; raises `error` if it is none."""
+    """The value of a JSON text; raises `error` if it is not valid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

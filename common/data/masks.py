@@ -1,7 +1,7 @@
 """Which characters of a rendered conversation, and which tokens, the model must learn to write.
 
-Trained is what the assistant has to write: all from behind the header of its turn (what a prompt
-ends with), to the end-of-turn token.
+That is what the assistant writes: everything from the end of its turn's header, where a prompt
+ends, through the end-of-turn token.
 """
 
 import bisect
@@ -33,8 +33,8 @@ def inside(encoding, spans):
 def _inside(offsets, spans):
     """`inside` for the tokens' (start, end) in characters.
 
-    A tokenizer may trim white space off its offsets: a token left with none of its characters
-    counts as the character before its end.
+    A tokenizer may trim white space off its offsets: a token with no characters left counts as the
+    character before its end.
     """
     if not spans or not offsets:
         return np.zeros(len(offsets), dtype=bool)
@@ -47,12 +47,12 @@ def _inside(offsets, spans):
 
 def regions(where, found, text, turns):
     """[(start, end, message, ended)] of what the assistant writes in `text`, the plain rendering;
-    `ended` says whether the end is an end-of-turn token's.
+    `ended` says whether it ends with an end-of-turn token.
 
     `where` are the places of the parts `found`, `turns` the template's `Turns`. A region begins
-    behind the header, so what the template inserts before the words (Qwen3's empty think block)
-    is part of it; without a header it begins with the first of the words. Raises Refused where it
-    cannot be told what to train on.
+    after the header, so what the template inserts before the words (Qwen3's empty think block)
+    is part of it; without a header it begins with the first of the words. Raises Refused if it is
+    not clear what to train on.
     """
     spans = []
     for (_, floor, _), (start, end, k) in pairwise([(0, 0, None), *where]):
@@ -83,7 +83,7 @@ def regions(where, found, text, turns):
     for start, end, message in spans:
         after = begins[min(bisect.bisect_left(begins, end), len(where))]
         special = turns.special.search(text, end, after)
-        stop = turns.end(text, end, after)  # all before it is the model's: a </think>, a call's end
+        stop = turns.end(text, end, after)  # the model writes all before it: </think>, a call's end
         if not stop and special and (message in calls or not text[end:special.start()].strip()):
             stop = special.end()
         elif not stop and message in calls and after < len(text):

@@ -1,11 +1,10 @@
 """What a conversation says, part by part, and where each part stands in its rendered text.
 
-A part is a piece of text that a record says: a message's words, the assistant's thoughts, the name
-and the arguments of a tool call, the name of a tool. Marks, private-use characters, are put around
-each, the template renders them, and the result counts only if removing the marks gives the plain
-rendering. So every part is found in its place, or known to be left out by the template. Comparing
-renderings of growing prefixes, the obvious way, fails: Qwen3's template drops the thoughts of
-earlier turns.
+A part is a piece of a record's text: a message's words, the assistant's thoughts, the name and the
+arguments of a tool call, the name of a tool. Each is put between marks, private-use characters, and
+rendered by the template; the result counts only if removing the marks gives the plain rendering. So
+every part is found in its place, or known to be left out by the template. Comparing renderings of
+growing prefixes, the obvious way, fails: Qwen3's template drops the thoughts of earlier turns.
 """
 
 import bisect
@@ -16,16 +15,16 @@ from typing import NamedTuple
 
 from common.data.template import OPENED, Refused
 
-PRIVATE_USE = re.compile("([\U00100000-\U0010ffff])")  # plane 16: the marks; in no text
+PRIVATE_USE = re.compile("([\U00100000-\U0010ffff])")  # plane 16: the marks; refused in texts
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what templates call them
 OWN = ("words", "thoughts", "call", "arguments")  # kinds of parts that the assistant writes
 _FIRST = 0x100000  # part k lies between the marks _FIRST + 2k and _FIRST + 2k + 1
-GENERATED = (ord(OPENED) - _FIRST) // 2  # so the template's own marks count as this part
+GENERATED = (ord(OPENED) - _FIRST) // 2  # the part that {% generation %}'s marks stand for
 _THINK = re.compile("(</?think>)")
 
 
 class LeftOut(Refused):
-    """An example of which the chat template leaves out what must not be missing."""
+    """An example from which the chat template leaves out something essential."""
 
 
 class Part(NamedTuple):
@@ -35,8 +34,8 @@ class Part(NamedTuple):
 
 
 def marked(messages, tools, kinds=None):
-    """(the `Part`s of a conversation, messages, tools), both with marks around their parts of these
-    kinds (None: all), those that are not blank; white space at the edges stays outside.
+    """(the `Part`s of a conversation, messages, tools), the last two with marks around all parts of
+    these kinds (None: all kinds) that are not blank; white space at the edges stays outside.
 
     An assistant's content is cut at <think> and </think>, which a template may look for.
     """
@@ -92,8 +91,8 @@ def marked(messages, tools, kinds=None):
 
 
 def take_marks(text):
-    """(the text without marks, [(start, end, k)] of what stood between those of part k; None where
-    marks are missing). Of marks within marks of the same part the outer ones count."""
+    """(the text without marks, [(start, end, k)] of what was between those of part k, or None if
+    marks are missing). If marks of one part are nested, the outer ones count."""
     plain, found, opened, length, whole = [], [], [], 0, True
     for n, piece in enumerate(PRIVATE_USE.split(text)):
         if n % 2 == 0:
@@ -116,8 +115,8 @@ def find(messages, tools, text, render, shapes, turns):
     """(parts, their places in `text` or None, whether all kinds of parts were looked for).
 
     text    the rendering of the conversation; render(messages, tools) makes others
-    shapes  a dict of this template's, in which is kept which thoughts it drops of a conversation
-            of which it writes all else, so that the next of its shape needs no second rendering
+    shapes  a dict for this template, filled here: for the shape of a conversation, the thoughts
+            that it drops, if it writes all else; the next of that shape is not rendered twice
     turns   the template's `Turns`
     """
     for kinds in (None, OWN):
@@ -128,7 +127,7 @@ def find(messages, tools, text, render, shapes, turns):
             return found, where, True
         try:
             plain, where = take_marks(render(*copies))
-        except Refused:  # by the template: the marks disturb it
+        except Refused:  # by the template, which the marks disturb
             continue
         if where is None or plain != text:
             continue
@@ -149,10 +148,10 @@ def find(messages, tools, text, render, shapes, turns):
 
 
 def _search(found, dropped, text, turns):
-    """The places of the parts but for those `dropped`, [(message, kind)]; None unless they stand
-    one behind the other, each in its own turn.
+    """The places of all parts but the `dropped`, {(message, kind)}; None unless they follow one
+    another, each in its own turn.
 
-    Turns are told by their tokens, which no part can hold: so this needs no marks.
+    Turns are recognised by their tokens, which no part can contain: so this needs no marks.
     """
     spans = turns.own(text)
     owners = list(dict.fromkeys(part.message for part in found if part.kind in OWN))
@@ -183,9 +182,9 @@ def _search(found, dropped, text, turns):
 
 
 def left_out(messages, found, where, text, all_marked):
-    """What the record says and its rendering does not, in words for people; `find` gave the last
-    four. Thoughts of earlier turns, which templates drop by design, do not count. Raises LeftOut
-    for a tool call: no harmless rest of it would be left."""
+    """What the record says and its rendering does not, in words for people. `found`, `where` and
+    `all_marked` are from `find`. Thoughts of earlier turns, which templates drop by design, do not
+    count. Raises LeftOut for a tool call: what remains would be misleading."""
     placed = {k for _, _, k in where or ()}
     asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
     names = []

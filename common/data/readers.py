@@ -22,7 +22,7 @@ from common.data.template import Refused
 from common.errors import UserError, listed, nearest, one_line
 
 LONGEST_LINE = 2**28  # bytes
-LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can hold anything
+LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can unpack to a lot
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
@@ -48,8 +48,8 @@ class Records:
 
     `columns` renames keys: {"prompt": "question"} reads "question" as the prompt. `rendered` says
     that a "text" is a whole conversation, control tokens included. Paths are checked at once,
-    contents as they are read; what is wrong is a UserError with file and line. `size` and `done`
-    (bytes) tell how far it is; `ignored` which keys had no part in it, and where the first was.
+    contents as they are read; an error is a UserError with file and line. `size` and `done` (bytes)
+    tell the progress, `ignored` which keys were not used, and where each first occurred.
     """
 
     def __init__(self, paths, columns=None, rendered=False):
@@ -80,7 +80,7 @@ class Records:
                                     str(self.paths[-1]))
 
     def _wanted(self, names, path):
-        """The columns to read of those that a file has; the others are noted."""
+        """Those of a file's columns that are to be read; the others are noted in `ignored`."""
         wanted = {*self.columns.values(), *MEANT} if self.columns else {*NAMES, *MEANT}
         formats = [self.columns.values()] if self.columns else FORMATS
         if len({*names}) < len(names):
@@ -111,8 +111,8 @@ class Records:
 def read(path, choose=list):
     """Yield (where, value, bytes of the file done so far) for each value in a data file.
 
-    Of a file with columns (CSV, TSV, Parquet) those are read that `choose` gives back of their
-    names. Raises UserError, at once or on the way.
+    Of a file with columns (CSV, TSV, Parquet) only those are read that `choose(names)` gives.
+    Raises UserError, at once or later.
     """
     path = Path(path)
     return READERS[check_kind(path)](path, choose)
@@ -126,7 +126,7 @@ def suffix(path):
 
 
 def check(path):
-    """The size of a data file, or a UserError that says why it is none."""
+    """The size of a data file; UserError if it is not one that can be read."""
     if not (os.path.isfile(path) and os.access(path, os.R_OK)):
         raise UserError(f"{path}: not a file, or not to be read here; {KINDS}")
     check_kind(path)
@@ -134,7 +134,7 @@ def check(path):
 
 
 def check_kind(path):
-    """The suffix of a path, which need not be there, or a UserError if it cannot be read here."""
+    """The suffix of a path, which need not exist; UserError if that kind cannot be read here."""
     kind = suffix(path)
     if kind is None:
         raise UserError(f"{path}: not a kind of file that is read; {KINDS}")
@@ -145,7 +145,7 @@ def check_kind(path):
 
 @contextlib.contextmanager
 def _opened(path):
-    """A file to read from, unpacked, and a function that gives how many of its bytes are done."""
+    """A file to read from, unpacked, and a function that tells how many of its bytes are read."""
     try:
         with open(path, "rb") as file:
             packed = path.name.lower().endswith(".gz")
@@ -180,7 +180,7 @@ def _lines(path):
 
 
 def plain_text(path, choose):
-    """The file whole, its line ends made \\n."""
+    """The whole file, with \\n as line ends."""
     text, size = _whole(path)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.strip():
@@ -190,13 +190,13 @@ def plain_text(path, choose):
 def lines(path, choose):
     """The JSON value of each line that is not blank."""
     for number, line, done in _lines(path):
-        text = line.rstrip()  # or its end would count as another line
+        text = line.rstrip()  # otherwise its end would count as another line
         if text:
             yield f"{path}:{number}", _parse(json.loads, path, number, text), done
 
 
 def json_file(path, choose):
-    """A list, {"data": [...]}, or, as many .json files are in truth, JSON lines."""
+    """A list, {"data": [...]}, or JSON lines, which many .json files really are."""
     text, size = _whole(path)
     at = _SPACE.match(text).end()
     if at == len(text):
@@ -232,7 +232,7 @@ def table(path, choose):
     said = re.match("sep=(.)\\s*$", header)  # as Excel writes it
     separator = said[1] if said else "\t" if suffix(path) == ".tsv" else ","
     if separator == "," and ";" in header and "," not in header:
-        separator = ";"  # Excel, where a comma stands in numbers
+        separator = ";"  # Excel, in countries that write numbers with a comma
     done, columns, line = 0, None, 1 + bool(said)
 
     def text():
@@ -247,7 +247,7 @@ def table(path, choose):
         for row in rows:
             if row and columns is None:
                 columns = [name.strip() for name in row]
-                while columns and not columns[-1]:  # a spreadsheet's empty columns
+                while columns and not columns[-1]:  # empty columns of a spreadsheet
                     columns.pop()
                 wanted = choose(columns)
             elif row:
@@ -271,7 +271,7 @@ def parquet(path, choose):
     number = 0
     try:
         size = path.stat().st_size
-        # Read in pieces, by this thread alone: the rest of a row group is never in memory.
+        # Read in pieces, by this thread alone, so that a whole row group is never in memory.
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False,
                                          page_checksum_verification=True) as file:
             rows = max(1, file.metadata.num_rows)
@@ -287,11 +287,11 @@ def parquet(path, choose):
 
 
 def _as_text(value):
-    """What JSON has no word for: dates, decimals, bytes."""
+    """As text, what JSON cannot express: dates, decimals, bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-# By their names' ends; where the same data is there in several, the first is taken.
+# By suffix; if the same data is there with several, the first counts.
 READERS = {".jsonl": lines, ".json": json_file, ".csv": table, ".tsv": table, ".parquet": parquet,
            ".txt": plain_text}
 KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also with .gz); convert "
@@ -303,7 +303,7 @@ _AFTER_ITEM = re.compile(r"[ \t\r\n]*(,|\][ \t\r\n]*\Z)")
 
 
 def _decode(raw, path, number=1):
-    """UTF-8 bytes as text, without a byte order mark; `number` is the line that they begin with."""
+    """UTF-8 bytes as text, without a byte order mark; `number` is that of their first line."""
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -312,11 +312,11 @@ def _decode(raw, path, number=1):
 
 
 def _parse(function, path, line, text, *at):
-    """`function(text, *at)`, a parser of JSON, its errors placed; `text` begins at `line`."""
+    """`function(text, *at)`, a JSON parser, its errors with their line; `text` begins at `line`."""
     try:
         return function(text, *at)
     except json.JSONDecodeError as error:
         why, line = f"{error.msg} at column {error.colno}", line + error.lineno - 1
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+    except (ValueError, RecursionError) as error:  # a number or nesting beyond Python's limits
         why, line = one_line(error), line + text.count("\n", 0, *at or (0,))
     raise UserError(f"{path}:{line}: not valid JSON ({why})")

@@ -24,17 +24,17 @@ _SUFFIX = re.compile(r"\.\w+(\.gz)?$", re.IGNORECASE)
 _SHARD = re.compile(r"(?:^|[-._])(\d+)-of-(\d+).*")
 _NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
 _SAYS_NOTHING = re.compile(r"(part|shard|data|file|chunk)?[-_.]?\d*", re.IGNORECASE)
-_NO_PART_OF_IT = re.compile(r"^((data|default)?/)*")  # folders that only say that there is data
+_NO_PART_OF_IT = re.compile(r"^((data|default)?/)*")  # folders whose names say nothing either
 
 
 def choose(names, part, place, flag, page=None):
-    """The files that are meant among `names`; where there was a choice, the screen says it.
+    """The files that are meant among `names`; prints the choice if there was one.
 
-    `place` is the data set as it was named, `page` its address on the Hub, and `part` what stood
-    behind the colon: a file, a label, the last component of one, a folder of several, or "". In a
-    local folder (no `page`) all files are taken if none is named for training, but those that are
-    held out, and subfolders count only if it has no files itself. Raises UserError where nothing,
-    or more than one thing, can be meant.
+    `place` is the data set as it was named, `page` its address on the Hub, and `part` what followed
+    the colon: a file, a label, the last component of one, a folder of several, or "". In a local
+    folder (no `page`) with no files named for training, all are taken but those named as held out;
+    subfolders count only if it has no files itself. Raises UserError if nothing can be meant, or
+    more than one thing.
     """
     if part in names:
         readers.check_kind(part)
@@ -58,20 +58,20 @@ def choose(names, part, place, flag, page=None):
 
 
 def is_data(name):
-    """Whether a file of a data set holds examples, as far as its name tells."""
+    """Whether a file of a data set holds examples, judging by its name."""
     hidden = "/." in f"/{name}"
     return bool(readers.suffix(name)) and not hidden and name.split("/")[-1].lower() not in NOT_DATA
 
 
 def label(name):
-    """What a data file is called for: its path without what numbers it and what says nothing."""
+    """The label of a data file: its path without numbering and without words that say nothing."""
     folder, slash, file = _NO_PART_OF_IT.sub("", name).rpartition("/")
     stem = _NUMBER.sub("", _SHARD.sub("", _SUFFIX.sub("", file)))
     return (folder if _SAYS_NOTHING.fullmatch(stem) else folder + slash + stem) or "default"
 
 
 def missing(files):
-    """How many files are not there of those that `-00000-of-00003` in the others' names counts."""
+    """How many files are missing, if others' names end in, say, `-00000-of-00003`."""
     found = [(label(name), _SHARD.search(name.split("/")[-1])) for name in files]
     there = {(kind, shard[2], int(shard[1])) for kind, shard in found if shard}
     wanted = sum(int(count) for kind, count in {one[:2] for one in there})
@@ -79,8 +79,8 @@ def missing(files):
 
 
 def _groups(names, deep):
-    """{label: files}, of one suffix each, and, for a message, what is there that is left aside:
-    the same in a second suffix, text files where there are others, subfolders unless `deep`."""
+    """{label: files}, of one suffix each, and, for a message, what is left aside: the same data
+    with a second suffix, text files beside others, subfolders unless `deep`."""
     def kind(name):
         return [*readers.READERS].index(readers.suffix(name)), name.lower().endswith(".gz")
 
@@ -99,8 +99,8 @@ def _groups(names, deep):
 
 
 def _labels(groups, part, local, place, flag):
-    """The labels that `part` stands for: one, the end of a single one, or of a folder of some
-    those to train on, or for --eval-data, those to hold out."""
+    """The labels that `part` means: a label or the end of just one, or, for a folder, its labels to
+    train on (for --eval-data: to hold out)."""
     def several(labels, why=""):
         return UserError(f"{why}{place} holds {listed(labels)}: name one, as in {flag} "
                          f"{place}:{labels[0]}")

@@ -1,7 +1,7 @@
 """A checkpoint's chat template: Jinja, rendered as transformers renders it.
 
-A template is a program that came with a download. jinja2's sandbox keeps it away from Python and
-from its arguments; whatever goes wrong in it is one line.
+A template is a program that came with a download. jinja2's sandbox keeps it from reaching Python
+and from changing its arguments; an error in it becomes one line.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from common.errors import UserError, one_line
 
 LONGEST = 2**25  # characters that a template may write; a long conversation has a million
-OPENED, CLOSED = "\U0010fff0", "\U0010fff1"  # stand around what {% generation %} marks
+OPENED, CLOSED = "\U0010fff0", "\U0010fff1"  # put around what {% generation %} marks
 
 
 class Refused(UserError):
@@ -47,7 +47,7 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 
 class Template:
-    """A chat template, compiled, with what transformers' `apply_chat_template` gives to it.
+    """A chat template, compiled, with the filters and functions that transformers gives to it.
 
     `where` names its file in messages. Raises UserError for one that does not compile.
     """
@@ -69,12 +69,12 @@ class Template:
                             f"{one_line(error)}") from None
         except Exception as error:  # of Python's compiler, say for a thousand brackets
             raise UserError(f"{where}: chat template failed: {one_line(error)}") from None
-        self.compiled.globals = dict(environment.globals)  # a ChainMap before, slow to copy
+        self.compiled.globals = dict(environment.globals)  # jinja2's ChainMap is slow to copy
 
     def render(self, variables):
-        """The text for `variables`, a dict. Raises Refused for what the template itself objects to
-        (`raise_exception`, a role or a key that it does not know), and UserError for one that
-        writes more than LONGEST."""
+        """The text for `variables`, a dict. Raises Refused if the template itself fails or objects
+        (`raise_exception`, a role or a key that it does not know), and UserError if it writes more
+        than LONGEST characters."""
         pieces, length = [], 0
         try:
             for piece in self.compiled.generate(variables):

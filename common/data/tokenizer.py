@@ -1,4 +1,4 @@
-"""The tokenizer's part of a model folder: any bytes in it give an answer or a UserError."""
+"""The tokenizer files of a model folder; whatever they contain, an error is a UserError."""
 
 import codecs
 import hashlib
@@ -18,7 +18,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a tok
 
 
 def read_tokenizer(folder):
-    """What a folder says, a dict; of its files tokenizer.json must be there."""
+    """The tokenizer files of a folder as a dict; only tokenizer.json must be there."""
     folder = Path(folder)
     raw = {name: read_bytes(folder / name, LARGEST)
            for name in ("tokenizer.json", "chat_template.jinja", *SETTINGS)
@@ -28,7 +28,7 @@ def read_tokenizer(folder):
                         "(a lone tokenizer.model is not read)")
     tokenizer = call(f"{folder / 'tokenizer.json'}: not a tokenizer",
                      Tokenizer.from_buffer, raw["tokenizer.json"].removeprefix(codecs.BOM_UTF8))
-    tokenizer.no_truncation()  # the file can carry limits and padding of someone's pipeline
+    tokenizer.no_truncation()  # the file may carry the limits and padding of someone's pipeline
     tokenizer.no_padding()
 
     config, mapped, ids, generation = (read_json(folder / name) if name in raw else {}
@@ -58,7 +58,7 @@ def read_tokenizer(folder):
         "stop_ids": {*stops, eos_id} - {None},  # generation ends at them
         "eos_id": eos_id,  # appended to plain text; None: nothing is
         "vocab_size": max(vocabulary.values(), default=-1) + 1,  # the model may have more rows
-        # SHA-256 of all that decides about ids and masks:
+        # SHA-256 of everything that ids and masks depend on:
         "fingerprint": hashlib.sha256(repr(sorted(raw.items())).encode()).hexdigest()}
 
 
@@ -68,8 +68,8 @@ def _add_tokens(tokenizer, config, mapped, ids, folder):
     Ids and flags are those that transformers gives them: tokenizer_config.json's
     added_tokens_decoder states both, and its flags win over tokenizer.json's; without it
     added_tokens.json states ids, and special_tokens_map.json wins over tokenizer_config.json.
-    What has a name becomes special. Raises UserError for a name whose token no file states, and
-    for a token that does not get the id that is stated.
+    A token with a name becomes special. Raises UserError for a name whose token no file states,
+    and for a token that does not get the stated id.
     """
     decoder = config.get("added_tokens_decoder")
     if decoder is not None:
@@ -113,7 +113,7 @@ def _add_tokens(tokenizer, config, mapped, ids, folder):
 
 
 def _token(value):
-    """An AddedToken of what stands in JSON for one: its text, or an object with its flags."""
+    """An AddedToken from JSON: its text, or an object with its flags."""
     if isinstance(value, str):
         return AddedToken(value, special=True)
     return AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if flag in value})
@@ -131,8 +131,8 @@ def read_template(file):
 
 
 def complete(folder, template, stop_ids):
-    """Write into `folder`, a Path, a chat template (None: it has its own), and what `stop_ids` its
-    generation_config.json lacks: without them other programs would let the model run on."""
+    """Write a chat template (None: it has its own) into `folder`, a Path, and those `stop_ids` that
+    its generation_config.json lacks: without them the model would not stop in other programs."""
     if template is not None:
         with writing(folder / "chat_template.jinja"):
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -156,7 +156,7 @@ def _as_list(ids):
 
 
 def call(what, function, *arguments, **keywords):
-    """Call into the tokenizers library, which reports by Exception and by pyo3's PanicException."""
+    """Call the tokenizers library, which raises Exception or pyo3's PanicException."""
     try:
         return function(*arguments, **keywords)
     except (KeyboardInterrupt, SystemExit, UserError):

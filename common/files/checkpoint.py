@@ -1,10 +1,10 @@
-"""A run's folder and the checkpoints in it: made, found again, pruned. Never a half-written one.
+"""A run's folder and the checkpoints in it: made, found again, pruned.
 
     python -m common.files.checkpoint verify DIR      check a folder against its manifest
     python -m common.files.checkpoint seal DIR        write the manifest anew after an edit by hand
 
 Under torchrun all ranks call `new_run_folder`, `latest` and `prune`: rank 0 alone touches the disk,
-all get its answer, and where it fails all raise.
+all get its answer, and if it fails all raise.
 """
 
 import argparse
@@ -59,13 +59,13 @@ def _is_run(folder):
 
 
 def _steps(run):
-    """Every step-N/ of the run, newest first; whether they are whole is open."""
+    """Every step-N/ of the run, whole or not, newest first."""
     steps = [int(name[5:]) for name in os.listdir(run) if re.fullmatch("step-[0-9]{6,12}", name)]
     return [step_folder(run, step) for step in sorted(steps, reverse=True)]
 
 
 def latest(run):
-    """The newest whole step-N/ of a run folder, or None; says on stderr which it had to skip."""
+    """The newest whole step-N/ of a run folder, or None; reports on stderr which it had to skip."""
     def find():
         for old in Path(run).glob("*.replaced"):
             recover(old.with_suffix(""))
@@ -76,7 +76,7 @@ def latest(run):
 
 
 def prune(run, keep, best=None):
-    """Delete the step folders older than the newest `keep` (at least 1) whole ones, but for `best`.
+    """Delete the step folders older than the newest `keep` (at least 1) whole ones, except `best`.
     Damaged ones do not count. Call it after a commit."""
     def delete():
         whole = 0
@@ -84,11 +84,11 @@ def prune(run, keep, best=None):
             if whole < max(keep, 1):
                 whole += _is_whole(folder)
             elif best is None or folder.name != best.name:
-                leftover = sibling(folder, ".tmp")  # if the deleting is stopped midway
+                leftover = sibling(folder, ".tmp")  # in case the deletion is interrupted
                 try:
                     os.rename(folder, leftover)
                     remove(leftover)
-                except OSError as error:  # no reason to end a run
+                except OSError as error:  # not a reason to end a run
                     print(f"{folder}: old, but cannot be deleted: {error}", file=sys.stderr)
 
     on_main(delete)

@@ -1,9 +1,9 @@
-"""How a folder appears at once and whole, whenever the machine may stop.
+"""Writing a folder so that it appears at once and whole, even if the machine stops meanwhile.
 
 `commit` writes `name.tmp/`, flushes every file, writes manifest.json last, flushes the folder,
 renames it to `name/` and flushes the parent. A folder that had the name is `name.replaced/` for a
-moment: if the machine stops just then, `recover` puts it back. What else a stopped commit leaves
-behind, the next one removes.
+moment: if the machine stops just then, `recover` puts it back. Whatever else an interrupted commit
+leaves behind, the next one removes.
 """
 
 import errno
@@ -29,10 +29,11 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def commit(folder, write, extra=None, bytes_needed=0):
     """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
 
-    `extra` (JSON, say the step) goes into the manifest. A `folder` that is there is replaced: what
-    a stop leaves is the old one or the new one. Raises UserError where space (`bytes_needed`) or
-    permission lacks, or where what is there is not ours: then nothing half-written stays, and what
-    was there before does. All ranks call `write`, which may gather tensors; rank 0's files count.
+    `extra` (JSON, say the step) goes into the manifest. An existing `folder` is replaced; after an
+    interruption the old or the new one is there. Raises UserError if space (`bytes_needed`) or
+    permission is missing, or if what is there is not ours: then nothing half-written stays, and
+    what was there before does. All ranks call `write`, which may gather tensors; rank 0's files
+    count.
     """
     folder = Path(os.path.abspath(folder))
     tmp = sibling(folder, ".tmp")
@@ -56,7 +57,7 @@ def commit(folder, write, extra=None, bytes_needed=0):
 
 
 def _free(path):
-    """Bytes that the disk of `path`, which need not exist, has free."""
+    """Free bytes on the disk of `path`, which need not exist."""
     return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
 
 
@@ -78,7 +79,7 @@ def _prepare(folder, tmp, bytes_needed):
             f" {readable_bytes(_free(folder))} free; free some, lower --keep, or choose another"
             " --out")
     tmp.mkdir()
-    (tmp / MANIFEST).touch()  # empty: says that the folder is ours, and half-written
+    (tmp / MANIFEST).touch()  # empty: marks the folder as ours, and half-written
 
 
 def _publish(folder, tmp, extra):
@@ -109,14 +110,14 @@ def in_run(name):
 
 
 def remove(folder):
-    """Delete a folder, the manifest last: until then it can be told as ours."""
+    """Delete a folder, the manifest last: until then the folder can be recognised as ours."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.rmdir()
 
 
 def flush_names(folder):
-    """Have the names in `folder` on the disk."""
+    """Flush the names of the files in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -125,8 +126,8 @@ def flush_names(folder):
 
 
 def _in_plain_words(error, folder, tmp, bytes_needed):
-    """The message for a write that failed, "" where `error` is of another kind."""
-    # By its words, as safetensors' own error has no number.
+    """The message for a write that failed; "" if `error` is of another kind."""
+    # By its text, as safetensors' own error has no errno.
     full = next((os.strerror(one) for one in FULL if os.strerror(one) in str(error)), None)
     if full:
         written = sum(path.stat().st_size for path in tmp.iterdir()) if tmp.is_dir() else 0

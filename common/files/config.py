@@ -1,8 +1,8 @@
 """A model folder's config.json, read from either dialect of transformers, written in both.
 
 transformers 4 keeps `rope_theta` and `rope_scaling` at the top level, transformers 5 keeps both
-in `rope_parameters`. A version 4 that reads version 5's file falls back to a theta of 10000
-without a word, and every logit is a little wrong; so what is written here holds both.
+in `rope_parameters`. A version 4 that reads version 5's file silently falls back to a theta of
+10000, and every logit is a little wrong; so what is written here holds both.
 """
 
 import json
@@ -27,10 +27,10 @@ def read_config(path):
     """The config.json of folder `path` as a dict, in one dialect whichever it was written in.
 
     It always has `rope_theta` (float) and `rope_scaling` (None, or a dict with `rope_type` and
-    without theta), never `rope_parameters`. Where they are absent, `head_dim`,
-    `num_key_value_heads` (null: all heads) and `max_position_embeddings` are by the family's rule.
-    Every other key is as in the file. Raises UserError for a file that is missing or broken; what
-    type a value has is for the model's own config to check.
+    without theta), never `rope_parameters`. If they are absent, `head_dim`, `num_key_value_heads`
+    (null: all heads) and `max_position_embeddings` follow the family's rule. Every other key is as
+    in the file. Raises UserError for a file that is missing or broken; the types of values are for
+    the model's own config to check.
     """
     file = Path(path) / "config.json"
     if not file.exists():
@@ -42,7 +42,7 @@ def read_config(path):
 
 
 def write_config(config, path, dtype):
-    """Write config.json into folder `path` so that transformers 4 and 5 both read it rightly.
+    """Write config.json into folder `path` so that transformers 4 and 5 both read it correctly.
 
     `config` is what `read_config` gave, `dtype` (a torch.dtype or its name) what the weights are
     stored in.

@@ -1,9 +1,9 @@
 """manifest.json: the size and SHA-256 of every file of a folder that we wrote.
 
 Neither safetensors nor JSON notices a flipped byte inside a number. A folder written by
-`common.files.commit` therefore carries a manifest, which holds a hash of its own content too, and
-the headers of its safetensors say so (`MARK`), so that a lost manifest shows as well. A folder from
-elsewhere has neither and passes.
+`common.files.commit` therefore has a manifest, which holds a hash of its own content too. The
+headers of its safetensors say so (`MARK`), so that a lost manifest is noticed as well. A folder
+from elsewhere has neither, and passes.
 """
 
 import contextlib
@@ -37,8 +37,7 @@ def verify(folder):
 
     It is a dict: `files` (name -> size and sha256) and `extra` (world_size, versions and what else
     the commit was given). A folder that we did not write gives {}. Raises CheckpointError, naming
-    the file, for anything missing, changed or added. A replacement that was cut short is put right
-    first.
+    the file, for anything missing, changed or added. An interrupted replacement is repaired first.
     """
     folder = Path(folder)
     recover(folder)
@@ -75,7 +74,7 @@ def _problem(folder, manifest):
 
 
 def recover(folder):
-    """Put `folder` back where a commit was cut short between its two renames."""
+    """Put `folder` back if a commit was interrupted between its two renames."""
     folder = Path(os.path.abspath(folder))
     old = sibling(folder, ".replaced")
     if not folder.exists() and is_ours(old):
@@ -95,7 +94,7 @@ def is_ours(folder):
     if text is not None and (not text or b'"bareloop"' in text):
         return True
     for path in folder.glob("*.safetensors"):
-        with contextlib.suppress(UserError):  # who loads a file without a header says what is wrong
+        with contextlib.suppress(UserError):  # loading such a file will report what is wrong
             with open_file(path) as tensors:
                 if "bareloop" in (tensors.metadata() or {}):
                     return True
@@ -121,8 +120,8 @@ def _text(folder):
 
 
 def encoded(files, extra):
-    """The bytes of the manifest that says this, the only form in which it is accepted: `files` is
-    {name: its `fingerprint`}, `extra` what else is to be known, as JSON."""
+    """The bytes of a manifest, in the only form that is accepted: `files` is {name: its
+    `fingerprint`}, `extra` is JSON."""
     dumps = functools.partial(json.dumps, indent=1, sort_keys=True, allow_nan=False)
     body = {"bareloop": 1, "files": files, "extra": extra}
     body["sha256"] = hashlib.sha256(dumps(body).encode()).hexdigest()
@@ -132,7 +131,7 @@ def encoded(files, extra):
 def fingerprint(path, flush=False):
     """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards.
 
-    A process does not read again what it has read and nobody has touched since.
+    A process does not read a file again that has not changed since.
     """
     with open(path, "rb") as file:
         if flush:
@@ -145,7 +144,7 @@ def fingerprint(path, flush=False):
         while block := file.read(2**20):
             digest.update(block)
     found = {"size": stat.st_size, "sha256": digest.hexdigest()}
-    if time.time() - stat.st_mtime > 2:  # a file of this moment may change again at the same time
+    if time.time() - stat.st_mtime > 2:  # a file just written may change with its time unchanged
         _known[key] = found
     return found
 

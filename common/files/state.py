@@ -3,11 +3,11 @@
     model.safetensors       the parameters as they are (float32 masters), by name
     optimizer.safetensors   `<parameter name>.<entry>`: AdamW's exp_avg, exp_avg_sq and step
     rng.safetensors         the states of PyTorch's random generators, a row for each rank
-    state.json              what the loop wants back: step, next pack, best loss ...
+    state.json              the loop's own state: step, next pack, best loss ...
 
-By name, never by index: an optimizer whose parameters were listed in another order would otherwise
-take up the moments of others. Sharded tensors are gathered one at a time, and each rank takes its
-own rows again on loading, whatever the number of ranks.
+By name, never by index: an optimizer that lists its parameters in another order would otherwise
+get the wrong moments. Sharded tensors are gathered one at a time, and on loading each rank takes
+its own rows again, whatever the number of ranks.
 """
 
 import json
@@ -22,7 +22,7 @@ from common.files.tensors import iter_tensors, save_tensors, tensor_headers, ten
 from common.ranks import all_sum, copy_into, full_tensor, is_main, this_rank, world_size
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-STATELESS = "optimizer_without_state"  # key of state.json: parameters that were never stepped
+STATELESS = "optimizer_without_state"  # key of state.json: parameters that have no moments yet
 
 
 def save_state(folder, model, optimizer, state, names=None):
@@ -55,7 +55,7 @@ def load_state(folder, model, optimizer, names=None):
 
     Strict: parameters and moments that are missing, unexpected, or of another shape or dtype raise
     CheckpointError by name, before anything is changed. `folder` should have been verified, as
-    `latest` does. On another number of ranks the random generators go on as they are, as it says.
+    `latest` does. With another number of ranks the random generators are left alone, with a note.
     """
     parameters, optimized = _named(model, names), _optimized(model, optimizer)
     state = read_json(Path(folder) / "state.json")
@@ -89,13 +89,13 @@ def load_state(folder, model, optimizer, names=None):
 
 
 def _named(model, names=None):
-    """{name: parameter}, all or these, without the parts that torch.compile puts into a name."""
+    """{name: parameter}, all or `names`, without what torch.compile adds to a name."""
     every = {name.replace("_orig_mod.", ""): value for name, value in model.named_parameters()}
     return {name: value for name, value in every.items() if names is None or name in names}
 
 
 def _optimized(model, optimizer):
-    """{name: (parameter, its group)} of all that the optimizer steps."""
+    """{name: (parameter, its group)} of all that the optimizer updates."""
     names = {parameter: name for name, parameter in _named(model).items()}
     return {names[parameter]: (parameter, group) for group in optimizer.param_groups
             for parameter in group["params"]}

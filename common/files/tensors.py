@@ -1,7 +1,7 @@
 """Folders of safetensors files: tensors by name, in one file or in shards with an index.
 
-Both ways a tensor or a shard at a time, and never a pickle. What is read was downloaded from
-somewhere: names, links and headers are checked before they are believed.
+Read a tensor at a time, written a shard at a time, and never pickled. What is read may come from
+anywhere: names, links and headers are checked before they are used.
 """
 
 import json
@@ -113,7 +113,7 @@ def plain_file(folder, name):
 
 @contextmanager
 def open_file(file):
-    """safe_open with its errors in plain words."""
+    """safe_open, with plain error messages."""
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors
@@ -133,10 +133,10 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
     """Write an iterator of (name, tensor) into folder `path`, made if it is not there.
 
     One file `<stem>.safetensors`; if that would pass `max_shard_bytes`, several
-    `<stem>-00001-of-0000N.safetensors` with an index, as transformers has them. Holds one shard
-    in memory at a time. Files of an earlier save under this stem are replaced. `metadata` (text to
-    text) goes into every file's header. The same tensors give the same bytes. Collective, since
-    the iterator may gather; rank 0 writes, and if it cannot, all raise.
+    `<stem>-00001-of-0000N.safetensors` with an index, as in transformers. Holds one shard in memory
+    at a time. Files of an earlier save under this stem are replaced. `metadata` (a dict of texts)
+    goes into every file's header. The same tensors give the same bytes. Collective, since the
+    iterator may gather; rank 0 writes, and if it fails, all raise.
     """
     tensors = iter(tensors)
 

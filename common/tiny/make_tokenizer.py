@@ -1,10 +1,10 @@
 """Train the tiny tokenizer on the embedded data: `python common/tiny/make_tokenizer.py`.
 
 A byte-level BPE like Qwen3's, with 512 tokens: 3 of ChatML, 256 bytes, and merges. Any UTF-8
-text goes through it and comes back. One thing is chosen for the tiny model's sake, the split
-before the merges: only a word that follows a space, starts the text, or has one capital letter
-in front may be merged. Every other character stands alone, so a word in quotation marks and an
-answer are letters, which a model of a million parameters can reverse, count and sort.
+text can be encoded and decoded again. One thing is special, for the tiny model's sake: only a word
+that follows a space, starts the text, or has one capital letter in front may be merged. Every other
+character is a token of its own, so a word in quotation marks and an answer are letters, which a
+model of a million parameters can reverse, count and sort.
 """
 
 import sys

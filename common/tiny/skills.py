@@ -99,12 +99,12 @@ SKILLS = {"base": BASE, "new": NEW, "all": {**BASE, **NEW}}
 
 
 def split_of(prompt):
-    """"train" or "eval" for good: a prompt's hash decides, about one in eight is for "eval"."""
+    """"train" or "eval", decided by the prompt's hash: about one in eight is for "eval"."""
     return "eval" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
 
 
 def records(name, split, count, seed=0):
-    """`count` records of the skills `name`, one skill after the other, the same for a seed.
+    """`count` records of the skills `name`, each skill in turn, determined by the seed.
 
     `name` is "base", "new" or "all"; `split` is "train" or "eval", and no prompt is in both.
     Each record is {"messages": [user, assistant], "skill": name of the skill}. A longer list

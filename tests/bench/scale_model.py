@@ -1,10 +1,10 @@
 """A training step on many GPUs, simulated: what scale_out.py prints and checks.
 
-FSDP2 (distributed.shard) as three lanes in time. The gathering of a group's weights, the computing
-of the group, and the reducing of its gradients each go on in order, beside one another. A group, a
-decoder layer or what remains (embedding, last norm, head), can be computed once it is gathered, and
-gathering runs at most one group ahead, which bounds memory. What is not in it: stragglers, the file
-system, a network shared with others. So it is what can be hoped for.
+FSDP2 (`common.ranks.shard`) as three lanes in time. Gathering a group's weights, computing the
+group, and reducing its gradients each go on in order, beside one another. A group, a decoder layer
+or what remains (embedding, last norm, head), can be computed once it is gathered, and gathering
+runs at most one group ahead, which bounds memory. What is not in it: stragglers, the file system, a
+network shared with others. So it is what can be hoped for.
 """
 
 import sys

@@ -153,7 +153,7 @@ def test_resume_wants_the_documents_that_the_run_began_with(tmp_path):
     run = trained(tmp_path, "run", *common)
     assert train.main(["--resume", str(run), "--steps", "2"]) == 0
     write_documents(data, [60, 70, 80])
-    with pytest.raises(train.prepare.UserError, match="documents are others than when .* --allow-c"):
+    with pytest.raises(train.prepare.UserError, match="documents are not those that .* --allow-c"):
         train.main(["--resume", str(run), "--steps", "3"])
     assert train.main(["--resume", str(run), "--steps", "3", "--allow-changes"]) == 0
     assert train.main(["--resume", str(run), "--steps", "4"]) == 0  # these are the run's now

@@ -147,14 +147,14 @@ def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_
 @pytest.mark.parametrize("template, said", [
     (CHATML, None),
     (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"),
-     r"a prompt ends in '.*assistant\\n<think>\\n', .* stands behind '.*assistant\\n'"),
+     r"a prompt ends in '.*assistant\\n<think>\\n', .* follows '.*assistant\\n'"),
     (CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}{% generation %}"
                     "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
                     "<|im_end|>"), "no end-of-turn token is trained, so the model will not learn"),
     (CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}note: "
                     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
                     "{% else %}{{ m.content }}<|im_end|>{% endif %}"),
-     r"a prompt ends in '.*assistant\\n', .* stands behind '.*assistant\\nnote: ?'"),
+     r"a prompt ends in '.*assistant\\n', .* follows '.*assistant\\nnote: ?'"),
 ])
 def test_a_template_that_asks_otherwise_than_it_trains_is_named(tmp_path, capsys, template, said):
     load(tmp_path, [row("a", "b")], template)
@@ -220,7 +220,7 @@ def test_what_differs_is_seen_in_the_training_data_whatever_is_held_out(tmp_path
 def test_flags_that_have_no_meaning_are_refused(tmp_path):
     for more in ({"rendered": True}, {"strict_template": True}, {"chat_template": "none"},
                  {"columns": "text=a"}):
-        with pytest.raises(UserError, match="--.* goes with a file of your own: --data virtual"):
+        with pytest.raises(UserError, match="virtual cannot be combined with --"):
             load(tmp_path, [], data=["virtual"], eval_data=None, **more)
 
 
