@@ -58,8 +58,8 @@ class Metrics:
 
     def log_step(self, step, loss, lr, grad_norm, tokens, step_seconds, peak_memory_bytes=None,
                  mfu=None):
-        """Report one optimizer step of `tokens` tokens; `mfu` is a fraction of 1. The first step, the
-        last and every `log_every`th go to the screen."""
+        """Report one optimizer step of `tokens` tokens; `mfu` is a fraction of 1. The first step,
+        the last and every `log_every`th go to the screen."""
         if self.file is None:
             return
         speed = tokens / step_seconds if step_seconds > 0 else None

@@ -54,7 +54,8 @@ def start_script(script, *arguments, cwd=ROOT, timeout=300, **how):
         sys.stdin = open(os.devnull)
         sys.argv = [str(ROOT / script), *map(str, arguments)]
         sys.path.insert(0, str((ROOT / script).parent))
-        if ROOT not in (ROOT / script).parents:  # a copy has its own common/
+        own = (ROOT / script).parents[1] / "common"
+        if own.is_dir() and own != ROOT / "common":  # a copy of the tree
             for name in [name for name in sys.modules if name.partition(".")[0] == "common"]:
                 del sys.modules[name]
         runpy.run_path(sys.argv[0], run_name="__main__")

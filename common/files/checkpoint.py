@@ -8,6 +8,8 @@ all get its answer, and if it fails all raise.
 """
 
 import argparse
+import contextlib
+import itertools
 import os
 import re
 import sys
@@ -37,9 +39,10 @@ def new_run_folder(chapter, out=None):
             if out is not None:
                 return 0
             taken = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-            number = max(taken, default=0) + 1
-            (folder / f"{number:03d}").mkdir()
-            return number
+            for number in itertools.count(max(taken, default=0) + 1):
+                with contextlib.suppress(FileExistsError):  # another run was faster
+                    (folder / f"{number:03d}").mkdir()
+                    return number
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another place"
                             " with --out") from error

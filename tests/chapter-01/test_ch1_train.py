@@ -268,7 +268,7 @@ def test_bad_flags(tmp_path):
     assert "no such" in bad(tmp_path, "--model", "tiny", "--data", "missing.jsonl").lower()
     for flag in ("--eval-data", "--columns"):  # neither is ignored in silence
         for data in ("tiny", "virtual"):
-            assert f"{flag} goes with a file" in bad(
+            assert f"--data {data} cannot be combined with {flag}" in bad(
                 tmp_path, "--model", "tiny", "--data", data, flag, "a=b")
 
 
