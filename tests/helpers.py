@@ -52,10 +52,10 @@ def start_script(script, *arguments, cwd=ROOT, timeout=300, **how):
         signal.alarm(timeout)
         os.chdir(cwd)
         sys.stdin = open(os.devnull)
-        sys.argv = [str(ROOT / script), *map(str, arguments)]
-        sys.path.insert(0, str((ROOT / script).parent))
-        own = (ROOT / script).parents[1] / "common"
-        if own.is_dir() and own != ROOT / "common":  # a copy of the tree
+        path = ROOT / script
+        sys.argv = [str(path), *map(str, arguments)]
+        sys.path.insert(0, str(path.parent))
+        if ROOT not in path.parents and (path.parents[1] / "common").is_dir():  # of a copy
             for name in [name for name in sys.modules if name.partition(".")[0] == "common"]:
                 del sys.modules[name]
         runpy.run_path(sys.argv[0], run_name="__main__")

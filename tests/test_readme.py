@@ -21,24 +21,25 @@ import doctest
 import functools
 import io
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
-from helpers import ROOT, load
+from helpers import ROOT, load, run_script
 from readme_parts import (PYTHON, TESTS, anchors, blocks, check_table, commands, equations, prose,
                           quotes, read, spans, words_of_the_code)
 from test_copies import check
 from torch.distributed.run import get_args_parser
 
+from common import prepare
+
 READMES = [path.relative_to(ROOT).as_posix() for pages in (
     "README.md", "chapter-*/**/README.md", "common/**/README.md", "tests/**/README.md")
     for path in sorted(ROOT.glob(pages))]
+
 SHORT = {"train.py": "--device cpu --dtype float32 --steps 2 --batch-tokens 256 --eval-every 0",
          "generate.py": "--device cpu --max-new-tokens 4"}
 WORDS = words_of_the_code()
@@ -70,11 +71,15 @@ def all_flags():
 
 # --- commands ---
 
-@every_readme
-def test_bash_blocks_run(readme, tmp_path):
+@pytest.mark.parametrize("readme, fresh", [
+    (READMES[0], True), *((readme, False) for readme in READMES[1:]),
+    *(pytest.param(readme, True, marks=pytest.mark.slow) for readme in READMES[1:])])
+def test_bash_blocks_run(readme, fresh, tmp_path, monkeypatch):
+    """Each command in a `fresh` Python; or, asking fewer questions of fewer documents, in a fork."""
+    monkeypatch.setattr(prepare, "ASKED", 5)
+    monkeypatch.setattr(prepare, "TINY_DOCUMENTS", 500)
     for path in ("chapter-01", "chapter-02", "chapter-03", "common", "tests"):
         (tmp_path / path).symlink_to(ROOT / path)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     for name, text in re.findall(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```", read(readme),
                                  re.MULTILINE | re.DOTALL):
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -84,8 +89,8 @@ def test_bash_blocks_run(readme, tmp_path):
             continue
         assert words[0] == "python", f"{words}: only python commands stand in a bash block"
         words += SHORT.get(words[1].rpartition("/")[2], "").split()
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True, timeout=300)
+        done = run_script(tmp_path / words[1] if fresh else words[1], *words[2:], cwd=tmp_path,
+                          environment={"COLUMNS": "80"}, fresh=fresh)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
