@@ -1,8 +1,8 @@
 """What a training step's memory is made of at its fullest moment: predicted, and measured.
 
-`common/predict.py` says it beforehand. Here every allocation of one step is followed from its
-birth to its end: where it was born (forward, loss, backward) and whether it outlives the backward
-tells what it is. No tensor has to be asked, so nothing is missed.
+`common/predict.py` predicts it. Here every allocation of one step is followed from beginning to
+end: where it was made (forward, loss, backward) and whether it outlives the backward tells what it
+is. It needs no list of tensors, so nothing is missed.
 """
 
 import torch
@@ -16,19 +16,18 @@ from nf4 import NF4Linear
 CATEGORIES = ("weights", "quantised base", "optimizer", "gradients", "activations",
               "logits and loss")
 REGIONS = {"forward": "activations", "loss": "logits and loss", "backward": "activations",
-           "optimizer": "optimizer"}  # the inner one first
+           "optimizer": "optimizer"}  # inner regions first
 NEVER = float("inf")
 
 
 def base_bytes(model):
-    """Bytes of the layers that are kept in four bits."""
+    """Bytes of the layers that are in four bits."""
     return sum(module.quantized.nbytes for module in model.modules()
                if isinstance(module, NF4Linear))
 
 
 def predicted(model, prediction):
-    """{category: bytes} from a `common.predict.Prediction`, at the moment that it takes for the
-    fullest."""
+    """{category: bytes} at the fullest moment, from a `common.predict.Prediction`."""
     sizes = dict.fromkeys(CATEGORIES, 0)
     names = {"optimizer moments": "optimizer", "layer at work": "activations"}
     for name, size in prediction.items():
@@ -62,7 +61,7 @@ def measured(step, model, optimizer, device):
 
 
 def _changes(events, spans, device):
-    """(time, category, bytes) of what the step allocates, and of its end with minus bytes."""
+    """(time, category, bytes) of each allocation of the step; when it ends, with negative bytes."""
     memory = sorted((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size)
                     for event in events if event.typed[0] == _EventType.Allocation
                     and event.typed[1].device.type == device.type)
@@ -81,7 +80,7 @@ def _life(born, size, died, spans):
                   and spans[name][0] <= born < spans[name][1]), "forward")
     category = REGIONS[where]
     if where == "backward" and died > spans["backward"][1]:
-        category = "gradients"  # all else that the backward makes is gone when it ends
+        category = "gradients"  # all else that the backward makes is freed before it ends
     yield born, category, size
     if died != NEVER:
         yield died, category, -size
