@@ -4,10 +4,10 @@
     python chapter-02/compare.py --methods lora dora --out mine -- --data my.jsonl --model DIR
 
 Most published wins of one method over another vanish once the learning rate is tuned for both. So
-every method runs over a grid of learning rates with several seeds; the rate with the lowest mean
-loss on held-out data counts. Each run is one call of train.py in a folder of its own under --out,
-so an interrupted comparison goes on where it stopped. Writes results.md and results.json there,
-and pictures if matplotlib is installed. What follows `--` goes to every run.
+every method is run at several learning rates with several seeds; the rate with the lowest mean loss
+on held-out data counts. Each run is one call of train.py in a folder of its own under --out, so an
+interrupted comparison goes on where it stopped. Writes results.md and results.json there, and
+pictures if matplotlib is installed. What follows `--` goes to every run.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Ask a model, an adapter or a merged model something: several prompts at once, or a conversation.
+"""Ask a model, an adapter or a merged model something: one or more prompts, or a conversation.
 
     python chapter-02/generate.py --model runs/chapter-02/001/final --prompt "Reverse: cat"
     python chapter-02/generate.py --adapter runs/chapter-02/001/final --compare --prompt "..." "..."
     python chapter-02/generate.py --model meta-llama/Llama-3.2-1B-Instruct --chat
 
 Greedy unless --temperature is given. What is new since chapter 1 is the cache of keys and values
-(common/asking/kv_cache.py): the prompts are computed once, in one pack, and then every step
+(common/asking/kv_cache.py): the prompts are computed once, in one pack; after that every step
 computes one token per document.
 """
 
@@ -33,9 +33,9 @@ def load_model(name, device, dtype, adapter=None):
     folder = hub.resolve(name or peft.base_model_name(adapter))
     verify(folder)
     if adapter and "nf4" in peft.metadata(adapter).get("trained_on", ""):
-        print(f"warning: {adapter} has learned beside the errors of a base of four bits, which this"
-              " base does not have: python chapter-03/generate.py asks it as it was trained",
-              file=sys.stderr)
+        print(f"warning: {adapter} was fitted to a four-bit base, rounding errors included, and"
+              " this base does not have them: python chapter-03/generate.py asks it as it was"
+              " trained", file=sys.stderr)
     with located(folder / "config.json"):
         config = LlamaConfig.from_dict(weights.read_config(folder))
     with torch.device("meta"):

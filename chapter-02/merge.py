@@ -2,9 +2,9 @@
 
     python chapter-02/merge.py --adapter runs/chapter-02/001/final --out merged
 
-The sum W + ΔW is formed in float32 and rounded once, to --dtype. bfloat16 keeps 8 bits of it, and
-ΔW is small beside W, so that much of ΔW can be lost; the report says how much. Needs 4 bytes of
-main memory per parameter.
+The sum W + ΔW is formed in float32 and rounded once, to --dtype. bfloat16 keeps 8 significant bits
+of it, and ΔW is small beside W, so much of ΔW can be lost; the report says how much. Needs 4 bytes
+of main memory per parameter.
 """
 
 import sys
@@ -33,7 +33,7 @@ def merge_into(model, dtype):
     norms = {}
     for name, module in list(adapter_modules(model)):
         merged = merged_weight(module)
-        error = merged.to(dtype).float() - merged  # also that of ΔW: the old W is what it was
+        error = merged.to(dtype).float() - merged  # also the error of ΔW, as W itself is exact
         norms[name] = [x.double().square().sum().item() for x in (delta_weight(module), error)]
         module.base.weight.copy_(merged)
         model.set_submodule(name, module.base)
@@ -45,9 +45,9 @@ def merge_into(model, dtype):
 def merge(adapter, out, model=None, dtype="auto"):
     """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
 
-    `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: as
-    config.json says of the base). Returns `merging.report`, on the adapter in float32 and the
-    merged model. Raises UserError if `out` exists or a file has anything wrong.
+    `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: the
+    dtype in the base's config.json). Returns `merging.report`, which compares the merged model with
+    the adapter in float32. Raises UserError if `out` exists or anything is wrong with a file.
     """
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")

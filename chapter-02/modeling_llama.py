@@ -9,8 +9,8 @@ Shapes, here and in every chapter:
 
 The families differ in five fields of the config (llama_config.py) and in nothing else: `qk_norm`,
 `qkv_bias`, `rope_scaling`, `head_dim` and `tie_word_embeddings`; no code here asks for a family's
-name. The other thing that is new since chapter 1 is the cache of keys and values
-(common/asking/kv_cache.py), with which a document grows by one token without being computed again.
+name. Also new since chapter 1 is the cache of keys and values (common/asking/kv_cache.py), with
+which a new token is computed without the document before it.
 
 Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
 """
@@ -69,10 +69,10 @@ def rotary_tables(position_ids, config):
     Always float32: in bfloat16 the angle of position 4095 would be off by more than four radians
     (RoFormer, section 3.2.2).
 
-    Llama 3.1 was trained on short documents first, then on longer ones with the slow pairs
-    slowed down further, `factor` times: those that turn less than `low_freq_factor` times within
-    the original length. Pairs that turn more than `high_freq_factor` times tell near positions
-    apart and stay as they are; between the two the speed is blended.
+    Llama 3.1 was trained on short documents first, then on longer ones, with slow pairs slowed down
+    further, by `factor`: those that make fewer than `low_freq_factor` turns within the original
+    length. Pairs that make more than `high_freq_factor` turns tell near positions apart and stay as
+    they are; between the two the speed is blended.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
     periods = config.rope_theta ** (exponents / config.head_dim)  # (d/2,) tokens per radian

@@ -115,7 +115,7 @@ def evaluate(model, dataset, options):
 
 def build(config, options, adapter, device="meta", source=None):
     """The model with its adapters, its weights from folder `source` or random; on "meta" shapes
-    alone. A base that stays as it is has the dtype of the run; what is trained is float32."""
+    alone. A base that does not change has the run's dtype; what is trained is float32."""
     fresh = options.init == "random" and device != "meta"
     with torch.device("cpu" if fresh else "meta"):
         model = LlamaForCausalLM(config)
@@ -163,11 +163,11 @@ def main(argv=None):
         return 0
 
     # --- model --- Changed from chapter-01: a frozen base in --dtype, adapters around its layers.
-    # Whole on the CPU of each rank first, because DoRA and PiSSA look at the weights; `shard`
-    # then takes one layer at a time to the GPU.
+    # First whole, on the CPU of each rank, because DoRA and PiSSA look at the weights; `shard` then
+    # takes one layer at a time to the GPU.
     home = device if ranks.world_size == 1 else torch.device("cpu")
     model = build(config, options, adapter, home, source)
-    # Adapters are gathered as the float32 that they are; so is a base that was stored in `dtype`.
+    # Adapters and a base that is already in `dtype` are gathered as they are.
     shard(model, ranks, dtype if options.method == "full" else None)
     model.to(device)
 
@@ -273,7 +273,7 @@ def main(argv=None):
 
         # --- result --- Changed from chapter-01: it may be an adapter.
         if options.method == "delta-lora":
-            merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
+            merge_into(model, dtype)  # it has moved W itself, so an adapter would not hold it all
         if options.method in ("full", "delta-lora"):
             runs.save_model(run / "final", model, config_json, data, dtype)
         else:

@@ -3,8 +3,8 @@
 A document at a time, as in chapters 1 and 2, is slow on a CPU: the tiles of PyTorch's kernel are
 small products, its backward is slower still, and each document pays for calls. Here the pack is cut
 into blocks of BLOCK queries, whatever documents they belong to. A block looks at the keys from the
-beginning of its first document to its own end, and a mask leaves to each query those of its own
-document, up to itself. Documents a (5 tokens), b (2) and c (1), in blocks of 2 queries:
+beginning of its first document to its own end, and a mask hides from each query all but those of
+its own document, up to itself. Documents a (5 tokens), b (2) and c (1), in blocks of 2 queries:
 
                 keys   a a a a a b b c
     1st block   a      1 .
@@ -16,23 +16,23 @@ document, up to itself. Documents a (5 tokens), b (2) and c (1), in blocks of 2 
     4th block   b                1 1 .       nothing: not computed
                 c                . . 1
 
-So the products are large and there are T / BLOCK of them, be the documents few or many. As in
-FlashAttention (arXiv 2205.14135) the probabilities are not kept for the backward but computed
+So the products are large, and there are T / BLOCK of them, however many documents there are. As in
+FlashAttention (arXiv 2205.14135), the probabilities are not kept for the backward but computed
 again.
 """
 
 import torch
 
-BLOCK = 128  # queries at a time: of more, more is computed and masked; of fewer, products are small
-STEP = 32  # keys begin at a multiple: a CPU's library makes code anew for each shape of a product
+BLOCK = 128  # queries at a time: with more, more is masked in vain; with fewer, products are small
+STEP = 32  # keys begin at a multiple: a CPU's library generates code for each shape of a product
 
 
 @torch.library.custom_op("bareloop::block_attention", mutates_args=())
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                     cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Causal softmax(q kᵀ / √d) v within each document: (T, H, d), as `varlen_attention` has it.
+    """Causal softmax(q kᵀ / √d) v within each document: (T, H, d), as in `varlen_attention`.
 
-    One operator to autograd, to the compiler and to selective checkpointing: none looks inside.
+    Autograd, the compiler and selective checkpointing see one operator and do not look inside.
     """
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -49,7 +49,7 @@ def block_attention_backward(
         cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, each of its shape."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
-    sum_dtype = torch.promote_types(k.dtype, torch.float32)  # a key's gradient is a sum of blocks'
+    sum_dtype = torch.promote_types(k.dtype, torch.float32)  # gradients of keys sum over blocks
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.zeros(k.shape, dtype=sum_dtype, device=k.device) for _ in "kv")
     for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):
@@ -85,7 +85,7 @@ def _probabilities(q, k, mask, scale):
 
 
 def _by_head(x, K):
-    """(B, H, d) -> (K, B·G, d), G = H / K: all that looks at one key/value head, in one matrix."""
+    """(B, H, d) -> (K, B·G, d), G = H / K: all queries of one key/value head in one matrix."""
     return x.unflatten(1, (K, -1)).transpose(0, 1).flatten(1, 2).contiguous()
 
 

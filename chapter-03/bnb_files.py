@@ -1,6 +1,6 @@
 """Model folders quantised by bitsandbytes to NF4: read into this chapter's layers, and written.
 
-Beside the weight's own name, which holds the packed codes, such a folder has
+Under a weight's own name such a folder has the packed codes, and beside them
 
     .absmax           (blocks,) float32; uint8 codes when double quantised ("nested")
     .quant_map        (16,) float32, the levels
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def is_bnb(config):
-    """Whether a config (from `read_config`) is of an NF4 folder that `iter_bnb` can read.
+    """Whether a config (from `read_config`) belongs to an NF4 folder that `iter_bnb` can read.
 
     False if it is not quantised at all. Raises UserError that names any other quantisation.
     """
@@ -49,10 +49,10 @@ def is_bnb(config):
 
 
 def iter_bnb(path):
-    """Every (name, tensor) of a folder, the quantised ones assembled to an `NF4Weight`.
+    """Every (name, tensor) of a folder; a quantised one is assembled into an `NF4Weight`.
 
-    One weight in memory at a time if its parts lie together, as they do in files that are sorted
-    by name. Raises UserError for parts that are missing or are not what NF4 needs.
+    Holds one weight in memory at a time if its parts are adjacent, as in files sorted by name.
+    Raises UserError for parts that are missing or are not what NF4 needs.
     """
     is_bnb(read_config(path))
     waiting = {}  # name of a weight -> its parts so far
@@ -81,7 +81,7 @@ def _read_state(weight, tensor):
         offset = state.get("nested_offset")
         offset = None if offset is None else torch.tensor([float(offset)])
     except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{weight}: its quant_state is not as it should be: {error!r}") from error
+        raise UserError(f"{weight}: its quant_state is malformed: {error!r}") from error
     if offset is not None and not offset.isfinite():
         raise UserError(f"{weight}: its nested_offset is not finite")
     if sizes != (BLOCK, NESTED_BLOCK):
@@ -110,7 +110,7 @@ def _assemble(weight, parts):
         if part in parts and not torch.equal(parts[part], levels):
             raise UserError(f"{weight}: its {part} is not bitsandbytes' table")
     absmax2 = None if offset is None else parts["nested_absmax"].clone()
-    # Copies: what was read is still backed by the file.
+    # Copies, since tensors that were read are still backed by the file.
     return NF4Weight(
         parts["packed"].clone(), parts["absmax"].clone(), absmax2, offset, shape, dtype)
 
@@ -118,7 +118,7 @@ def _assemble(weight, parts):
 def save_bnb(model, config, path, dtype=None, metadata=None):
     """Write a model with `NF4Linear` layers as a folder that transformers + bitsandbytes loads.
 
-    `config` is what `read_config` gave. `dtype`: of what is not quantised (default: as it is).
+    `config` is what `read_config` gave; `dtype` is for what is not quantised (default: as it is).
     The tokenizer's files are not written (`weights.copy_tokenizer` does that).
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
@@ -135,7 +135,7 @@ def save_bnb(model, config, path, dtype=None, metadata=None):
         "bnb_4bit_use_double_quant": double == {True},
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": str(kept).removeprefix("torch."),
-        "llm_int8_skip_modules": sorted(dense | {"lm_head"}),  # 4-bit ones skip it too
+        "llm_int8_skip_modules": sorted(dense | {"lm_head"}),  # despite its name for 4 bits too
     }
 
     def tensors():
@@ -150,12 +150,12 @@ def save_bnb(model, config, path, dtype=None, metadata=None):
 
 
 def _disassemble(weight, quantized):
-    """The tensors that bitsandbytes keeps of a weight, by name."""
+    """(name, tensor) of each part that bitsandbytes stores for a weight."""
     state = {"quant_type": "nf4", "blocksize": BLOCK,
              "dtype": str(quantized.dtype).removeprefix("torch."), "shape": list(quantized.shape)}
     yield weight, quantized.packed
     yield f"{weight}.absmax", quantized.absmax
-    yield f"{weight}.quant_map", LEVELS.clone()  # files may hold no tensor twice
+    yield f"{weight}.quant_map", LEVELS.clone()  # a file may not hold the same tensor twice
     if quantized.absmax2 is not None:
         yield f"{weight}.nested_absmax", quantized.absmax2
         yield f"{weight}.nested_quant_map", DYNAMIC_MAP.clone()

@@ -15,19 +15,19 @@ from common.errors import UserError, one_line
 def compile_model(model, backend="inductor"):
     """Compile the model's layers, in place; gives the model.
 
-    One graph, made at the first step and used by every layer, but for the first one above a frozen
-    embedding, which has its own; another for evaluation. They fit packs of the same T, N and
-    max_seqlen (`packing.StaticShape`). Within them attention is an operator that the compiler does
-    not look into. On CUDA the softmax of the loss is compiled too, for any number of tokens (and
-    once more where a single one has a label). Embedding and generation stay as they are. Call it
-    last, when weights, adapters and checkpointing are in place. Raises UserError where nothing can
-    be compiled, as without a C++ compiler.
+    One graph, made at the first step, serves all layers, except that the first layer above a frozen
+    embedding has its own; evaluation has another. They fit packs of the same T, N and max_seqlen
+    (`packing.StaticShape`). Within them attention is an operator that the compiler does not look
+    into. On CUDA the softmax of the loss is compiled too, for any number of tokens (and once more
+    for a single one). Embedding and generation are not compiled. Call it last, when weights,
+    adapters and checkpointing are in place. Raises UserError if nothing can be compiled here, as
+    without a C++ compiler.
     """
     device = next(model.parameters()).device
     try:
         torch.compile(torch.exp, backend=backend)(torch.ones(8, device=device))
-    except Exception as error:  # of many kinds, all of them meaning the same to the user
-        reason = one_line(getattr(error, "inner_exception", error))  # which the compiler wraps
+    except Exception as error:  # of many kinds, which all mean the same to the user
+        reason = one_line(getattr(error, "inner_exception", error))  # the compiler wraps it
         raise UserError(f"--compile: PyTorch cannot compile here ({reason}): install a C++"
                         " compiler, such as g++, or leave --compile out") from error
     settings = {"backend": backend, "fullgraph": True, "dynamic": False}
@@ -49,13 +49,13 @@ def compile_model(model, backend="inductor"):
 
 
 def forward_first(layer, *inputs):
-    """Of the first layer, compiled apart: what goes in has no gradient, so the others' graph is no
-    use."""
+    """The forward of the first layer, compiled separately: its input needs no gradient, so the
+    other layers' graph does not fit."""
     return forward_checkpointed(layer, *inputs)
 
 
 class _AddProduct(torch.autograd.Function):
-    """y += u Bᵀ, in place: `addmm_` with its gradients."""
+    """y += u Bᵀ, in place: `addmm_` with gradients."""
 
     @staticmethod
     def forward(ctx, y, u, B):
@@ -71,7 +71,7 @@ class _AddProduct(torch.autograd.Function):
 
 
 def add_low_rank(y, x, A, B):
-    """`lora.add_low_rank` for layers that are compiled: y += x Aᵀ Bᵀ, really in place."""
+    """`lora.add_low_rank` for compiled layers: y += x Aᵀ Bᵀ, really in place."""
     u, B = F.linear(x, A.to(x.dtype)), B.to(x.dtype)
     if torch.is_grad_enabled():
         return _AddProduct.apply(y, u, B)
@@ -80,6 +80,6 @@ def add_low_rank(y, x, A, B):
 
 
 def plus_low_rank(y, x, A, B):
-    """The same as a new tensor, for layers that are computed again in the backward: of those
-    PyTorch 2.11's compiler keeps, all the same, what is to be changed in place."""
+    """The same as a new tensor, for layers that are computed again in the backward: PyTorch 2.11's
+    compiler would nevertheless keep what they change in place."""
     return torch.addmm(y, F.linear(x, A.to(x.dtype)), B.to(x.dtype).t())

@@ -1,11 +1,11 @@
-"""Ask a model or an adapter something, on a base of four bits or not.
+"""Ask a model or an adapter something, on a four-bit base or an ordinary one.
 
     python chapter-03/generate.py --adapter runs/chapter-03/001/final --prompt "Reverse: cat"
     python chapter-03/generate.py --adapter runs/chapter-03/001/final --compare --prompt "..." "..."
     python chapter-03/generate.py --model meta-llama/Llama-3.2-1B-Instruct --chat
 
-As in chapter 2, but an adapter that was trained on a base of four bits, and has learned beside
-that base's errors, is put on the same four bits here: its file says on which.
+As in chapter 2, but an adapter that was trained on a four-bit base, and was fitted to that base,
+rounding errors included, gets the same base here: its file says which.
 """
 
 import sys

@@ -2,13 +2,13 @@
 """The config of chapter 2's decoder: what separates the families, and what is refused.
 
 Five fields tell Llama, Qwen3 and Qwen2.5 apart: `qk_norm`, `qkv_bias`, `rope_scaling`, `head_dim`
-and `tie_word_embeddings`. Whatever else a config.json asks for that changes the maths raises.
+and `tie_word_embeddings`. Anything else in a config.json that changes the maths is an error.
 """
 
 from dataclasses import dataclass, fields
 
-# The two fields that config.json leaves unsaid, by its model_type. Mistral is Llama once its
-# sliding window is off. (`attention_bias` is another thing: it gives o_proj a bias too.)
+# The two fields that config.json does not contain, by its model_type. Mistral is Llama once its
+# sliding window is off. (`attention_bias` is something else: it gives o_proj a bias too.)
 FAMILIES = {
     "llama": {"qk_norm": False, "qkv_bias": False},
     "mistral": {"qk_norm": False, "qkv_bias": False},
@@ -31,7 +31,7 @@ NOT_SUPPORTED = {
 def read_fields(cls, config, where=""):
     """Those fields of dataclass `cls` that are numbers or flags, from the dict `config`, checked.
 
-    Raises ValueError where one is missing or has a wrong type, naming it with `where` before it.
+    Raises ValueError if one is missing or has a wrong type, naming it with `where` before it.
     """
     values = {}
     for field in fields(cls):
@@ -71,7 +71,7 @@ class RopeScaling:
         return cls(**values)
 
 
-# Changed from chapter-01: qk_norm, qkv_bias and rope_scaling, of which Qwen3 has one value each.
+# Changed from chapter-01: qk_norm, qkv_bias and rope_scaling, which are fixed in Qwen3.
 @dataclass(frozen=True)
 class LlamaConfig:
     """The fields of a config.json that this model uses, under their own names.

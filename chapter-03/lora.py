@@ -1,5 +1,5 @@
 # Copied from chapter-02/lora.py (whole file)
-"""The LoRA family: fine-tuning a frozen weight W (out, in) through a few numbers beside it.
+"""The LoRA family: fine-tuning a frozen weight W (out, in) by training a few numbers beside it.
 
 Every method adds a product of two thin matrices, A (r, in) and B (out, r), to the weight:
 
@@ -73,7 +73,7 @@ class LoRALinear(nn.Module):
 
     rank_power = 1.0  # s = α / r^power
     no_dropout = None  # or the reason why a method cannot have any
-    add = staticmethod(add_low_rank)  # chapter 3 exchanges it where it compiles
+    add = staticmethod(add_low_rank)  # chapter 3 replaces it to compile the layer
 
     def __init__(self, base, config, source):
         super().__init__()
@@ -84,7 +84,7 @@ class LoRALinear(nn.Module):
 
     @staticmethod
     def source(bases, config):
-        """What the layers of the model draw from, all from one: here, random numbers."""
+        """One random generator for all layers of the model."""
         return torch.Generator().manual_seed(config.seed)
 
     def make(self, config, source):
@@ -99,7 +99,7 @@ class LoRALinear(nn.Module):
         return self.lora_A, self.scale * self.lora_B
 
     def cost(self):
-        """What a step keeps, for common/predict_memory.py; if x is dropped, that and the mask."""
+        """What a step keeps, for common/predict_memory.py; with dropout, its result and mask."""
         A, B = self.factors()
         return linear_cost(self.base)._replace(
             factors=(A, B), keeps_input=A.requires_grad and not self.dropout,
@@ -121,7 +121,7 @@ class LoRALinear(nn.Module):
         return full_precision(self.base.weight)
 
     def lr_ratio(self, name, config):
-        """The learning rate of parameter `name`, over that of the run."""
+        """The learning rate of parameter `name`, relative to the run's."""
         return 1.0
 
     def before_step(self, config):
@@ -134,7 +134,7 @@ class LoRALinear(nn.Module):
 class RsLoRALinear(LoRALinear):
     """rsLoRA: s = α/√r. With α/r a larger r makes a smaller update, and learns no more.
 
-    arXiv 2312.03732, theorem 3.2. It is LoRA with α√r in place of α, no more.
+    arXiv 2312.03732, theorem 3.2. It is LoRA with α√r in place of α.
     """
 
     rank_power = 0.5
@@ -144,7 +144,7 @@ class DoRALinear(LoRALinear):
     """DoRA: y = x (m ⊙ V/‖V‖)ᵀ + bias, V = W + s B A: length m and direction V learn apart.
 
     arXiv 2402.09353, equation 5. ‖V‖ is taken of each output's row of V (the paper, which
-    transposes, says column); m (out,) starts as ‖W‖. To the backward ‖V‖ is a constant (section
+    transposes, says column); m (out,) starts as ‖W‖. The backward treats ‖V‖ as a constant (section
     4.3). The bias is not scaled.
     """
 
@@ -169,7 +169,7 @@ class DoRALinear(LoRALinear):
         dropped = self.drop(x)
         plain = self.base(dropped)
         y = self.add(plain if dropped is x else plain.clone(), dropped, *self.factors())
-        # m/‖V‖ is near 1 and stays float32: the next number that bfloat16 has is 1.0078.
+        # m/‖V‖ is near 1 and stays float32: in bfloat16 the next number after 1 is 1.0078.
         gain = self.lora_magnitude_vector / self.row_norms()
         y = y * gain
         if self.base.bias is not None:
@@ -196,8 +196,8 @@ class VeRALinear(LoRALinear):
 
     @staticmethod
     def source(bases, config):
-        """A and B, drawn as PEFT draws them. In a module that all layers hold, they stay one pair
-        when the model is moved; not in state_dict, since the seed gives them."""
+        """A and B, drawn as PEFT draws them. In a module that all layers share, they stay one pair
+        when the model is moved. They are not in state_dict, since the seed determines them."""
         shared, generator = nn.Module(), torch.Generator().manual_seed(config.seed)
         for name, shape in (("vera_A", (config.rank, max(base.in_features for base in bases))),
                             ("vera_B", (max(base.out_features for base in bases), config.rank))):
@@ -212,8 +212,8 @@ class VeRALinear(LoRALinear):
         self.vera_lambda_d = nn.Parameter(torch.full((config.rank,), config.vera_d, device=device))
 
     def factors(self):
-        """A (r, in) and diag(b) B diag(d) (out, r): so the backward needs (T, r) of activations,
-        where the equation as it stands needs (T, out) for the gradient of b."""
+        """A (r, in) and diag(b) B diag(d) (out, r): so the backward needs (T, r) activations, where
+        the equation as written needs (T, out) for the gradient of b."""
         A = self.shared.vera_A[:, :self.base.in_features]
         B = self.shared.vera_B[:self.base.out_features]
         return A, self.vera_lambda_b[:, None] * B * self.vera_lambda_d
@@ -287,7 +287,7 @@ class DeltaLoRALinear(LoRALinear):
     no_dropout = "W moves by B A itself, which must be what the forward pass used"
 
     def make(self, config, source):
-        dense_weight(self.base, config)  # or an error: it is what moves
+        dense_weight(self.base, config)  # raises if W cannot be moved
         super().make(config, source)
         self.previous = None  # A and B before the step
 
@@ -331,8 +331,8 @@ def device_of(base):
 def apply_adapter(model, config):
     """Freeze the model and put an adapter around each target layer, in place; gives the model.
 
-    Once the weights are loaded (DoRA and PiSSA look at them), before FSDP2 and the optimizer.
-    "full" does nothing. Raises UserError if targets or method do not fit the model.
+    Call it after the weights are loaded (DoRA and PiSSA read them) and before FSDP2 and the
+    optimizer. "full" does nothing. Raises UserError if targets or method do not fit the model.
     """
     layer = METHODS[config.method]
     if layer is None:
@@ -363,7 +363,7 @@ def delta_weight(module):
 
 
 def state_names(model):
-    """Names of the parameters that a checkpoint must hold: the adapters', and W where it moves
+    """Names of the parameters that a checkpoint must hold: the adapters', and W if it moves
     (Delta-LoRA). All others are the base model's, frozen. Without adapters: every parameter."""
     modules = dict(adapter_modules(model))
     names = [f"{prefix}.{name}" for prefix, module in modules.items()
@@ -395,6 +395,6 @@ def before_step(model, config):
 
 @torch.no_grad()
 def after_step(model, config, step):
-    """Call after optimizer step `step`, counted from 1, if it was made: Delta-LoRA moves W."""
+    """Call after optimizer step `step`, from 1 on, unless it was skipped: Delta-LoRA moves W."""
     for _, module in adapter_modules(model):
         module.after_step(config, step)

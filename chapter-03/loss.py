@@ -4,7 +4,7 @@ The plain loss holds the logits in 16 bits and three float32 arrays of their siz
 each of T · V, 8.7 GB at T = 4096 and V = 151,936. Here a chunk's softmax is followed at once, in
 the forward, by its share of both gradients. So nothing of size (T, V) ever exists and nothing is
 computed twice; the backward only multiplies by the gradient of the loss. Tokens without a label
-are left out: on instructions with short answers that is most of the head's work.
+are left out, which for instructions with short answers saves most of the head's work.
 """
 
 import torch
@@ -14,10 +14,10 @@ CHUNK = 1024  # tokens whose logits exist at a time, on a CPU
 
 
 def chunk_for(vocabulary, gpu_memory=None):
-    """How many tokens to take at a time: CHUNK on a CPU; on a GPU of so many bytes the power of two
-    whose 16-bit logits take up to 1/128 of them: 2,048 with 80 GB and a vocabulary of 151,936.
+    """How many tokens to take at a time. On a CPU: CHUNK. On a GPU with `gpu_memory` bytes: the
+    power of two whose 16-bit logits take at most 1/128 of them (2,048 with 80 GB, V = 151,936).
 
-    More tokens mean fewer times that the whole weight is read, and a gradient of its size written.
+    With more tokens at a time, the weight is read, and its gradient written, fewer times.
     """
     if gpu_memory is None:
         return CHUNK
@@ -34,9 +34,9 @@ def chunked_cross_entropy(hidden, weight, labels, chunk=CHUNK, labelled=None,
     evaluation costs none at all. If no label is ≥ 0, the loss and the gradients are 0.
 
     `chunk` is the most tokens taken at a time; their logits take chunk · V elements. `labelled`
-    (L,) int64 says where the labels ≥ 0 are. A pack knows (packing.py); without it they are looked
-    for, and a GPU has to stop and tell. `softmax` is `softmax_in_pieces_`, or, where that is
-    compiled, `softmax_at_once_`.
+    (L,) int64 says where the labels ≥ 0 are. A pack has it (packing.py); otherwise it is computed,
+    and a GPU has to be waited for. `softmax` is `softmax_in_pieces_` or, if it is to be compiled,
+    `softmax_at_once_`.
     """
     if labelled is None:
         labelled = (labels >= 0).nonzero()[:, 0]
@@ -60,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x = hidden[rows]  # (C, D)
             logits = x @ weight.t()  # (C, V)
             loss += softmax(logits, labels[rows], any(wanted))
-            gradient = logits  # it is that now
+            gradient = logits  # `softmax` has overwritten them
             if wanted[0]:
                 grad_hidden[rows] = gradient @ weight
             if wanted[1]:
@@ -98,9 +98,9 @@ def softmax_in_pieces_(logits, labels, gradient):
 
 
 def softmax_at_once_(logits, labels, gradient, compiled=None):
-    """The same by `softmax_`, or what was compiled of it, for any number of tokens."""
-    # Read before they are overwritten: within what is compiled that is for the compiler to say,
-    # and PyTorch 2.11's has read what was written.
+    """The same by `softmax_` or its compiled form, for any number of tokens."""
+    # Read before they are overwritten: compiled code chooses the order itself, and PyTorch 2.11's
+    # read them afterwards.
     at_label = logits.gather(1, labels[:, None])
     for tensor in (logits, at_label, labels):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -108,8 +108,8 @@ def softmax_at_once_(logits, labels, gradient, compiled=None):
 
 
 def softmax_(logits, at_label, labels, gradient):
-    """`softmax_in_pieces_` in plain operations, of which a compiler makes one kernel that reads the
-    logits twice; at_label (C, 1) are those at the labels."""
+    """`softmax_in_pieces_` in plain operations, which a compiler fuses into one kernel that reads
+    the logits twice; at_label (C, 1) are the logits at the labels."""
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
     x = logits.to(sum_dtype)
     largest = x.amax(dim=1, keepdim=True)
@@ -125,8 +125,8 @@ def softmax_(logits, at_label, labels, gradient):
 def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a b, in place and in the dtype of total; (m, n) += (m, k) (k, n).
 
-    `a` and `b` have one dtype: that of total, or 16 bits where total is float32. To the compiler
-    it is one operator that changes `total`; of PyTorch's own it makes one that copies it first.
+    `a` and `b` have the same dtype: that of total, or 16 bits if total is float32. The compiler
+    sees one operator that changes `total`; with PyTorch's own it would copy `total` first.
     """
     if total.dtype == a.dtype:
         total.addmm_(a, b)

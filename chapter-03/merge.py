@@ -1,12 +1,12 @@
-"""Merge an adapter into a model folder: into the base it was trained on, or into the original.
+"""Merge an adapter into the base it was trained on, or into the original model.
 
     python chapter-03/merge.py --adapter runs/chapter-03/001/final --out merged
     python chapter-03/merge.py --adapter runs/chapter-03/001/final --out merged --original
 
-An adapter of a base of four bits has learned beside that base's errors. Merged into the
-dequantised base it is the model that was trained; merged into the original weights it is another
-one, and the report says how far off each is. The sum W + ΔW is formed in float32 and rounded once,
-to --dtype. Needs 4 bytes of main memory per parameter.
+An adapter that was trained on a four-bit base was fitted to that base, rounding errors included.
+Merged into the dequantised base it gives the model that was trained; merged into the original
+weights it gives another one, and the report says how far off each is. The sum W + ΔW is formed in
+float32 and rounded once, to --dtype. Needs 4 bytes of main memory per parameter.
 """
 
 import sys
@@ -50,7 +50,7 @@ def merge_into(model, dtype):
 
 
 def dequantize(network):
-    """Put a float32 layer in the place of each `NF4Linear`, with the weight that it stands for."""
+    """Replace each `NF4Linear` by a float32 layer with its dequantised weight."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, NF4Linear):
             dense = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -61,15 +61,16 @@ def dequantize(network):
 
 @torch.no_grad()
 def requantize(network, dtype, double_quant):
-    """Merge within the layers and quantise the sums anew, from `dtype` if the base is not NF4.
+    """Merge within the decoder layers and quantise the sums anew, from `dtype` if the base is not
+    NF4.
 
-    Gives norms as `merge_into` does, and the share of ΔW that is left: what has become of it,
-    projected on ΔW.
+    Gives norms as `merge_into` does, and the share of ΔW that is left: the change that was
+    realised, projected on ΔW.
     """
     norms, left = {}, 0.0
     for name, module in list(adapter_modules(network)):
         if not name.startswith("model.layers."):
-            continue  # a head is kept dense
+            continue  # the head stays dense
         base, delta = module.base, delta_weight(module)
         if not isinstance(base, NF4Linear):
             base = NF4Linear(quantize_nf4(base.weight.to(dtype), double_quant), base.bias)
@@ -90,15 +91,15 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
           requantizing=False):
     """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
 
-    `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: as
-    config.json says of the base; "nf4": quantised anew, which needs `requantizing`). Merges into
+    `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: the
+    dtype in the base's config.json; "nf4": quantised anew, which needs `requantizing`). Merges into
     the base as it was in training, dequantised, or into the `original` weights. `trained_on`:
     "none", "nf4", "nf4-double", or "auto", what the adapter's file says.
 
-    Returns `merging.report`, where the adapter as it was trained is what the merged model is
-    compared with, and `choices`: the largest logit difference by the base that is merged into,
-    the one not chosen too. `left` is the share of ΔW that quantising anew leaves, or None. Raises
-    UserError if `out` exists or a file has anything wrong.
+    Returns `merging.report`, which compares the merged model with the adapter as it was trained,
+    and `choices`: the largest logit difference for each base that could be merged into. `left` is
+    the share of ΔW that quantising anew leaves, or None. Raises UserError if `out` exists or
+    anything is wrong with a file.
     """
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")
@@ -114,8 +115,8 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
     double_quant = any(layer.absmax2 is not None for layer in quantised)
     only = is_bnb(weights.read_config(base))
     if only and original:
-        raise UserError(f"{base} is quantised, the original weights are not in it: give them with"
-                        " --model, and say --trained-on nf4 or nf4-double")
+        raise UserError(f"{base} is quantised and does not hold the original weights: give them"
+                        " with --model, and say --trained-on nf4 or nf4-double")
     anew = dtype == "nf4"
     kept = merging.stored_dtype("auto" if anew else dtype, base)
     pack = merging.sample(network, adapter, base)
@@ -137,8 +138,8 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
     report |= {"choices": choices, "left": left}
     if anew and not requantizing:
         raise UserError(f"--dtype nf4: of what the adapter has learned {left:.1%} would survive"
-                        " quantising anew. Keep it beside its base, or merge to bfloat16; if that"
-                        " is meant, say --requantize")
+                        " quantising anew. Keep it beside its base, or merge to bfloat16; if you"
+                        " want it all the same, say --requantize")
     merging.save(network, kept, out, adapter, base, save_bnb if anew else weights.save_weights)
     return report
 
@@ -161,7 +162,7 @@ def main(argv=None):
     more = [f"  merged into the {name:<22} {error:9.2e}"
             for name, error in report["choices"].items()]
     if options.requantize:
-        more.append(f"{report['left']:.1%} of ΔW has survived quantising anew")
+        more.append(f"{report['left']:.1%} of ΔW survived quantising anew")
     merging.show(report, options.out, more)
 
 

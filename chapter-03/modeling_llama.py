@@ -7,9 +7,9 @@ Shapes, here and in every chapter:
     H  query heads      K  key/value heads               d  head size (head_dim)
     V  vocabulary size
 
-The mathematics is chapter 2's. New is how it is run, and how much of it is kept: with labels the
-model gives the loss, chunk by chunk (loss.py), and never holds the logits; a layer may forget
-what it has computed and compute it again in the backward (`checkpointing`); attention is one
+The mathematics is chapter 2's. What is new is how it is run, and how much of it is kept: with
+labels the model gives the loss, chunk by chunk (loss.py), and never holds the logits; a layer may
+drop what it has computed and compute it again in the backward (`checkpointing`); attention is one
 operator on every device, so that a layer compiles to one graph (compiling.py).
 
 Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
@@ -74,10 +74,10 @@ def rotary_tables(position_ids, config):
     Always float32: in bfloat16 the angle of position 4095 would be off by more than four radians
     (RoFormer, section 3.2.2).
 
-    Llama 3.1 was trained on short documents first, then on longer ones with the slow pairs
-    slowed down further, `factor` times: those that turn less than `low_freq_factor` times within
-    the original length. Pairs that turn more than `high_freq_factor` times tell near positions
-    apart and stay as they are; between the two the speed is blended.
+    Llama 3.1 was trained on short documents first, then on longer ones, with slow pairs slowed down
+    further, by `factor`: those that make fewer than `low_freq_factor` turns within the original
+    length. Pairs that make more than `high_freq_factor` turns tell near positions apart and stay as
+    they are; between the two the speed is blended.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
     periods = config.rope_theta ** (exponents / config.head_dim)  # (d/2,) tokens per radian
@@ -112,12 +112,12 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
     return block_attention(q, k, v, cu_seqlens)
 
 
-# Changed from chapter-02: the function that attends can be exchanged.
+# Changed from chapter-02: the function that attends can be replaced.
 class Attention(nn.Module):
     """Grouped-query attention."""
 
-    attend = staticmethod(varlen_attention)  # or another function of the same arguments
-    keeps_output = False  # for the backward, where it is not one kernel of the GPU's
+    attend = staticmethod(varlen_attention)  # or another function with the same arguments
+    keeps_output = False  # for the backward, unless attention is one GPU kernel
 
     def __init__(self, config):
         super().__init__()
@@ -168,7 +168,7 @@ class DecoderLayer(nn.Module):
 
     `checkpointing` says what is kept for the backward. "none": all that it needs; "full": x alone;
     "selective": x, and the outputs of matrix products and of attention, which are expensive. What
-    is cheap (norms, rotation, SwiGLU) is then computed again.
+    is not kept (with "selective": norms, rotation, SwiGLU) is computed again.
     """
 
     checkpointing = "none"
@@ -179,7 +179,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.forward_packed = forward_checkpointed  # or what was compiled of it
+        self.forward_packed = forward_checkpointed  # or its compiled form
 
     def compute(self, x, cos, sin, cu_seqlens, max_seqlen, cache=None):
         normed = self.input_layernorm(x)
@@ -187,7 +187,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, cache=None):
-        if cache is not None:  # never of the same shape twice: not to be compiled
+        if cache is not None:  # never the same shape twice, so not compiled
             return self.compute(x, cos, sin, cu_seqlens, max_seqlen, cache)
         return self.forward_packed(self, x, cos, sin, cu_seqlens, max_seqlen)
 
@@ -198,7 +198,7 @@ def forward_checkpointed(layer, *inputs):
         return layer.compute(*inputs)
     if layer.checkpointing == "full":
         return checkpoint(layer.compute, *inputs, use_reentrant=False)
-    # An adapter adds to its base's product in place: both are kept, and are one tensor.
+    # An adapter adds to its base's product in place: both are kept, in the same tensor.
     contexts = functools.partial(create_selective_checkpoint_contexts, is_expensive,
                                  allow_cache_entry_mutation=True)
     return checkpoint(layer.compute, *inputs, use_reentrant=False, context_fn=contexts)
@@ -232,7 +232,7 @@ class LlamaModel(nn.Module):
 
 
 def initialise(name, tensor, config):
-    """Fill parameter `name` with the first value of a fresh model; gives the tensor."""
+    """Fill parameter `name` with the values of a fresh model; gives the tensor."""
     if name.endswith("bias"):
         return nn.init.zeros_(tensor)
     if name.endswith("norm.weight"):
@@ -247,7 +247,7 @@ class LlamaForCausalLM(nn.Module):
     A fresh model has random weights: every matrix is normal with standard deviation
     `initializer_range`, every norm is one, every bias zero. `compute_dtype` is the dtype of the
     activations and matrix products; set it after construction. So is `chunk`, the most tokens whose
-    logits exist at a time; `softmax` is their softmax if it is compiled (loss.py has both).
+    logits exist at a time; `softmax` is the loss's softmax if it is compiled (see loss.py).
     """
 
     def __init__(self, config):
@@ -268,9 +268,9 @@ class LlamaForCausalLM(nn.Module):
 
         input_ids and position_ids are (T,) int64, cu_seqlens is (N+1,) int32 (see packing.py),
         max_seqlen is the longest document's length. With a `KVCache` the pack holds only what is
-        new, and the logits are (N, V): those of each document's last token. The sum, in float32,
-        is over the labels that are 0 or more, which stand at `labelled`. It is formed here and not
-        by the caller because the head's weight is whole only within this call, if it is sharded.
+        new, and the logits are (N, V): those of each document's last token. The sum, in float32, is
+        over the labels that are 0 or more, whose positions are `labelled`. It is computed here and
+        not by the caller because a sharded head's weight is whole only within this call.
         """
         x = self.model(input_ids, cu_seqlens, max_seqlen, position_ids, self.compute_dtype, cache)
         if cache is not None:

@@ -1,4 +1,4 @@
-"""NF4: four-bit weights with one scale per 64 of them, and a frozen linear layer of them.
+"""NF4: four-bit weights with one scale for every 64, and a frozen linear layer of such weights.
 
 Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3. The tensors equal those of
 bitsandbytes' CPU code bit for bit, so `bnb_files.py` can exchange checkpoints with it.
@@ -18,8 +18,8 @@ from common.predict_memory import LinearCost
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
 SMALLEST_SCALE = 1e-38  # what a block of zeros is divided by
-PIECE = 2**19  # weights (de)quantised at a time, so that the float32 scratch stays in cache;
-CUDA_PIECE = 2**22  # a GPU's cache is larger, and so is the cost of starting a kernel
+PIECE = 2**19  # weights (de)quantised at a time, so that the float32 scratch stays in the cache
+CUDA_PIECE = 2**22  # the same on a GPU, whose cache is larger, as is the cost of starting a kernel
 
 
 def nf4_levels():
@@ -43,8 +43,8 @@ def nf4_levels():
 def dynamic_map():
     """The 256 levels of an 8-bit absmax, float32, ascending: Dettmers 2015 (arXiv 1511.04561).
 
-    For each power of ten from 1e-6 to 1, twice as many evenly spaced levels as for the one below
-    it, of both signs; then 0 and 1. Zero has code 127.
+    For each power of ten from 1e-6 to 1, evenly spaced levels of both signs, twice as many as for
+    the power below it; then 0 and 1. Zero has code 127.
     """
     levels = [0.0, 1.0]
     for i in range(7):
@@ -56,7 +56,7 @@ def dynamic_map():
 
 LEVELS = nf4_levels()
 DYNAMIC_MAP = dynamic_map()
-# One byte holds two codes, so one look-up of a row gives two weights.
+# A byte holds two codes, so looking up one row gives two weights.
 PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], dim=1)
 
 
@@ -81,8 +81,8 @@ class NF4Weight:
 def quantize_nf4(weight, double_quant=False):
     """Quantise a floating-point tensor of any shape to an `NF4Weight` on its device.
 
-    Needs no second copy of the weight: pieces of `PIECE` elements are converted in turn. On the
-    meta device it gives shapes alone. Raises ValueError for an infinite or NaN element.
+    Needs no second copy of the weight: `PIECE` elements are converted at a time. On the meta device
+    it gives only shapes. Raises ValueError for an infinite or NaN element.
     """
     flat = weight.detach().reshape(-1)
     n = flat.numel()
@@ -102,7 +102,7 @@ def quantize_nf4(weight, double_quant=False):
             scaled = torch.cat([scaled, tail / scale[-1]])
         if len(scaled) % 2:
             scaled = F.pad(scaled, (0, 1))
-        # A value on the middle goes to the lower level; |scaled| may exceed 1 by a rounding.
+        # A value in the middle goes to the lower level; |scaled| may exceed 1 by a rounding error.
         codes = torch.zeros(len(scaled), dtype=torch.uint8, device=flat.device)
         for middle in ((LEVELS[:-1] + LEVELS[1:]) / 2).tolist():
             codes += scaled > middle  # 2.6 times as fast as torch.bucketize
@@ -118,14 +118,14 @@ def quantize_nf4(weight, double_quant=False):
 def _quantize_absmax(absmax):
     """(blocks,) float32 -> uint8 codes, absmax2 of each 256 of them, and their mean: QLoRA eq. 6.
 
-    Look-up mode: bitsandbytes' CPU code rounds the value to one of 65,536 positions first.
+    As bitsandbytes' CPU code does, it first rounds the value to one of 65,536 positions of a table.
     """
     offset = absmax.mean()
     if not (offset.is_meta or offset.isfinite()):
         raise ValueError("the mean absmax overflows float32, so it cannot be double quantised")
     centred = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax2 = centred.abs().amax(dim=1)
-    # Where all 256 are equal this is 0 * inf: bitsandbytes gives code 0, and any code times 0 is 0.
+    # If all 256 are equal this is 0 * inf: bitsandbytes gives code 0, and any code times 0 is 0.
     scaled = (centred * (1 / absmax2)[:, None]).nan_to_num(nan=-1)
     levels = DYNAMIC_MAP.to(absmax.device)
     grid = -1 + 2 * torch.arange(65536, dtype=torch.float32, device=absmax.device) / 65535
@@ -150,7 +150,7 @@ def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, in
         absmax = F.embedding(absmax.to(index), nested[:, None]).view(-1) * scale2 + offset
     n, size = shape.numel(), CUDA_PIECE if packed.is_cuda else PIECE
     if torch.compiler.is_compiling() or n <= size or n % BLOCK:
-        # One kernel when compiled. Blocks need not align with rows, the last may be partial.
+        # One kernel when compiled. Blocks need not align with rows, and the last may be partial.
         weight = F.embedding(packed.view(-1).to(index), pairs).view(-1)
         if n % BLOCK:
             weight = weight[:n] * absmax.repeat_interleave(BLOCK)[:n]
@@ -167,7 +167,8 @@ def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, in
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x Wᵀ + b where W is dequantised twice, forward and backward, and never kept between."""
+    """x Wᵀ + b. W is dequantised in the forward and again in the backward pass, and not kept in
+    between."""
 
     @staticmethod
     def forward(ctx, x, bias, shape, dtype, *parts):
@@ -178,12 +179,12 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # W is frozen, so all that is asked for is dL/dx = dL/dy W, and dL/db if b is trained.
+        # W is frozen, so only dL/dx = dL/dy W is needed, and dL/db if b is trained.
         grad_x = grad_bias = None
-        parts = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+        parts = ctx.saved_tensors  # read once: checkpointing makes a second read an error
         if ctx.needs_input_grad[0]:
-            # A compiler that sees the same computation twice keeps the first result: all of W.
-            # With indices of another type it is not the same, and costs no more once fused.
+            # A compiler that sees the same computation twice keeps the first result, all of W.
+            # With another index type it is not the same, and once fused it costs no more.
             index = torch.int64 if torch.compiler.is_compiling() else torch.int32
             weight = _dequantize(*parts, ctx.shape, ctx.dtype, index)
             grad_x = grad @ weight.to(grad.dtype)
@@ -195,14 +196,14 @@ class _FrozenLinear(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A linear layer on a frozen NF4 weight: y = x deq(W)ᵀ + b, in the dtype of x (QLoRA eq. 5).
 
-    Takes the place of `nn.Linear` under an adapter: `in_features`, `out_features`, `bias`, and
-    `weight`, dequantised anew at each use. The quantised parts are buffers. They move with
-    `.to(device)`, but `.to(dtype)` leaves them as they are: a scale cast to bfloat16 would be a
+    Can stand in for an `nn.Linear` under an adapter: it has `in_features`, `out_features`, `bias`,
+    and `weight`, dequantised anew at each use. The quantised parts are buffers. They move with
+    `.to(device)`, but `.to(dtype)` does not change them: a scale cast to bfloat16 would give a
     different weight.
     """
 
-    # Set where a compiled layer is computed again in the backward: then W is made anew with all the
-    # rest, and of what `_FrozenLinear` computes PyTorch 2.11's compiler keeps the result.
+    # True in a compiled layer that is computed again in the backward: W is then dequantised again
+    # with all the rest, while PyTorch 2.11's compiler would keep what `_FrozenLinear` computes.
     recomputed = False
 
     def __init__(self, quantized, bias=None):
@@ -242,7 +243,7 @@ class NF4Linear(nn.Module):
         return _FrozenLinear.apply(x, self.bias, self.shape, self.dtype, *self._parts())
 
     def _apply(self, fn, recurse=True):
-        """What `.to`, `.cuda` and `.half` call. As bytes, float32 scales move but are not cast."""
+        """What `.to`, `.cuda` and `.half` call. Seen as bytes, scales are moved but not cast."""
         fixed = {id(buffer) for buffer in self.buffers()}
         return super()._apply(
             lambda t: fn(t.view(torch.uint8)).view(t.dtype) if id(t) in fixed else fn(t), recurse)

@@ -1,9 +1,9 @@
 """Packing: documents of unequal length, end to end in one row, with nothing wasted on padding,
-or, for `--compile`, with just so much of it that every pack has the same shape.
+or, for `--compile`, with just enough padding to give every pack the same shape.
 
-Compiled code is made for the shapes it has seen, and a shape it has not seen costs a compilation:
-seconds, where a step takes a fraction of one. So a pack here can be filled up to `StaticShape`:
-dummy documents after the real ones, and `cu_seqlens` of fixed length. The rest is chapter 1's.
+Compiled code is made for the shapes it has seen, and a new shape costs a compilation: seconds,
+where a step takes a fraction of one. So a pack here can be filled up to a `StaticShape`: dummy
+documents after the real ones, and `cu_seqlens` of fixed length. The rest is chapter 1's.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LOOK_AHEAD = 64  # documents among which a pack looks for one that still fits
 
 @dataclass(frozen=True)
 class StaticShape:
-    """What all packs of a run have alike: `tokens` (T), `documents` (N) and `max_seqlen`."""
+    """What all packs of a run have in common: `tokens` (T), `documents` (N) and `max_seqlen`."""
 
     tokens: int
     documents: int
@@ -29,15 +29,15 @@ class StaticShape:
     def of(cls, *uses):
         """The shape that fits the first `count` packs of each (`PackSampler`, count).
 
-        N is what these packs hold, because attention pays for it, as it does for max_seqlen: the
-        longest document there is. Padding is cut into pieces no longer than that.
+        N and max_seqlen are no larger than these packs need, because attention pays for both.
+        Padding is cut into pieces no longer than the longest document.
         """
         longest = max(int(sampler.lengths.max()) for sampler, _ in uses)
         most = max(sampler.most_documents(count, longest) for sampler, count in uses)
         return cls(uses[0][0].batch_tokens, most, longest)
 
 
-# Changed from chapter-01: static shapes; where the targets are.
+# Changed from chapter-01: static shapes; the positions of the targets.
 def packed_sequence_collate_fn(examples, shape=None):
     """Join documents into one pack.
 
@@ -53,8 +53,8 @@ def packed_sequence_collate_fn(examples, shape=None):
                                     cu_seqlens[n] to cu_seqlens[n+1]
         max_seqlen    int           the longest document
         labelled      (L,) int64    the positions that have a target: the loss looks at no others,
-                                    and a GPU would have to be waited for to say which they are
-                                    (who changes the labels of a pack has to change this too)
+                                    and finding them on a GPU would mean waiting for it (if you
+                                    change the labels of a pack, change this too)
 
     Three documents of 2, 1 and 3 tokens, all trained on:
 
@@ -72,7 +72,7 @@ def packed_sequence_collate_fn(examples, shape=None):
     examples = list(examples)
     if shape is not None:
         missing = shape.tokens - sum(len(input_ids) for input_ids, _ in examples)
-        dummy = torch.zeros(max(missing, 0), dtype=torch.int64)  # any token: nothing looks at these
+        dummy = torch.zeros(max(missing, 0), dtype=torch.int64)  # any token: nothing uses them
         examples += [(piece, torch.full_like(piece, IGNORE))
                      for piece in dummy.split(shape.max_seqlen) if len(piece)]
     lengths = torch.tensor([len(input_ids) for input_ids, _ in examples])
@@ -94,15 +94,15 @@ def packed_sequence_collate_fn(examples, shape=None):
     return pack
 
 
-# Changed from chapter-01: looks ahead, so that little is left to be filled up.
+# Changed from chapter-01: looks ahead, so that little padding is needed.
 class PackSampler:
     """The endless row of packs: epoch after epoch, each shuffled anew, filled to a token budget.
 
     `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes the
-    documents in shuffled order, but leaves out those that do not fit any more and looks for some
-    that do among the next LOOK_AHEAD; what is left out comes first in the next pack. With
-    `seed=None` nothing is shuffled (evaluation). Pack number i is always the same, so the whole
-    state of a sampler is one number: the next pack.
+    documents in shuffled order, but skips those that do not fit any more and looks for others that
+    do, among the next LOOK_AHEAD; what it skips comes first in the next pack. With `seed=None`
+    nothing is shuffled (evaluation). Pack number i is always the same, so the whole state of a
+    sampler is one number: the next pack.
     """
 
     def __init__(self, lengths, batch_tokens, seed):
@@ -146,8 +146,8 @@ class PackSampler:
         return self.first_packs[epochs]
 
     def most_documents(self, count, piece):
-        """The most documents in one of the first `count` packs, whose padding counts as documents
-        of `piece` tokens."""
+        """The most documents in one of the first `count` packs; padding counts as documents of
+        `piece` tokens."""
         epoch = most = 0
         while self.packs_in(epoch) < count:
             self._load_epoch(epoch)

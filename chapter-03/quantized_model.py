@@ -1,7 +1,7 @@
-"""The model of a run: from a checkpoint, from random numbers, or shapes alone.
+"""The model of a run: from a checkpoint, from random numbers, or just its shapes.
 
-An NF4 base, whatever it comes from, is built without storage and then filled tensor by tensor, so
-that the 16-bit model is never there as a whole.
+An NF4 base is always built without storage and then filled tensor by tensor, so that the 16-bit
+model never exists as a whole.
 """
 
 import torch
@@ -20,7 +20,7 @@ from nf4 import NF4Linear, NF4Weight, quantize_nf4
 
 BASES = ("none", "nf4", "nf4-double")  # what an adapter can have been trained on
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What these methods do to the base weights cannot be done to four-bit ones.
+# These methods change the base weights, which is not possible with four-bit ones.
 DENSE_ONLY = {
     "full": "it trains every weight, in steps far smaller than from one of 16 levels to the next",
     "pissa": "it takes a part out of every weight, and the rest would have to be rounded anew",
@@ -29,7 +29,7 @@ DENSE_ONLY = {
 
 
 def check_options(options):
-    """Raise UserError if --quantize and another option exclude one another."""
+    """Raise UserError if --quantize and another option exclude each other."""
     if options.quantize == "nf4" and options.method in DENSE_ONLY:
         raise UserError(f"--method {options.method} needs --quantize none:"
                         f" {DENSE_ONLY[options.method]}")
@@ -38,7 +38,7 @@ def check_options(options):
 
 
 def check_base(config, options):
-    """A base model's config without its quantization, if any; UserError if it must not have one."""
+    """A base model's config without its quantization; UserError if --quantize none forbids one."""
     if is_bnb(config) and options.quantize == "none":
         raise UserError("the folder is quantised already: say --quantize nf4, or give the original")
     return {**config, "quantization_config": None}
@@ -47,9 +47,9 @@ def check_base(config, options):
 # Changed from chapter-02: the NF4 base, streamed in; checkpointing; the loss's chunk.
 def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
     """The model with its adapters, its weights from folder `source` or random; on "meta" shapes
-    alone. A base that stays as it is has four bits or the dtype of the run; what is trained is
-    float32. Random weights are drawn on the CPU, where a seed means the same numbers on every
-    machine; `draw_on` a GPU billions of them take a moment.
+    alone. A base that does not change has four bits or the run's dtype; what is trained is float32.
+    Random weights are drawn on the CPU, where a seed means the same numbers on every machine; to
+    draw billions of them quickly, `draw_on` a GPU.
     """
     dtype = getattr(torch, options.dtype)
     fresh = options.init == "random" and device != "meta"
@@ -80,9 +80,9 @@ def quantized_model(config, source, dtype, device="cpu", double_quant=False, ini
     """A `LlamaForCausalLM`, frozen: NF4 in its layers' matrices, `dtype` in all the rest.
 
     `config` is the LlamaConfig, `source` the folder of the weights, 16-bit or bitsandbytes NF4
-    (then as it is: `double_quant` changes nothing). `init` "random" draws them anew, as a fresh
-    model's, and "shapes" gives a model on the meta device, from which memory can be predicted.
-    Raises UserError for weights that do not fit.
+    (which is not quantised again, so `double_quant` has no effect). `init` "random" draws the
+    weights of a fresh model, and "shapes" gives a model on the meta device, from which memory can
+    be predicted. Raises UserError for weights that do not fit.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -103,12 +103,12 @@ def quantized_model(config, source, dtype, device="cpu", double_quant=False, ini
 def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quantize=True):
     """Fill a model built on the meta device from a stream of (name, tensor), and freeze it.
 
-    The weights of the linear layers inside `layers` are quantised as they come, each layer
-    becoming an `NF4Linear`; embedding, norms, biases and head are kept in `dtype` (default: the
-    checkpoint's), which is also what a weight is cast to before it is quantised. So the peak is
-    the quantised model and one or two tensors. A tensor may also be an `NF4Weight`, taken as it
-    is; with `quantize=False` the others are all kept. Raises UserError that names what is
-    missing, unexpected, mis-shaped or not finite.
+    The weights of the linear layers inside `layers` are quantised as they come, each layer becoming
+    an `NF4Linear`; embedding, norms, biases and head are kept in `dtype` (default: the
+    checkpoint's), to which a weight is also cast before it is quantised. So the peak is the
+    quantised model and one or two tensors. A tensor may also be an `NF4Weight`, which is taken as
+    it is; with `quantize=False` no other is quantised. Raises UserError that names what is missing,
+    unexpected, mis-shaped or not finite.
     """
     missing = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tied = HEAD not in missing
@@ -130,11 +130,11 @@ def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quant
             with located(f"{name} cannot be quantised"):
                 tensor = quantize_nf4(tensor.to(device, dtype), double_quant)
         if not isinstance(tensor, NF4Weight):
-            tensor = tensor.to(device, dtype, copy=True)  # what was read is backed by the file
+            tensor = tensor.to(device, dtype, copy=True)  # the one read is backed by its file
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
         elif linear:
             layer = NF4Linear(tensor).to(device)
-            layer.bias = module.bias  # which may still be to come
+            layer.bias = module.bias  # whose values may come later
             model.set_submodule(owner, layer)
         else:
             raise UserError(f"{name} is quantised, and only linear layers inside `layers` can be")
@@ -142,7 +142,7 @@ def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quant
 
 
 def _check(found, wanted):
-    """Raise UserError if tensors, as headers or by name, are not those that the model wants."""
+    """Raise UserError if the tensors `found` (headers) are not the `wanted` ones (shapes)."""
     problems = tensor_problems(found, wanted, ("float64", "float32", "float16", "bfloat16"))
     if problems:
         raise UserError(f"the checkpoint does not fit config.json: {problems}")
@@ -153,9 +153,9 @@ def load_model(name, device, dtype, adapter=None, trained_on="auto"):
     """(model, its folder), the weights in `dtype`, ready to be asked.
 
     Without a `name` it is the model that the adapter in folder `adapter` was trained on. For
-    `trained_on` "nf4" or "nf4-double" its layers are quantised, from the dtype in which the run
-    had them; "auto" is what the adapter's file says, else "none". The folder of a model that is
-    quantised already is taken as it is.
+    `trained_on` "nf4" or "nf4-double" its layers are quantised, from the dtype in which the run had
+    them; "auto" is what the adapter's file says, else "none". A model that is quantised already is
+    taken as it is.
     """
     folder = hub.resolve(name or peft.base_model_name(adapter))
     verify(folder)
@@ -181,6 +181,6 @@ def load_model(name, device, dtype, adapter=None, trained_on="auto"):
 
 
 def mark(options):
-    """What the header of an adapter's file says: the manifest, and the base it was trained on."""
+    """Metadata for an adapter's file: that it has a manifest, and the base it was trained on."""
     return {**MARK, "trained_on": options.quantize + "-double" * options.double_quant,
             "dtype": options.dtype}

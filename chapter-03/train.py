@@ -49,7 +49,7 @@ REAL = {"lr": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "warmup": 20, "rank
 # Changed from chapter-02: the last four options.
 @dataclass
 class Options(TrainOptions):
-    """Chapter 2's options, and how the base is kept and the step computed."""
+    """Chapter 2's options, and those for how the base is kept and the step computed."""
 
     method: str = option("lora", "what is trained", choices=tuple(METHODS))
     rank: int = option(None, "r, the rank of an adapter", least=1)
@@ -151,7 +151,7 @@ def main(argv=None):
     # --- model --- Changed from chapter-02: compile.
     home = device if ranks.world_size == 1 else torch.device("cpu")
     model = build(config, options, adapter, home, source)
-    # Adapters are gathered as the float32 that they are; so is a base that was stored in `dtype`.
+    # Adapters and a base that is already in `dtype` are gathered as they are.
     shard(model, ranks, dtype if options.method == "full" else None)
     model.to(device)
     if options.compile:
@@ -195,8 +195,8 @@ def main(argv=None):
         shape = StaticShape.of((sampler, last_pack), (held_out, held_out.packs_in(1)))
 
     def make_packs(first):
-        """Of the step whose packs begin with number `first`: this rank's packs and their documents,
-        and how many labelled tokens and how many tokens these have."""
+        """For the step whose first pack has number `first`: this rank's packs, their documents, and
+        how many labelled tokens and tokens these have."""
         # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
         mine = range(first + ranks.rank, first + packs_per_step, ranks.world_size)
         documents = [sampler.pack(index) for index in mine]
@@ -226,7 +226,7 @@ def main(argv=None):
                 loss.backward()
                 total_loss += loss.detach()
             total_loss = all_sum(total_loss)
-            # While a GPU is still at work on this step, the packs of the next are made.
+            # The next step's packs are made while a GPU is still at work on this one.
             ready = make_packs(state["next_pack"]) if step < total_steps else None
 
             # --- clip and step --- Copied from chapter-02/train.py
@@ -272,7 +272,7 @@ def main(argv=None):
 
         # --- result --- Changed from chapter-02: says on which base the adapter was trained.
         if options.method == "delta-lora":
-            merge_into(model, dtype)  # it has moved W itself: what it learned is no adapter
+            merge_into(model, dtype)  # it has moved W itself, so an adapter would not hold it all
         if options.method in ("full", "delta-lora"):
             runs.save_model(run / "final", model, config_json, data, dtype)
         else:

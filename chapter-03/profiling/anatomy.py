@@ -1,8 +1,8 @@
 """What a training step's memory is made of at its fullest moment: predicted, and measured.
 
-`common/predict.py` says it beforehand. Here every allocation of one step is followed from its
-birth to its end: where it was born (forward, loss, backward) and whether it outlives the backward
-tells what it is. No tensor has to be asked, so nothing is missed.
+`common/predict.py` predicts it. Here every allocation of one step is followed from beginning to
+end: where it was made (forward, loss, backward) and whether it outlives the backward tells what it
+is. It needs no list of tensors, so nothing is missed.
 """
 
 import torch
@@ -20,8 +20,7 @@ REGIONS = {"forward": "activations", "loss": "logits and loss", "backward": "act
 
 
 def predicted(model, prediction):
-    """{category: bytes} from a `common.predict.Prediction`, at the moment that it takes for the
-    fullest."""
+    """{category: bytes} at the fullest moment, from a `common.predict.Prediction`."""
     sizes = dict.fromkeys(CATEGORIES, 0)
     names = {"optimizer moments": "optimizer", "layer at work": "activations"}
     for name, size in prediction.items():

@@ -1,7 +1,7 @@
 """Where the time of a training step goes, by bucket: as measured, and beside the prediction.
 
-Every operator is given to its bucket by one function, `bucket`: those that torch.profiler has
-timed and, in operators.py, those that are only predicted. So both columns mean the same.
+One function, `bucket`, sorts all operators: those that torch.profiler has timed and, in
+operators.py, those that are only predicted. So both columns mean the same.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ def region(name):
 
 
 def loss_of(model, pack, finish=None):
-    """The model's loss of a pack, or `finish(logits, labels)`, in the region "loss"; within it what
-    comes before the head is in another, "forward"."""
+    """The model's loss of a pack, or `finish(logits, labels)`, in the region "loss"; what comes
+    before the head is in a region "forward" within it."""
     inputs, forward = dict(pack), contextlib.ExitStack()
     begin = model.model.register_forward_pre_hook(
         lambda *_: forward.enter_context(region("forward")))
@@ -52,11 +52,11 @@ def loss_of(model, pack, finish=None):
 def bucket(names, kernels=False):
     """The bucket of an operator, from its name and those of all that it runs in, inside out.
 
-    The optimizer's operators are its own, whatever they are. Of the rest a matrix product is one
-    wherever it occurs, the output head's too; what remains of the loss is the softmax. A name
-    that is no operator (a region, a node of autograd) stands for the Python and C++ around the
-    operators, where the device has nothing to do; but not if it has started `kernels` itself, as
-    what a compiler made for a GPU does.
+    All operators of the optimizer are in its bucket. Among the rest, a matrix product counts as one
+    wherever it occurs, also in the output head; what remains of the loss is the softmax. A name
+    that is not an operator's (a region, a node of autograd) stands for the Python and C++ around
+    the operators, during which the device is idle, unless it has started `kernels` itself, as
+    compiled code does on a GPU.
     """
     part = next((name for name in names if name in ("forward", "loss", "optimizer")), None)
     if part == "optimizer" or any(name.startswith("Optimizer.") for name in names):
@@ -76,10 +76,10 @@ def bucket(names, kernels=False):
 # --- measured ---
 
 def duration(function, device, prepare=lambda: None, repeats=5):
-    """Seconds of a call: the median of a few, after one that does not count.
+    """Seconds of a call: the median of a few measurements, after one that does not count.
 
-    `prepare` runs before each, outside the time. On CUDA each is ten calls in a row, so that the
-    wait for the first of them hardly counts.
+    `prepare` runs before each and is not timed. On CUDA each measurement is ten calls in a row, so
+    that the wait for the first one hardly counts.
     """
     calls, times = 10 if device.type == "cuda" else 1, []
     for _ in range(repeats + 1):
@@ -89,7 +89,7 @@ def duration(function, device, prepare=lambda: None, repeats=5):
 
 
 def seconds_of(function, device, calls=1):
-    """Seconds of so many calls, until the device has done what was asked of it."""
+    """Seconds of `calls` calls, until the device has finished them."""
     wait(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -99,7 +99,7 @@ def seconds_of(function, device, calls=1):
 
 
 def wait(device):
-    """Until the device has done what was asked of it."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -107,9 +107,9 @@ def wait(device):
 def measure(step, device, trace=None, repeats=3):
     """Run `step()` under the profiler: seconds by bucket, which add up to those of the step.
 
-    One run warms up and does not count; of the others it is the one of median length. `trace` is
-    a file for its timeline. On a CPU an operator's time is its own, without that of the operators
-    that it calls; on CUDA it is that of its kernels, and idle is what is left of the step.
+    The first run warms up; of the others, the one of median length counts. `trace` is a file for
+    its timeline. On a CPU an operator's time excludes the operators that it calls; on CUDA it is
+    that of its kernels, and idle is the rest of the step.
     """
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     measured = []
@@ -145,8 +145,8 @@ def sum_up(events, device):
 
 
 def explained(predicted, measured):
-    """The share of the measured step that the prediction explains: 1 less the sum of all buckets'
-    differences, so that a bucket too slow does not make up for one too fast."""
+    """The share of the measured step that the prediction explains: 1 less the sum of the buckets'
+    absolute differences, so that one that is too slow cannot make up for one that is too fast."""
     rest = sum(abs(measured[name] - predicted[name][1]) for name in BUCKETS)
     return 1 - rest / sum(measured.values())
 

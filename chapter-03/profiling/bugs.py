@@ -1,12 +1,12 @@
-"""Three bugs that make no result wrong, only the step slow. Find them with the profiler.
+"""Three bugs that leave the results right and only make the step slow. Find them by profiling.
 
     python chapter-03/profiling/bugs.py             a healthy step
     python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and where does it
                                                     come from?
 
-Each prints the time of every step and how often PyTorch has compiled until then; of the last
-step the operators, counted and those that took longest; and where its timeline lies. Read that,
-not this file.
+Each prints the time of every step and how often PyTorch has compiled so far, then the slowest
+operators of the last step and how often each ran, and where its timeline is. Read that, not this
+file.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SHOWN = 12  # operators
 
 @dataclass
 class BugOptions:
-    """Which bug, where."""
+    """Which bug to plant, and how to run."""
 
     bug_1: bool = option(False, "the first bug")
     bug_2: bool = option(False, "the second bug")
@@ -50,9 +50,9 @@ class BugOptions:
 
 
 def check_finite(layer, inputs, output):
-    """A hook that looks whether a layer still gives numbers."""
+    """A hook that checks whether a layer's output is still finite."""
     if not output.abs().max().item() < 1e6:
-        raise FloatingPointError("a layer has left the numbers")
+        raise FloatingPointError("a layer gives values that are not finite")
 
 
 def packs(options, config, device):
@@ -101,7 +101,7 @@ def main(argv=None):
     print(f"\n{'operators of the last step':<52}{'ms':>10}{'calls':>10}")
     for row in sorted(rows.values(), key=lambda row: -getattr(row, time_of))[:SHOWN]:
         print(f"{row.key[:50]:<52}{getattr(row, time_of) / 1e3:>10.2f}{row.count:>10}")
-    # Where an operator asks for a number of its own accord, it is not Python that waits.
+    # If an operator itself asks for a number, it is not Python that waits.
     waits = sum(event.name == "aten::item" and "::" not in getattr(event.cpu_parent, "name", "")
                 for event in profiler.events())
     print(f"\nmatrix products {rows['aten::mm'].count}, numbers that Python has waited for {waits}")

@@ -1,11 +1,12 @@
-"""From the naive loop to the fast one, a rung at a time: speed, memory, and the predicted gain.
+"""From a naive loop to the fast one, a rung at a time: speed, memory, and the predicted gain.
 
     python chapter-03/profiling/ladder.py --size tiny    half a minute; without, the mid-size model
     python chapter-03/profiling/ladder.py --size 0.6b    Qwen3-0.6B's shapes, for a GPU
 
-The same documents on every rung. Only their own tokens count, so padding shows as lost speed.
-A rung keeps what the rungs before it have changed. Each leaves a file when it is done: interrupt
-it and run it again, and it goes on. Leaves ladder.md, ladder.json and, with matplotlib, ladder.svg.
+Every rung trains on the same documents. Only their own tokens count, so padding shows as lost
+speed. A rung keeps what the rungs before it have changed, and writes a file when it is done: after
+an interruption, run it again, and it goes on. Writes ladder.md, ladder.json and, with matplotlib,
+ladder.svg.
 """
 
 import gc
@@ -40,7 +41,7 @@ from train import Options, to_device
 HERE = Path(__file__).resolve().parent
 SIZES = {  # folder or name of the config, tokens of documents per step, longest document
     "tiny": ("tiny", 256, 64), "mid": (HERE / "mid", 2048, 512), "0.6b": ("qwen3-0.6b", 8192, 2048)}
-RUNGS = {  # what each changes; the first says how the naive loop is
+RUNGS = {  # what each changes; the first describes the naive loop
     "naive": {"packed": False, "dtype": "float32", "chunked": False, "blocks": False,
               "compile": False, "fused": False, "activation_checkpointing": "none",
               "method": "full", "quantize": "none"},
@@ -87,15 +88,15 @@ def documents(size, vocabulary, count, seed):
 
 
 def padded(examples):
-    """The documents as the rectangle that a padded batch is: all as long as the longest."""
+    """The documents as in a padded batch: all as long as the longest."""
     longest = max(len(ids) for ids, _ in examples)
     return [(F.pad(ids, (0, longest - len(ids))),
              F.pad(labels, (0, longest - len(ids)), value=IGNORE)) for ids, labels in examples]
 
 
 def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
-    """Attention document by document, on slices. The backward of a slice fills a gradient as
-    large as the whole pack with zeros, for every document anew."""
+    """Attention document by document, on slices. The backward of a slice fills a gradient as large
+    as the whole pack with zeros, for every document."""
     if q.is_cuda and q.dtype == torch.float32:  # see `varlen_attention` of chapter 1
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     ends = cu_seqlens.tolist()
@@ -113,7 +114,7 @@ def whole_loss(logits, labels):
 
 
 def climb(rung, options, device):
-    """Measure one rung, a dict as RUNGS has them: what of it goes into the table."""
+    """Measure one rung, the settings of RUNGS so far: what goes into its row of the table."""
     name, tokens, longest = SIZES[options.size]
     source = hub.resolve(name)
     config = LlamaConfig.from_dict(weights.read_config(source))
@@ -165,7 +166,7 @@ def ladder(options, folder, device):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
         file = folder / f"{number:02d}-{name.replace(' ', '-')}.json"
         row = read_json(file) if file.is_file() else {}
-        if not conditions.items() <= row.items():  # it is of another run, or there is none
+        if not conditions.items() <= row.items():  # it belongs to another run, or there is none
             try:
                 row = conditions | climb(rung, options, device)
             except torch.OutOfMemoryError:
@@ -187,7 +188,7 @@ def ladder(options, folder, device):
 
 
 def markdown(rows):
-    """The rows as a table: gains are over the rung before that was measured."""
+    """The rows as a table: gains are over the last rung before it that was measured."""
     known = any(row.get("mfu") is not None for row in rows)
     lines = ["| rung | tokens/s | gain | predicted gain | peak memory | "
              + ("MFU |" if known else "GFLOP/s |"), "|---|---|---|---|---|---|"]
@@ -206,7 +207,7 @@ def markdown(rows):
 
 
 def picture(rows, path):
-    """Speed and memory of the rungs as bars, if matplotlib is installed; gives whether it is."""
+    """Draw the rungs' speed and memory as bars. Gives False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

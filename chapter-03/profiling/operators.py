@@ -1,14 +1,13 @@
 """The operators of a training step on shapes alone, and how long they will take on this device.
 
-The real model runs on tensors without numbers (PyTorch's fake tensors), and every operator that
-comes by, forward and backward, is written down: how many FLOPs, how many bytes. Divided by what
-the device can do that is seconds, bucket by bucket (buckets.py), before a step runs.
+The real model runs on tensors without numbers (PyTorch's fake tensors), and every operator,
+forward and backward, is recorded: how many FLOPs, how many bytes. Divided by what the device can
+do, that gives seconds, bucket by bucket (buckets.py), before a step runs.
 
-Two ceilings make a roofline: how many FLOPs a second in a large matrix product, how many bytes a
-second in a large copy. No model reaches them. Its products have their own shapes, its other
-operators read tensors that are in the cache or are not, in a dtype that the processor computes in
-or has to convert. So each operator is also measured alone, on its own shapes. What is measured is
-remembered.
+Two ceilings make a roofline: FLOPs per second in a large matrix product, and bytes per second in a
+large copy. No model reaches them. Its products have other shapes, and its other operators read
+tensors that may or may not be in the cache, in a dtype that the processor may have to convert. So
+each operator is also measured alone, on its own shapes, and the result is cached.
 """
 
 import collections
@@ -50,7 +49,7 @@ def ceilings(device, dtype):
 
 @functools.cache
 def small_operator(device):
-    """Seconds that Python, dispatch and autograd take for an operator with nothing to do."""
+    """Seconds that Python, dispatch and autograd take for an operator on a single number."""
     x = torch.ones(1, device=device, requires_grad=True)
 
     def chain():
@@ -66,7 +65,7 @@ def small_operator(device):
 def attention(function, device, dtype, lengths, heads, kv_heads, head_dim):
     """(forward, backward) seconds of attention in one layer, on documents of these lengths.
 
-    `function` is the model's: (q, k, v, cu_seqlens, max_seqlen) to the output.
+    `function` is the model's: (q, k, v, cu_seqlens, max_seqlen) -> output.
     """
     q, k, v = (torch.randn(sum(lengths), n, head_dim, device=device).to(dtype).requires_grad_()
                for n in (heads, kv_heads, kv_heads))
@@ -86,15 +85,15 @@ larger_than_caches = functools.cache(lambda: torch.ones(2**24))
 
 
 class Layout(NamedTuple):
-    """What matters of a tensor for the time of an operator on it."""
+    """What the time of an operator depends on in a tensor."""
 
     shape: tuple
     stride: tuple
     dtype: torch.dtype
-    cached: bool  # whether an operator just before has touched it
+    cached: bool  # whether one of the operators just before has touched it
 
     def tensor(self, device):
-        """One like it, of random numbers, or of zeros where integers are wanted."""
+        """A tensor like that, of random numbers, or of zeros if it holds integers."""
         size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride))
         numbers = torch.rand if self.dtype.is_floating_point else torch.zeros
         flat = numbers(size * (0 not in self.shape), device=device).to(self.dtype)
@@ -104,14 +103,14 @@ class Layout(NamedTuple):
 @functools.cache
 @torch.no_grad()
 def alone(device, function, leaves, tree):
-    """Seconds of an operator on arguments such as these: flattened, and a `Layout` in place of each
+    """Seconds of an operator on such arguments: flattened, with a `Layout` in place of each
     tensor."""
     made = [leaf.tensor(device) if isinstance(leaf, Layout) else leaf for leaf in leaves]
     args, kwargs = tree_unflatten(made, tree)
     original = args[0].clone() if function._schema.is_mutable else None
 
     def prepare():
-        if original is not None:  # or e to the power of e to the power of e … is soon no number
+        if original is not None:  # otherwise repeated changes, say exp_, would soon overflow
             args[0].copy_(original)
         if device.type == "cpu":
             larger_than_caches().add_(1)
@@ -141,7 +140,7 @@ class Op(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down the operators that run while it is active."""
+    """Records the operators that run while it is active."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +171,7 @@ numbers, count = weakref.WeakKeyDictionary(), itertools.count()  # of storages
 
 
 def _storage(tensor):
-    """A number for it: its address is given to another when it is gone."""
+    """A number for its storage, whose address may be reused when it is gone."""
     return numbers.setdefault(tensor.untyped_storage(), next(count))
 
 
@@ -183,13 +182,13 @@ def _op(name, kind, call, inputs, outputs):
         rows = inputs[-1] if name.endswith("_") else outputs[0]
         reads, writes = {next(count): rows.nbytes}, {_storage(outputs[0]): rows.nbytes}
     elif re.search("::(copy_|fill_|zero_|zeros_like|ones_like)$", name):
-        reads.pop(_storage(inputs[0]))  # what it holds is not looked at
+        reads.pop(_storage(inputs[0]))  # its old content is not read
     flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if kind == "matrix products" else 0
     return Op(name, kind, call, flops, reads, writes)
 
 
 def set_attention(model, function):
-    """Have all layers of the model attend by `function`; gives the one that they had."""
+    """Make all layers of the model attend by `function`; gives the one that they used before."""
     attentions = [layer.self_attn for layer in model.model.layers]
     before = attentions[0].attend
     for each in attentions:
@@ -198,13 +197,13 @@ def set_attention(model, function):
 
 
 def record(model, pack, finish=None, compiled=False):
-    """The `Op`s of one forward and backward of `pack`, without computing anything; where the model
-    is to be `compiled`, as `fused` has them.
+    """The `Op`s of one forward and backward of `pack`, without computing anything; if the model
+    will be `compiled`, those that `fused` gives.
 
-    `finish(logits, labels)` gives the loss if the model shall not. Attention is two operators a
-    layer, one each way, whichever the device has. Call it before `compile_model`.
+    `finish(logits, labels)` gives the loss if the model does not. Attention is two operators a
+    layer, one each way, on any device. Call it before `compile_model`.
     """
-    def forward_and_backward():  # both while the tensors are exchanged: checkpointing looks twice
+    def forward_and_backward():  # both on fake tensors, as checkpointing uses parameters twice
         total = loss_of(model, inputs, finish)
         with region("backward"):
             (total / len(inputs["labels"])).backward()
@@ -230,9 +229,8 @@ def record(model, pack, finish=None, compiled=False):
 
 
 def fused(ops, kinds=("element-wise",)):
-    """The same work if every run of operators of one of these buckets between two others were one
-    kernel, as a compiler makes it: what comes from outside is read once, what is used later
-    written."""
+    """The same work with consecutive operators of one of these buckets joined in one kernel, as a
+    compiler does: input from outside is read once, and only what is used later is written."""
     last_use = {storage: i for i, op in enumerate(ops) for storage in op.reads}
     result, end = [], 0
     for kind, group in itertools.groupby(ops, key=lambda op: op.bucket):
@@ -256,7 +254,7 @@ def fused(ops, kinds=("element-wise",)):
 def predict(model, pack, ops, device, fused_optimizer=True):
     """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run.
 
-    The first number is FLOPs and bytes over the two large ceilings; the second adds up what every
+    The first number is FLOPs and bytes divided by the two ceilings; the second adds up what every
     operator takes alone on its own shapes, and the cost of calling it. `ops` are from `record`.
     """
     config, dtype = model.config, model.compute_dtype
@@ -281,6 +279,6 @@ def predict(model, pack, ops, device, fused_optimizer=True):
     roofline["optimizer"] = trained * (ADAMW_BYTES[fused_optimizer] + CLIP_BYTES) / bandwidth
     own["optimizer"] = roofline["optimizer"]
     calls = len(ops) * small_operator(device)
-    # A GPU computes while Python calls, and is idle only where Python is the slower of the two.
+    # A GPU computes while Python calls, and is idle only if Python is the slower of the two.
     own["idle"] = calls if device.type == "cpu" else max(0.0, calls - own.total())
     return {name: (roofline[name], own[name]) for name in BUCKETS}

@@ -6,9 +6,9 @@
     python chapter-03/profiling/profile_step.py --model qwen3-0.6b --init random --data virtual \
         --method full --quantize none --compile
 
-It takes the options of train.py, and of its run one pack. Time falls into six buckets
-(buckets.py), memory into six categories (anatomy.py). Leaves `trace.json.gz`, a timeline of the
-step, and `profile.json`, all figures.
+It takes the options of train.py, and profiles a step on the first pack of that run. Time is divided
+into six buckets (buckets.py), memory into six categories (anatomy.py). Writes `trace.json.gz`, a
+timeline of the step, and `profile.json`, all figures.
 """
 
 import json
@@ -43,12 +43,12 @@ from train import CHAPTER, REAL, TINY, Options, to_device
 class ProfileOptions(Options):
     """The options of train.py, and one more."""
 
-    snapshot: bool = option(False, "on CUDA: leave snapshot.pickle, a record of every "
+    snapshot: bool = option(False, "on CUDA: write snapshot.pickle, a record of every "
                                 "allocation")
 
 
 def model_and_optimizer(options, adapter, source, config, device, fused):
-    """As train.py has them, but that random weights are drawn on the device."""
+    """As in train.py, except that random weights are drawn on the device."""
     torch.manual_seed(options.seed)
     model = build(config, options, adapter, device, source, draw_on=device).train()
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
@@ -57,8 +57,8 @@ def model_and_optimizer(options, adapter, source, config, device, fused):
 
 
 def step_of(model, optimizer, pack, adapter, clip, finish=None):
-    """A function that makes one optimizer step on `pack`, part by part in named regions. The
-    loss is the model's own, or `finish(logits, labels)`."""
+    """A function that takes one optimizer step on `pack`, its parts in named regions. The loss is
+    the model's own, or `finish(logits, labels)`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step():

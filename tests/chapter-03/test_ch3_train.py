@@ -146,7 +146,7 @@ def test_quantising_anew_loses_a_small_change_and_is_refused(run, tmp_path, caps
     assert not (tmp_path / "out").exists()
     merge.main([*arguments, "--requantize"])
     shown = capsys.readouterr().out
-    share = float(shown.partition("% of ΔW has survived")[0].split()[-1])
+    share = float(shown.partition("% of ΔW survived")[0].split()[-1])
     assert -1 <= share <= 4
     model = loaded(str(tmp_path / "out"))
     assert type(model.model.layers[0].mlp.up_proj) is nf4.NF4Linear
@@ -173,7 +173,7 @@ def test_a_folder_that_is_quantised_already_has_no_original(run, tmp_path):
     load("chapter-03/bnb_files.py").save_bnb(model, config, tmp_path / "bnb")
     train.weights.copy_tokenizer(source, tmp_path / "bnb")
     adapter = str(folder / "final")
-    with pytest.raises(UserError, match="original weights are not in it"):
+    with pytest.raises(UserError, match="does not hold the original weights"):
         merge.merge(adapter, tmp_path / "out", model=str(tmp_path / "bnb"), original=True)
     report = merge.merge(adapter, tmp_path / "out", model=str(tmp_path / "bnb"), dtype="float32")
     assert list(report["choices"]) == ["base it was trained on"]
