@@ -96,7 +96,7 @@ def packed_sequence_collate_fn(examples, shape=None):
 
 # Changed from chapter-01: looks ahead, so that little padding is needed.
 class PackSampler:
-    """The endless row of packs: epoch after epoch, each shuffled anew, filled to a token budget.
+    """The endless sequence of packs: each epoch shuffled anew, each pack filled to a token budget.
 
     `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes the
     documents in shuffled order, but skips those that do not fit any more and looks for others that
