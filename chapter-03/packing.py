@@ -29,8 +29,8 @@ class StaticShape:
     def of(cls, *uses):
         """The shape that fits the first `count` packs of each (`PackSampler`, count).
 
-        N and max_seqlen are no larger than these packs need, because attention pays for both.
-        Padding is cut into pieces no longer than the longest document.
+        N is no larger than these packs need, because attention pays for it, as for max_seqlen, the
+        length of the longest document. Padding is cut into pieces no longer than that.
         """
         longest = max(int(sampler.lengths.max()) for sampler, _ in uses)
         most = max(sampler.most_documents(count, longest) for sampler, count in uses)
