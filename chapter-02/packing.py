@@ -45,7 +45,7 @@ def packed_sequence_collate_fn(examples):
 
 
 class PackSampler:
-    """The endless row of packs: epoch after epoch, each shuffled anew, filled to a token budget.
+    """The endless sequence of packs: each epoch shuffled anew, each pack filled to a token budget.
 
     `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes the
     documents in shuffled order for as long as the next one still fits. With `seed=None` nothing

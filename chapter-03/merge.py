@@ -40,7 +40,7 @@ def merge_into(model, dtype):
     norms = {}
     for name, module in list(adapter_modules(model)):
         merged = merged_weight(module)
-        error = merged.to(dtype).float() - merged  # also that of ΔW: the old W is what it was
+        error = merged.to(dtype).float() - merged  # also the error of ΔW, as W itself is exact
         norms[name] = [x.double().square().sum().item() for x in (delta_weight(module), error)]
         module.base.weight.copy_(merged)
         model.set_submodule(name, module.base)

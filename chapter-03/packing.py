@@ -29,8 +29,8 @@ class StaticShape:
     def of(cls, *uses):
         """The shape that fits the first `count` packs of each (`PackSampler`, count).
 
-        N and max_seqlen are no larger than these packs need, because attention pays for both.
-        Padding is cut into pieces no longer than the longest document.
+        N is no larger than these packs need, because attention pays for it, as for max_seqlen, the
+        length of the longest document. Padding is cut into pieces no longer than that.
         """
         longest = max(int(sampler.lengths.max()) for sampler, _ in uses)
         most = max(sampler.most_documents(count, longest) for sampler, count in uses)
@@ -96,7 +96,7 @@ def packed_sequence_collate_fn(examples, shape=None):
 
 # Changed from chapter-01: looks ahead, so that little padding is needed.
 class PackSampler:
-    """The endless row of packs: epoch after epoch, each shuffled anew, filled to a token budget.
+    """The endless sequence of packs: each epoch shuffled anew, each pack filled to a token budget.
 
     `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes the
     documents in shuffled order, but skips those that do not fit any more and looks for others that

@@ -25,7 +25,7 @@ def peak_memory_bytes(device):
     """The most memory this process has used so far, in bytes.
 
     On CUDA what PyTorch's allocator had handed out; on a CPU the largest resident set of the whole
-    process; None where the device does not say (MPS).
+    process; None if the device does not say (MPS).
     """
     device = torch.device(device)
     if device.type == "cuda":

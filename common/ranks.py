@@ -61,7 +61,7 @@ def start_ranks(device, timeout_seconds=None):
 
     On CUDA the rank takes the GPU numbered LOCAL_RANK. A wait for the other ranks ends with an
     error after `timeout_seconds` (default: BARELOOP_TIMEOUT_SECONDS in the environment, else 1800).
-    Raises UserError where the environment is incomplete or a node has more ranks than GPUs.
+    Raises UserError if the environment is incomplete or a node has more ranks than GPUs.
     """
     device, rank = torch.device(device), this_rank()
     if world_size() == 1:

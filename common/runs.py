@@ -36,7 +36,7 @@ def save_step(run, model, optimizer, state, options, names=None):
 
 
 def save_model(folder, model, config, data, dtype):
-    """Commit `folder` as a Hugging Face model folder, with the tokenizer of `save_files`."""
+    """Commit `folder` as a Hugging Face model folder, tokenizer included (see `save_files`)."""
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     save_files(folder, lambda temporary: weights.save_weights(
         model, config, temporary, dtype, metadata=MARK), data, size)

@@ -78,7 +78,7 @@ def select_targets(model, target_modules):
         return {name: module for name, module in linear.items() if last[name] != "lm_head"}
     embeddings = {name: module for name, module in model.named_modules()
                   if isinstance(module, nn.Embedding)}
-    head = getattr(model, "lm_head", None)  # None where it is the embedding
+    head = getattr(model, "lm_head", None)  # None if it is the embedding
     tied = embeddings and (head is None or any(
         head.weight is embedding.weight for embedding in embeddings.values()))
     chosen = set()

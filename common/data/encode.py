@@ -81,7 +81,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     A text is cut into consecutive documents, each of which begins with the last token of the one
     before: so every token but the first is predicted once. Records that cannot be used (empty, say)
     are skipped, counted and named; so is what the template leaves out of the others, unless
-    `strict`: then it is an error. Raises UserError where a token id is not below `vocab_size`, or
+    `strict`: then it is an error. Raises UserError if a token id is not below `vocab_size`, or
     nothing is left. The tokens go to `file`, by default a temporary one.
     """
     if max_length < 2:

@@ -1,4 +1,4 @@
-"""What a conversation says, part by part, and where each part stands in its rendered text.
+"""What a conversation says, part by part, and where each part is in its rendered text.
 
 A part is a piece of a record's text: a message's words, the assistant's thoughts, the name and the
 arguments of a tool call, the name of a tool. Each is put between marks, private-use characters, and

@@ -5,7 +5,7 @@ A skill draws its arguments, puts them into one of three phrases, and computes t
 answer. Chapter 1 learns the BASE skills from scratch; chapters 2 and 3 adapt the model to the
 NEW ones, which it has never seen.
 
-A word to be worked on stands in quotation marks, because the tokenizer keeps such a word as
+A word to be worked on is in quotation marks, because the tokenizer keeps such a word as
 single letters (see make_tokenizer.py): the model can only reverse what it sees letter by letter.
 """
 
