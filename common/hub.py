@@ -33,7 +33,7 @@ def resolve(name, flag="--model"):
     """The folder of a model: `tiny`, a built-in architecture, a local folder, or a Hub id.
 
     One of ARCHITECTURES holds config.json only, for `--init random`. A Hub id (`owner/name`) is
-    downloaded, or found in the Hub's cache. Raises UserError, naming `flag`, for all others.
+    downloaded, or found in the Hub's cache. Raises UserError, naming `flag`, for anything else.
     """
     text = str(name)
     if text in ("tiny", *ARCHITECTURES):
@@ -53,9 +53,9 @@ def resolve(name, flag="--model"):
 def resolve_data(name, flag="--data"):
     """The data files that `name` stands for, as a list of paths; `name` may be a list of names.
 
-    A name is a file, a folder, a data set on the Hub (`owner/name`), or a part of one of the latter
-    two, a split or a file: `owner/name:test`. Which files that means is decided, and said, in
-    `common/data/splits.py`. Raises UserError, naming `flag`, where that is nothing, or not clear.
+    A name is a file, a folder, a data set on the Hub (`owner/name`), or a split or file of one of
+    the latter two: `owner/name:test`. `common/data/splits.py` decides which files that means, and
+    prints its choice. Raises UserError, naming `flag`, if that is nothing, or not clear.
     """
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]

@@ -16,7 +16,7 @@ from nf4 import NF4Linear
 CATEGORIES = ("weights", "quantised base", "optimizer", "gradients", "activations",
               "logits and loss")
 REGIONS = {"forward": "activations", "loss": "logits and loss", "backward": "activations",
-           "optimizer": "optimizer"}  # the inner one first
+           "optimizer": "optimizer"}  # inner regions first
 
 
 def predicted(model, prediction):
@@ -75,11 +75,12 @@ def _lives(events, device):
 
 
 def category(born, died, spans):
-    """Of what was allocated and freed at these times; `spans` is {region: (begin, end)}."""
+    """The category of what was allocated and freed at these times; `spans` is {region: (begin,
+    end)}."""
     where = next((name for name in REGIONS if name in spans
                   and spans[name][0] <= born < spans[name][1]), "forward")
     if where == "backward" and died > spans["backward"][1]:
-        return "gradients"  # all else that the backward makes is gone when it ends
+        return "gradients"  # all else that the backward makes is freed before it ends
     return REGIONS[where]
 
 

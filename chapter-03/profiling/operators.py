@@ -38,7 +38,7 @@ CLIP_BYTES = 12
 
 @functools.cache
 def ceilings(device, dtype):
-    """(FLOP/s of a large square product, bytes a second of a large copy, both read and written)."""
+    """(FLOP/s of a large square product, bytes per second read and written by a large copy)."""
     n, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
     source = torch.ones(size, dtype=torch.uint8, device=device)

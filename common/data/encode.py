@@ -37,7 +37,7 @@ KINDS = 1000  # the most reasons to leave something out that are counted separat
 TOKEN = np.dtype([("id", np.int32), ("trained", bool)])
 DOCUMENT = np.dtype([(name, np.int64) for name in (
     "start", "length", "trained", "record", "digest")])  # see `Encoded`
-CODE = sorted(Path(__file__).parent.glob("*.py"))  # decides about tokens and masks
+CODE = sorted(Path(__file__).parent.glob("*.py"))  # on which tokens and masks depend
 
 
 class Encoded:
@@ -207,10 +207,10 @@ def cached(make, key, files=(), title="data"):
     """The `Encoded` that `make(file)` gives, or gave with the same `key` and `files` earlier.
 
     `make` writes the tokens to the file that it is given, as `encode` does. `key` is anything that
-    JSON can write; of `files`, the content counts, and that of our own code. Kept are the tokens,
-    the documents, and a manifest with the notes, in $XDG_CACHE_HOME or ~/.cache; they may be
-    deleted at any time. What is damaged is made again, loudly. Of several processes, one makes the
-    data and the others wait for it.
+    JSON can write; of `files` and of our own code, the content counts. The tokens, the documents,
+    and a manifest with the notes are kept in $XDG_CACHE_HOME or ~/.cache, and may be deleted at any
+    time. A damaged entry is made again, with a warning. Of several processes, one makes the data
+    and the others wait for it.
     """
     contents = [(Path(file).suffix, manifest.fingerprint(file)) for file in [*CODE, *files]]
     name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
@@ -218,7 +218,7 @@ def cached(make, key, files=(), title="data"):
     path = home / "bareloop" / "encoded" / name
     with contextlib.ExitStack() as stack:
         stack.enter_context(writing(f"the tokenised data in {path.parent} (XDG_CACHE_HOME)"))
-        with contextlib.suppress(OSError):  # where nothing can be locked, each makes its own
+        with contextlib.suppress(OSError):  # if nothing can be locked, each makes its own
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -245,7 +245,7 @@ def cached(make, key, files=(), title="data"):
 
 
 def _read(path):
-    """The `Encoded` that is kept there, its tokens mapped; None for none, or none to be used."""
+    """The `Encoded` that is kept there, its tokens mapped; None if there is no usable one."""
     if not path.is_dir():
         return None
     try:
@@ -258,8 +258,8 @@ def _read(path):
 
 
 def virtual(count, vocab_size, max_length, seed):
-    """`count` documents of random tokens, all trained, for throughput where there is no data; of
-    log-normal lengths, as in instruction data: half are below a quarter of `max_length`."""
+    """`count` documents of random tokens, all trained, to measure throughput without data. Lengths
+    are log-normal, as in instruction data: half are below a quarter of `max_length`."""
     random = np.random.default_rng(seed)
     lengths = np.exp(random.normal(np.log(max(2, max_length / 4)), 0.8, count))
     documents = np.zeros(count, DOCUMENT)

@@ -7,7 +7,7 @@
     text               {"text"}: all of it is trained
 
 An example with the keys of two formats is read as the first of them in this order. Null counts as
-absent. What has a meaning is honoured or refused, and other keys are noted.
+absent. A key with a meaning is honoured or refused; other keys are noted.
 """
 
 import json

@@ -13,8 +13,8 @@ from common.errors import UserError, writing
 from common.files.json_files import read_json
 
 MOST_LAYERS = 1000  # more would take for ever to make
-# What an absent key means by model_type, as in transformers. Where nothing stands here there are as
-# many key/value heads as heads, and head_dim is hidden_size / num_attention_heads.
+# What an absent key means by model_type, as in transformers. Without an entry there are as many
+# key/value heads as heads, and head_dim is hidden_size / num_attention_heads.
 _FAMILIES = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},

@@ -37,7 +37,7 @@ def read_json(file):
 
 
 def write_whole(file, data):
-    """Have these bytes on the disk as `file`; who reads it meanwhile has the old ones or these."""
+    """Write these bytes to `file`, on the disk; a reader sees the old content or the new, whole."""
     new = Path(f"{file}.new")
     with open(new, "wb") as opened:
         opened.write(data)

@@ -48,8 +48,8 @@ def tensor_headers(path, stem="model"):
 
 
 def tensor_problems(headers, wanted, loadable=FLOATING):
-    """Why the tensors of `headers` (see `tensor_headers`) are not those that are `wanted`, {name:
-    shape}, each of one of the dtypes `loadable`: at most four reasons; "" if they are."""
+    """Why the tensors of `headers` (see `tensor_headers`) are not the `wanted` ones, {name: shape},
+    with one of the dtypes `loadable`: at most four reasons; "" if they are."""
     problems = [f"{what} {listing(names)}" for what, names in (
         ("missing", wanted.keys() - headers.keys()),
         ("unexpected", headers.keys() - wanted.keys())) if names]
