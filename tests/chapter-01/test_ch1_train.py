@@ -313,13 +313,3 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, data):
     for expected in ("parameters", "predicted peak", "only 2 of the 5 warm-up steps will happen"):
         assert expected in process.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-# --- sizes ---
-
-def test_sizes():
-    for file in sorted(ROOT.glob("chapter-0?/**/*.py")) + sorted(ROOT.glob("common/**/*.py")):
-        limit = 400 if file.name == "lora.py" or file.is_relative_to(ROOT / "common") else 300
-        lines = file.read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= limit, f"{file.relative_to(ROOT)} has {len(lines)} lines"
-        assert max(map(len, lines), default=0) <= 100, f"{file.relative_to(ROOT)} has a line over 100 columns"
