@@ -83,11 +83,12 @@ def test_incident_19_a_disk_that_fills_up_at_any_size_of_any_file(sweep, tmp_pat
         assert any(name in line for line in said), (name, said)
 
 
+@pytest.mark.parametrize("count", [4, pytest.param(14, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [disk_full, broken_disk])
-def test_incident_19_some_of_all_calls_that_change_the_disk_fail(sweep, fault):
+def test_incident_19_some_of_all_calls_that_change_the_disk_fail(sweep, fault, count):
     codes = kill.every_failure(sweep, fault, lambda calls: random.Random(7).sample(
-        range(len(calls)), 7))
-    assert codes[2] >= 4
+        range(len(calls)), count))
+    assert codes[2] > count / 2
 
 
 def without_privileges():

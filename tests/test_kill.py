@@ -40,7 +40,7 @@ def test_incident_18_a_killed_run_becomes_what_it_would_have_been(
     assert afters.total() == moments + changes
 
 
-@pytest.mark.parametrize("chapter", ["01", "02", "03"])
+@pytest.mark.parametrize("chapter", ["01", pytest.param("02", marks=pytest.mark.slow), "03"])
 def test_a_run_killed_after_its_last_checkpoint_logs_what_it_would_have(tmp_path, chapter):
     """Its last line has the evaluation's loss and the scores, its first one those before."""
     sweep = kill.Sweep(tmp_path, chapter, SCORED)

@@ -71,9 +71,8 @@ def all_flags():
 
 # --- commands ---
 
-@pytest.mark.parametrize("readme, fresh", [
-    (READMES[0], True), *((readme, False) for readme in READMES[1:]),
-    *(pytest.param(readme, True, marks=pytest.mark.slow) for readme in READMES[1:])])
+@every_readme
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bash_blocks_run(readme, fresh, tmp_path, monkeypatch):
     """Each command in a `fresh` Python; or, asking fewer questions of fewer documents, in a fork."""
     monkeypatch.setattr(prepare, "ASKED", 5)

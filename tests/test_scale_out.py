@@ -45,7 +45,8 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("chapter, more", [("01", ()), ("02", ("--method", "lora", "--rank", "4"))])
+@pytest.mark.parametrize("chapter, more", [
+    ("01", ()), pytest.param("02", ("--method", "lora", "--rank", "4"), marks=pytest.mark.slow)])
 def test_incidents_3_4_14_17_ranks_equal_one_process(tmp_path, options, chapter, more):
     """6 packs a step as 1 x 6, 2 x 3 and 3 x 2; then 3 ranks go on where 1 process stopped."""
     for ranks in (1, 2, 3):

@@ -70,7 +70,8 @@ def test_incidents_21_24_train_merge_generate(tmp_path, data, method, monkeypatc
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("method", ["dora", "delta-lora", "vera", "full"])
+@pytest.mark.parametrize("method", ["dora", "delta-lora", *(
+    pytest.param(method, marks=pytest.mark.slow) for method in ("vera", "full"))])
 def test_resume_is_bitwise(tmp_path, data, method):
     """With dropout where the method has it: 4 steps equal 2 + 2."""
     dropout = [] if method in ("delta-lora", "full") else ["--dropout", "0.2"]

@@ -1,7 +1,9 @@
 """Small random models and packs for chapter 3's tests."""
 
+import json
+
 import torch
-from helpers import load
+from helpers import ROOT, load
 
 llama = load("chapter-03/modeling_llama.py")
 lora = load("chapter-03/lora.py")
@@ -32,6 +34,14 @@ def build(base="dense", method="full", seed=0, **changes):
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def write_half(folder):
+    """The config of the tiny model with two of its four layers, in `folder`; gives the folder."""
+    config = json.loads((ROOT / "common/tiny/config.json").read_text())
+    config |= {"num_hidden_layers": 2, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def pack_of(lengths, shape=None, seed=1, vocabulary=96):

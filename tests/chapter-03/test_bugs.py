@@ -7,7 +7,7 @@ import torch
 from helpers import load
 
 bugs = load("chapter-03/profiling/bugs.py")
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="module")

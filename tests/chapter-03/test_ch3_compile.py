@@ -39,7 +39,8 @@ def varied_packs(count, shape, seed=0):
 
 
 @pytest.mark.parametrize("base, method, checkpointing, graphs", [
-    ("dense", "full", "none", 1), ("nf4", "lora", "selective", 2), ("nf4", "lora", "full", 2)])
+    ("dense", "full", "none", 1), ("nf4", "lora", "selective", 2),
+    pytest.param("nf4", "lora", "full", 2, marks=pytest.mark.slow)])
 def test_50_packs_of_varied_lengths_compile_once(base, method, checkpointing, graphs):
     model, eager = (build(base, method, num_hidden_layers=2) for _ in range(2))
     for layer in model.model.layers:
@@ -62,7 +63,8 @@ def test_50_packs_of_varied_lengths_compile_once(base, method, checkpointing, gr
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.parametrize("base, method, graphs", [("dense", "full", 2), ("nf4", "lora", 4)])
+@pytest.mark.parametrize("base, method, graphs", [
+    ("dense", "full", 2), pytest.param("nf4", "lora", 4, marks=pytest.mark.slow)])
 def test_evaluation_and_generation_beside_training(base, method, graphs):
     model = compiling.compile_model(build(base, method), backend="aot_eager")
     shape = packing.StaticShape(64, 12, 32)

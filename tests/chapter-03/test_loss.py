@@ -207,8 +207,10 @@ def test_softmax_at_once_equals_float64(dtype, scale):
             assert off < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, backend", [
+    (torch.float32, "aot_eager"),
+    pytest.param(torch.float32, "inductor", marks=[NEEDS_COMPILER, pytest.mark.slow]),
+    (torch.bfloat16, "aot_eager"), pytest.param(torch.bfloat16, "inductor", marks=NEEDS_COMPILER)])
 def test_the_softmax_compiles_once_for_any_number_of_labels(dtype, backend):
     """Inductor too: PyTorch 2.11's wrote the gradient over logits that it had yet to read."""
     torch._dynamo.reset()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ch3_models import build, pack_of
+from ch3_models import build, pack_of, write_half
 from helpers import ROOT, load
 from live_memory import LivePeak
 from torch.autograd import DeviceType
@@ -215,8 +215,8 @@ def test_quantised_base_is_told_from_the_rest():
 def test_it_leaves_what_it_says(tmp_path, capsys, quick_ceilings):
     out = tmp_path / "out"
     assert profile_step.main([
-        "--model", "tiny", "--data", "virtual", "--init", "random", "--device", "cpu", "--dtype",
-        "float32", "--batch-tokens", "256", "--out", str(out)]) == 0
+        "--model", str(write_half(tmp_path)), "--data", "virtual", "--init", "random", "--device",
+        "cpu", "--dtype", "float32", "--batch-tokens", "256", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     trace = json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))
     names = {event.get("name") for event in trace["traceEvents"]}
