@@ -75,7 +75,7 @@ def all_flags():
 @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bash_blocks_run(readme, fresh, tmp_path, monkeypatch):
     """Each command in a `fresh` Python; or, asking fewer questions of fewer documents, in a fork."""
-    monkeypatch.setattr(prepare, "ASKED", 5)
+    monkeypatch.setattr(prepare, "SCORED", 5)
     monkeypatch.setattr(prepare, "TINY_DOCUMENTS", 500)
     for path in ("chapter-01", "chapter-02", "chapter-03", "common", "tests"):
         (tmp_path / path).symlink_to(ROOT / path)
