@@ -11,7 +11,7 @@ import sys
 import pytest
 import small_runs
 from faults import forked
-from helpers import ROOT, load
+from helpers import ROOT, load, ranks_of, start_script
 
 from common import prepare, weights
 from common.data import cache, encode
@@ -89,9 +89,9 @@ def test_it_saves_at_the_next_step_boundary(
     ("data preparation", lambda: (encode, "encode"), 1),
     ("data preparation", lambda: (Chat, "finish"), 5),  # in the midst of the documents
     ("data preparation", lambda: (cache.os, "replace"), 1),  # as they are kept
-    ("before the first step", lambda: (prepare, "ask"), 1),
+    ("before the first step", lambda: (prepare, "answer_questions"), 1),
     ("saving final/", lambda: (weights, "save_weights"), 1),
-    ("after the last step", lambda: (prepare, "ask"), 2),
+    ("after the last step", lambda: (prepare, "answer_questions"), 2),
 ])
 def test_outside_of_the_steps_it_stops_and_nothing_is_lost(
         tmp_path, undisturbed, monkeypatch, name, code, phase, where, call):
@@ -164,6 +164,7 @@ def test_a_signal_from_outside_to_a_script(tmp_path, undisturbed):
 
 TWO_RANKS = """
 import os, signal, sys
+from common.errors import run_main
 from helpers import load
 train = load("chapter-01/train.py")
 real, calls = train.learning_rate, []
@@ -180,20 +181,27 @@ run_main(train.main)
 """
 
 
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_under_torchrun_all_ranks_agree_on_the_step_and_one_process_goes_on(
-        tmp_path, undisturbed):
+        tmp_path, undisturbed, torchrun):
     """Rank 1 alone gets the signal. One rank with twice the packs takes up the same documents."""
     options, _ = undisturbed
     options = [*options, "--save-every", "0", "--eval-every", "0"]
     (tmp_path / "script.py").write_text(TWO_RANKS)
     run, alone = tmp_path / "run", tmp_path / "alone"
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
-         "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "script.py"), *options, "--out",
-         str(run)], cwd=tmp_path, env=environment(tmp_path), timeout=120, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    text = process.stdout
-    assert process.returncode != 0 and text.count("after step 3, which is saved") == 1, text
+    arguments = [tmp_path / "script.py", *options, "--out", run]
+    if torchrun:
+        process = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments], cwd=tmp_path,
+            env=environment(tmp_path), timeout=120, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+        codes, text = [process.returncode], process.stdout
+    else:
+        ranks = ranks_of(2, lambda: start_script(*arguments, cwd=tmp_path))
+        codes, texts = zip(*[rank.finish() for rank in ranks])
+        text = "".join(texts)
+    assert all(codes) and text.count("after step 3, which is saved") == 1, text
     assert text.count("Traceback (most recent call last)") <= text.count("torch/distributed/run"), text
     saved = checkpoint.latest(run)
     assert saved == checkpoint.step_folder(run, 3)
