@@ -11,7 +11,7 @@ import sys
 import pytest
 import small_runs
 from faults import forked
-from helpers import ROOT, load
+from helpers import ROOT, load, ranks_of, start_script
 
 from common import prepare, weights
 from common.data import encode
@@ -182,20 +182,27 @@ run_main(train.main)
 """
 
 
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_under_torchrun_all_ranks_agree_on_the_step_and_one_process_goes_on(
-        tmp_path, undisturbed):
+        tmp_path, undisturbed, torchrun):
     """Rank 1 alone gets the signal. One rank with twice the packs takes up the same documents."""
     options, _ = undisturbed
     options = [*options, "--save-every", "0", "--eval-every", "0"]
     (tmp_path / "script.py").write_text(TWO_RANKS)
     run, alone = tmp_path / "run", tmp_path / "alone"
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
-         "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "script.py"), *options, "--out",
-         str(run)], cwd=tmp_path, env=environment(tmp_path), timeout=120, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    text = process.stdout
-    assert process.returncode != 0 and text.count("after step 3, which is saved") == 1, text
+    arguments = [tmp_path / "script.py", *options, "--out", run]
+    if torchrun:
+        process = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments], cwd=tmp_path,
+            env=environment(tmp_path), timeout=120, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+        codes, text = [process.returncode], process.stdout
+    else:
+        ranks = ranks_of(2, lambda: start_script(*arguments, cwd=tmp_path))
+        codes, texts = zip(*[rank.finish() for rank in ranks])
+        text = "".join(texts)
+    assert all(codes) and text.count("after step 3, which is saved") == 1, text
     assert text.count("Traceback (most recent call last)") <= text.count("torch/distributed/run"), text
     saved = checkpoint.latest(run)
     assert saved == checkpoint.step_folder(run, 3)
