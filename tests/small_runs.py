@@ -7,7 +7,6 @@ model has 20 thousand parameters, its documents a few words.
 import contextlib
 import functools
 import json
-import os
 import shutil
 import sys
 from unittest import mock

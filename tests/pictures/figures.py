@@ -8,7 +8,7 @@ import math
 
 import torch
 from helpers import load
-from svg import (BLUE, GREEN, GREY, INK, OLIVE, ORANGE, PINK, PURPLE, RED, TEAL, document, line,
+from svg import (BLUE, GREEN, GREY, OLIVE, ORANGE, PINK, PURPLE, RED, TEAL, document, line,
                  polygon, rectangle, text)
 
 from common import hub, predict_memory, weights
