@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from torch.nn import functional as F
 
 from common.errors import UserError
@@ -42,6 +43,12 @@ def assert_resume_is_bitwise(train, arguments, folder):
         for file in files:
             assert file.read_bytes() == (parts / name / file.name).read_bytes(), file
     assert training_lines(whole) == training_lines(parts)
+
+
+def random_documents(lengths, vocab_size=64, seed=1):
+    """Documents of these lengths, each a tensor of token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=generator) for n in lengths]
 
 
 def assert_equals_golden(model, collate, golden):

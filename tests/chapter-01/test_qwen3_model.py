@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_equals_golden
+from checks import assert_equals_golden, random_documents
 from helpers import GOLDENS, load
 from safetensors.torch import load_file
 
@@ -30,11 +30,6 @@ def small_model(seed=0, **changes):
 def pack_of(documents):
     pack = packing.packed_sequence_collate_fn([(ids, ids) for ids in documents])
     return pack, pack.pop("labels")
-
-
-def random_documents(lengths, vocab_size=64, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(vocab_size, (n,), generator=generator) for n in lengths]
 
 
 # --- transformers ---

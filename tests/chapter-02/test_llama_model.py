@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_equals_golden
+from checks import assert_equals_golden, random_documents
 from helpers import GOLDENS, ROOT, load
 from safetensors.torch import load_file
 
@@ -38,11 +38,6 @@ def small_model(seed=0, **changes):
 def pack_of(documents):
     pack = packing.packed_sequence_collate_fn([(ids, ids) for ids in documents])
     return pack, pack.pop("labels")
-
-
-def random_documents(lengths, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(64, (n,), generator=generator) for n in lengths]
 
 
 # --- transformers ---
