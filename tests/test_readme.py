@@ -120,9 +120,12 @@ def is_known(span, folder):
         return span in TESTS
     path = span.split()[0].rstrip("/")
     if path.endswith((".py", ".svg", ".diff")):
-        in_code = any(name == path or name.endswith(f"/{path}") for name in PYTHON)
+        places = sum(name.endswith(f"/{path}") for name in PYTHON)
+        # In a chapter's page a name without a folder is that chapter's file, or the only one.
+        in_code = places == 1 if "chapter-" in str(folder) else places
         flags = FLAG.findall(span)
-        return ((folder / path).exists() or (ROOT / path).exists() or in_code) and (
+        near = any((place / path).exists() for place in (folder, folder.parent, ROOT))
+        return (near or in_code) and (
             not flags or set(flags) <= all_flags())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)*", path) and " " not in span:
         exists = (folder / path).exists() or (ROOT / path).exists() or path.startswith("runs/")
