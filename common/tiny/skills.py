@@ -6,7 +6,7 @@ answer. Chapter 1 learns the BASE skills from scratch; chapters 2 and 3 adapt th
 NEW ones, which it has never seen.
 
 A word to be worked on is in quotation marks, because the tokenizer keeps such a word as
-single letters (see make_tokenizer.py): the model can only reverse what it sees letter by letter.
+single letters (see README.md): the model can only reverse what it sees letter by letter.
 """
 
 import hashlib
@@ -127,21 +127,3 @@ def record(skill, split, random):
             return {"messages": [{"role": "user", "content": prompt},
                                  {"role": "assistant", "content": answer(*arguments)}],
                     "skill": skill}
-
-
-def exact_match(records, answers):
-    """The fraction of `answers` (texts) equal to their record's, by skill, and under "all".
-
-    Spaces and newlines around an answer do not count, everything else does. Raises ValueError
-    where there is not one answer for each record.
-    """
-    if len(records) != len(answers):
-        raise ValueError(f"exact_match: {len(answers)} answers for {len(records)} records")
-    right = {}
-    for item, answer in zip(records, answers):
-        hit = item["messages"][-1]["content"] == answer.strip()
-        right.setdefault(item["skill"], []).append(hit)
-    scores = {skill: sum(hits) / len(hits) for skill, hits in right.items()}
-    if records:
-        scores["all"] = sum(map(sum, right.values())) / len(records)
-    return scores
