@@ -55,42 +55,34 @@ class Records:
     def __init__(self, paths, columns=None, rendered=False):
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         self.paths, self.columns, self.rendered = [*map(Path, paths)], columns or {}, rendered
-        self.sizes = [*map(check, self.paths)]
+        for path in self.paths:
+            if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+                raise UserError(f"{path}: not a file, or not to be read here; {KINDS}")
+            check_kind(path)
+        self.sizes = [path.stat().st_size for path in self.paths]
         self.size, self.done, self.ignored = sum(self.sizes), 0, {}
 
     def __iter__(self):
-        before, met = 0, set()  # bytes of earlier files; keys that an example had
+        before, unmet = 0, {*self.columns.values()}  # bytes of earlier files; columns to be met
+        wanted = {*self.columns.values(), *NAMES, *MEANT}
         for path, size in zip(self.paths, self.sizes):
-            nothing = True
-            for where, value, done in read(path, lambda names: self._wanted(names, path)):
-                nothing, self.done = False, before + done
+            kind, empty = check_kind(path), True
+            for where, value, done in READERS[kind](path, wanted):
+                empty, self.done = False, before + done
                 try:
-                    if self.columns and suffix(path) != ".txt" and isinstance(value, dict):
-                        met |= value.keys()
+                    if self.columns and kind != ".txt" and isinstance(value, dict):
+                        unmet -= value.keys()
                         value = self._renamed(value, where)
                     record = convert(value, where, self.ignored, self.rendered)
                 except Refused as error:
                     record = {"refused": str(error)}
                 yield {**record, "where": where}
-            if nothing:
+            if empty:
                 raise UserError(f"{path}: empty, no example in it")
             self.done = before = before + size
-        for column in {*self.columns.values()} - met:
+        for column in unmet:
             self.ignored.setdefault(f"{quoted(column)} of --columns, which no example has",
                                     str(self.paths[-1]))
-
-    def _wanted(self, names, path):
-        """Those of a file's columns that are to be read; the others are noted in `ignored`."""
-        wanted = {*self.columns.values(), *MEANT} if self.columns else {*NAMES, *MEANT}
-        formats = [self.columns.values()] if self.columns else FORMATS
-        if len({*names}) < len(names):
-            raise UserError(f"{path}: two columns of the same name: {listed(map(quoted, names))}")
-        if not any({*names} >= {*keys} for keys in formats):
-            return names  # the error about the first row names them
-        for name in names:
-            if name not in wanted:
-                self.ignored.setdefault(quoted(name), str(path))
-        return [name for name in names if name in wanted]
 
     def _renamed(self, value, where):
         for name, column in self.columns.items():
@@ -108,29 +100,11 @@ class Records:
         return renamed
 
 
-def read(path, choose=list):
-    """Yield (where, value, bytes of the file done so far) for each value in a data file.
-
-    Of a file with columns (CSV, TSV, Parquet) only those are read that `choose(names)` gives.
-    Raises UserError, at once or later.
-    """
-    path = Path(path)
-    return READERS[check_kind(path)](path, choose)
-
-
 def suffix(path):
     """The kind of a data file by its name, a key of READERS (without .gz), or None."""
     name = Path(path).name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
     return kind if kind in READERS and not name.endswith(".parquet.gz") else None
-
-
-def check(path):
-    """The size of a data file; UserError if it is not one that can be read."""
-    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        raise UserError(f"{path}: not a file, or not to be read here; {KINDS}")
-    check_kind(path)
-    return os.path.getsize(path)
 
 
 def check_kind(path):
@@ -160,8 +134,9 @@ def _opened(path):
 def _whole(path):
     """The text of a file, and its size in bytes."""
     with _opened(path) as (file, done):
-        raw = file.read(LARGEST_UNPACKED + 1 if isinstance(file, gzip.GzipFile) else -1)
-        if isinstance(file, gzip.GzipFile) and len(raw) > LARGEST_UNPACKED:
+        limit = LARGEST_UNPACKED + 1 if isinstance(file, gzip.GzipFile) else -1
+        raw = file.read(limit)
+        if len(raw) == limit:
             raise UserError(f"{path}: more than {LARGEST_UNPACKED >> 20} MiB when unpacked: gunzip "
                             "it first, or write .jsonl.gz, one JSON object a line")
         return _decode(raw, path), done()
@@ -179,7 +154,9 @@ def _lines(path):
             yield number, _decode(line, path, number), done()
 
 
-def plain_text(path, choose):
+# Each reader yields (where, value, bytes of the file done so far) for each value of a file.
+
+def plain_text(path, wanted):
     """The whole file, with \\n as line ends."""
     text, size = _whole(path)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -187,85 +164,69 @@ def plain_text(path, choose):
         yield str(path), {"text": text}, size
 
 
-def lines(path, choose):
+def lines(path, wanted):
     """The JSON value of each line that is not blank."""
     for number, line, done in _lines(path):
         text = line.rstrip()  # otherwise its end would count as another line
         if text:
-            yield f"{path}:{number}", _parse(json.loads, path, number, text), done
+            yield f"{path}:{number}", _parse(text, path, number), done
 
 
-def json_file(path, choose):
-    """A list, {"data": [...]}, or JSON lines, which many .json files really are."""
+def json_file(path, wanted):
+    """A list, {"data": [...]}, one example, or JSON lines, which many .json files really are."""
     text, size = _whole(path)
-    at = _SPACE.match(text).end()
-    if at == len(text):
-        return
-    if text[at] != "[":
-        value, end = _parse(_DECODER.raw_decode, path, 1, text, at)
-        if _SPACE.match(text, end).end() < len(text):
-            yield from lines(path, choose)
-        elif isinstance(value, dict) and isinstance(value.get("data"), list):
-            for number, item in enumerate(value["data"], 1):
-                yield f"{path}: example {number}", item, size
-        else:
-            yield str(path), value, size
-        return
-    for number in itertools.count(1):  # a list, item by item, so that it is never held whole
-        at = _SPACE.match(text, at + 1).end()
-        if number == 1 and text[at:at + 1] == "]":
-            return
-        value, at = _parse(_DECODER.raw_decode, path, 1, text, at)
-        after = _AFTER_ITEM.match(text, at)
-        if not after:
-            line = text.count("\n", 0, _SPACE.match(text, at).end()) + 1
-            raise UserError(f"{path}:{line}: not valid JSON (Expecting ',' or ']', which ends it)")
-        at = after.end() - 1
-        yield f"{path}: example {number}", value, size * at // len(text)
-        if after[1] != ",":
-            return
+    if re.match(r"\s*{.*}\s*\n\s*{", text):  # two lines, each an object: no JSON if read as one
+        yield from lines(path, wanted)
+    elif text.strip():
+        values = _parse(text, path)
+        if isinstance(values, dict) and isinstance(values.get("data"), list):
+            values = values["data"]
+        values = values if isinstance(values, list) else [values]
+        for number, value in enumerate(values, 1):
+            yield f"{path}: example {number}", value, size * number // len(values)
 
 
-def table(path, choose):
+def table(path, wanted):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
-    first, header = next(((n, line) for n, line, _ in _lines(path) if line.strip()), (0, ""))
+    source = _lines(path)
+    number, header, done = next((one for one in source if one[1].strip()), (1, "", 0))
     said = re.match("sep=(.)\\s*$", header)  # as Excel writes it
     separator = said[1] if said else "\t" if suffix(path) == ".tsv" else ","
     if separator == "," and ";" in header and "," not in header:
         separator = ";"  # Excel, in countries that write numbers with a comma
-    done, columns, line = 0, None, 1 + bool(said)
 
-    def text():
+    def text():  # an old Mac's lines end in \r only: `io` takes them apart
         nonlocal done
-        for number, text_line, done in _lines(path):
-            if not (said and number == first):
-                yield from io.StringIO(text_line, newline="")  # an old Mac's lines end in \r only
+        if not said:
+            yield from io.StringIO(header, newline="")
+        for _, line, done in source:
+            yield from io.StringIO(line, newline="")
 
     csv.field_size_limit(LONGEST_LINE)
     rows = csv.reader(text(), delimiter=separator, strict=True)
+    before, columns = number - (not said), None  # lines that `rows` does not see
+    line = before + 1
     try:
         for row in rows:
             if row and columns is None:
                 columns = [name.strip() for name in row]
                 while columns and not columns[-1]:  # empty columns of a spreadsheet
                     columns.pop()
-                wanted = choose(columns)
+                _check_names(columns, path)
             elif row:
-                while len(row) > len(columns) and not row[-1]:
-                    row.pop()
-                if len(row) != len(columns):
+                if len(row) < len(columns) or any(row[len(columns):]):
                     raise UserError(f"{path}:{line}: {len(row)} cells, and {len(columns)} columns; "
                                     f"is a cell with {separator!r} in it not in double quotes?")
-                cells = zip(columns, row)
-                yield f"{path}:{line}", {name: one for name, one in cells if name in wanted}, done
-            line = rows.line_num + 1 + bool(said)  # a row may go on to further lines
+                yield f"{path}:{line}", dict(zip(columns, row)), done
+            line = before + rows.line_num + 1  # a row may go on to further lines
     except csv.Error as error:
         raise UserError(f"{path}:{line}: not valid CSV ({one_line(error)}); is a quotation mark "
                         "left open, or one within a cell not doubled?") from None
 
 
-def parquet(path, choose):
-    """The rows of a Parquet file, as JSON would have them."""
+def parquet(path, wanted):
+    """The rows of a Parquet file, as JSON would have them; of columns that are not `wanted`, which
+    may hold pictures, only the names."""
     import pyarrow.parquet
 
     number = 0
@@ -274,21 +235,18 @@ def parquet(path, choose):
         # Read in pieces, by this thread alone, so that a whole row group is never in memory.
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False,
                                          page_checksum_verification=True) as file:
-            rows = max(1, file.metadata.num_rows)
-            wanted = choose(file.schema_arrow.names)
-            for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
+            rows, names = max(1, file.metadata.num_rows), file.schema_arrow.names
+            _check_names(names, path)
+            read = [name for name in names if name in wanted]
+            for batch in file.iter_batches(ROWS, columns=read, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
+                    row = {name: row.get(name, "(not read)") for name in names}
                     row = json.loads(json.dumps(row, default=_as_text, ensure_ascii=False))
                     yield f"{path}: row {number}", row, min(size, size * number // rows)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         place = f"{path}: row {number + 1} or after" if number else path
         raise UserError(f"{place}: not readable as Parquet, damaged? ({one_line(error)})") from None
-
-
-def _as_text(value):
-    """As text, what JSON cannot express: dates, decimals, bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 # By suffix; if the same data is there with several, the first counts.
@@ -297,9 +255,16 @@ READERS = {".jsonl": lines, ".json": json_file, ".csv": table, ".tsv": table, ".
 KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also with .gz); convert "
          "others to .jsonl, one JSON object a line (a spreadsheet: save it as CSV UTF-8; a data "
          'set in Arrow files: ds.to_json("x.jsonl") or ds.to_parquet("x.parquet"))')
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\r\n]*")
-_AFTER_ITEM = re.compile(r"[ \t\r\n]*(,|\][ \t\r\n]*\Z)")
+
+
+def _as_text(value):
+    """As text, what JSON cannot express: dates, decimals, bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _check_names(names, path):
+    if len({*names}) < len(names):
+        raise UserError(f"{path}: two columns of the same name: {listed(map(quoted, names))}")
 
 
 def _decode(raw, path, number=1):
@@ -311,12 +276,12 @@ def _decode(raw, path, number=1):
         raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
 
 
-def _parse(function, path, line, text, *at):
-    """`function(text, *at)`, a JSON parser, its errors with their line; `text` begins at `line`."""
+def _parse(text, path, line=1):
+    """The value of a JSON text that begins at a line of a file."""
     try:
-        return function(text, *at)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         why, line = f"{error.msg} at column {error.colno}", line + error.lineno - 1
     except (ValueError, RecursionError) as error:  # a number or nesting beyond Python's limits
-        why, line = one_line(error), line + text.count("\n", 0, *at or (0,))
+        why = one_line(error)
     raise UserError(f"{path}:{line}: not valid JSON ({why})")
