@@ -191,7 +191,7 @@ def test_data_files_and_folders(tmp_path, monkeypatch, answer):
          "d/README.txt")
     assert chosen("d/c.TXT") == (["d/c.TXT"], [])
     assert chosen("d") == (["d/a.json", "d/b.jsonl", "d/e.csv.gz"],
-                           ["data: d: 3 files (also there: c.TXT, sub/)"])
+                           ["data: d: 3 files (also there: c.TXT, sub/x.json)"])
     assert chosen(["d/c.TXT", "d/a.json"]) == (["d/c.TXT", "d/a.json"], [])
     assert chosen(tmp_path / "d" / "a.json") == ([str(tmp_path / "d/a.json")], [])
     assert chosen("d:a.json") == (["d/a.json"], [])
@@ -205,7 +205,8 @@ def test_a_folder_whose_files_lie_in_subfolders(tmp_path, monkeypatch, answer):
          "d/dataset_dict.json")
     assert chosen("d") == (["d/a/b.json", "d/a/deep/c.json", "d/z/b.json"], [])
     fill(tmp_path, "d/top.json")
-    assert chosen("d") == (["d/top.json"], ["data: d: top.json (also there: a/, z/)"])
+    assert chosen("d") == (
+        ["d/top.json"], ["data: d: top.json (also there: a/b.json, a/deep/c.json, z/b.json)"])
     assert chosen("d:a") == (["d/a/b.json", "d/a/deep/c.json"],
                              ["data: d: 2 files (also there: top, z/b)"])
     (tmp_path / "d/top.json").rename(tmp_path / "d:top.json")
@@ -219,11 +220,11 @@ def test_a_folder_with_train_and_test_files_trains_on_train_and_says_so(
          "e/dev/1.json")
     assert chosen("d") == (["d/train.jsonl"], ["data: d: train.jsonl (also there: test)"])
     assert chosen("d:test", flag="--eval-data") == (
-        ["d/test.jsonl"], ["eval-data: d: test, 1 file (also there: train)"])
+        ["d/test.jsonl"], ["eval-data: d: test.jsonl (also there: train)"])
     assert chosen("e/") == (["e/train/1.json", "e/train/2.json"],
                             ["data: e/: train, 2 files (also there: dev)"])
     assert chosen(["d", "d:test"], flag="--x")[1] == ["x: d: train.jsonl (also there: test)",
-                                                      "x: d: test, 1 file (also there: train)"]
+                                                      "x: d: test.jsonl (also there: train)"]
     hub.resolve_data("d")
     assert capsys.readouterr().out == "data: d: train.jsonl (also there: test)\n"
 
@@ -326,7 +327,7 @@ def test_a_part_of_a_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
 
 def test_a_named_file_of_a_data_set(tmp_path, answer):
     answer.value = str(tmp_path / "x.json")
-    assert chosen("a/b:data/x.json") == ([str(tmp_path / "x.json")], ["data: a/b: data/x.json"])
+    assert chosen("a/b:data/x.json") == ([str(tmp_path / "x.json")], [])
     assert answer.calls == [(("a/b", "data/x.json"), {"repo_type": "dataset"})]
     answer.value = http(getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError), 404)
     with refused("a/b has no file x.json", constants.ENDPOINT + "/datasets/a/b/tree/main"):
@@ -360,26 +361,25 @@ def test_without_pyarrow_nothing_is_downloaded(monkeypatch, answer, name):
     (["data/part-0.jsonl", "data/part-1.jsonl", ".x/a.json"], "",
      ["data/part-0.jsonl", "data/part-1.jsonl"], "default, 2 files"),
     (["data.json", "test.json"], "default", ["data.json"],
-     "default, 1 file (also there: test)"),
+     "data.json (also there: test)"),
     (ULTRACHAT, "train_sft", ULTRACHAT[5:],
      "train_sft, 3 files (also there: test_gen, test_sft, train_gen)"),
     (ULTRACHAT, "data/test_sft", ULTRACHAT[1:2],
-     "test_sft, 1 file (also there: test_gen, train_gen, train_sft)"),
-    (ULTRACHAT, ULTRACHAT[0], ULTRACHAT[:1], ULTRACHAT[0]),
+     f"{ULTRACHAT[1]} (also there: test_gen, train_gen, train_sft)"),
     (GSM8K, "main", GSM8K[1:2],
-     "main/train, 1 file (also there: main/test, socratic/test, socratic/train)"),
+     f"{GSM8K[1]} (also there: main/test, socratic/test, socratic/train)"),
     (GSM8K, "main/train", GSM8K[1:2],
-     "main/train, 1 file (also there: main/test, socratic/test, socratic/train)"),
+     f"{GSM8K[1]} (also there: main/test, socratic/test, socratic/train)"),
     (GSM8K, "socratic/test", GSM8K[2:3],
-     "socratic/test, 1 file (also there: main/test, main/train, socratic/train)"),
-    (GSM8K[:2], "train", GSM8K[1:2], "main/train, 1 file (also there: main/test)"),
+     f"{GSM8K[2]} (also there: main/test, main/train, socratic/train)"),
+    (GSM8K[:2], "train", GSM8K[1:2], f"{GSM8K[1]} (also there: main/test)"),
     (GSM8K[:2], "", GSM8K[1:2], "main/train-00000-of-00001.parquet (also there: main/test)"),
     (C4, "en", C4[:2], "en/c4-train, 2 files (also there: "
      "en.noblocklist/c4-train, en.noblocklist/c4-validation, en/c4-validation)"),
     (SMOLTALK, "all", SMOLTALK[1:2],
-     "all/train, 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+     f"{SMOLTALK[1]} (also there: all/test, apigen-80k/test, apigen-80k/train)"),
     (SMOLTALK, "data/all/", SMOLTALK[1:2],
-     "all/train, 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+     f"{SMOLTALK[1]} (also there: all/test, apigen-80k/test, apigen-80k/train)"),
     (["train/en.json", "test/en.json"], "", ["train/en.json"],
      "train/en.json (also there: test/en)"),
     (["train-1.json", "train-2.json"], "", ["train-1.json", "train-2.json"], "train, 2 files"),
