@@ -59,40 +59,40 @@ def resolve_data(name, flag="--data"):
     """
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]
-    text = str(name)
-    path = Path(os.path.expanduser(text))
-    if os.path.exists(path) and not os.path.isdir(path):
-        readers.check_kind(path)
+    path, part = _local(str(name))
+    if os.path.isdir(path):
+        return [path / file for file in splits.choose(_files_below(path), part, path, flag)]
+    if os.path.exists(path):
         return [path]
-    place, _, part = (text, "", "") if os.path.isdir(path) else text.partition(":")
-    folder = Path(os.path.expanduser(place))
-    if os.path.isdir(folder):
-        if not os.access(folder, os.R_OK):
-            raise UserError(f"{folder}: cannot be read (no permission)")
-        chosen = splits.choose(_files_below(folder), part, place, flag)
-        return [folder / file for file in chosen]
-    if not _HUB_ID.fullmatch(place) or readers.suffix(path) and not part:
+    repo, _, part = str(name).partition(":")
+    if not _HUB_ID.fullmatch(repo) or readers.suffix(path) and not part:
         near = _similar(path, ("tiny", "virtual"))
-        raise UserError(f"{flag} {text}: no such file or folder{near}; a data set on the Hub is "
+        raise UserError(f"{flag} {name}: no such file or folder{near}; a data set on the Hub is "
                         "owner/name or owner/name:split")
     paths = []
-    for file in _choose(place, part, flag):
+    for file in [part] if readers.suffix(part) else _choose(repo, part, flag):
         readers.check_kind(file)
-        with _plain_words(place, "dataset", file):
-            paths.append(Path(huggingface_hub.hf_hub_download(place, file, repo_type="dataset")))
+        with _plain_words(repo, "dataset", file):
+            paths.append(Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")))
     return paths
 
 
 def whole_name(name):
     """A local file or folder, with or without `:split`, as an absolute path; other names, and those
     with a meaning of their own (`tiny`, `virtual`...), unchanged."""
-    path = os.path.expanduser(name)
-    if name in ("auto", "tiny", "virtual", *ARCHITECTURES):
+    path, part = _local(name)
+    if name in ("auto", "tiny", "virtual", *ARCHITECTURES) or not os.path.exists(path):
         return name
-    if os.path.exists(path):
-        return os.path.abspath(path)
-    folder, colon, part = path.partition(":")
-    return os.path.abspath(folder) + colon + part if colon and os.path.isdir(folder) else name
+    return os.path.abspath(path) + (f":{part}" if part else "")
+
+
+def _local(name):
+    """A name as a path and ""; or, if that is not there, `folder:part` as the folder and the part."""
+    path = os.path.expanduser(name)
+    folder, _, part = path.partition(":")
+    if not os.path.exists(path) and os.path.isdir(folder):
+        return Path(folder), part
+    return Path(path), ""
 
 
 def _similar(path, names=()):
@@ -108,11 +108,11 @@ def _files_below(folder):
 
 
 def _choose(repo, part, flag):
-    """The files of a data set on the Hub that `part` stands for."""
-    offline, names = None, [part] if readers.suffix(part) else []
+    """The files of a data set on the Hub that `part`, which is not one of them, stands for."""
+    offline = None
     try:
         with _plain_words(repo, "dataset"):
-            names = names or huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
+            names = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
     except UserError as error:
         offline = error
         try:  # what an earlier run has left in the Hub's cache

@@ -37,7 +37,6 @@ def choose(names, part, place, flag, page=None):
     more than one thing.
     """
     if part in names:
-        readers.check_kind(part)
         return [part]
     data = sorted(filter(is_data, names))
     groups = _groups([name for name in data if part or page or "/" not in name] or data)
