@@ -5,7 +5,6 @@ pyarrow is installed. Any bytes in a file give values or a UserError that names 
 line. What an example may look like is in `formats.py`.
 """
 
-import contextlib
 import csv
 import gzip
 import importlib.util
@@ -21,8 +20,7 @@ from common.data.formats import FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, convert,
 from common.data.template import Refused
 from common.errors import UserError, listed, nearest, one_line
 
-LONGEST_LINE = 2**28  # bytes
-LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can unpack to a lot
+LONGEST_LINE = 2**30  # bytes
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
@@ -117,13 +115,22 @@ def check_kind(path):
     return kind
 
 
-@contextlib.contextmanager
-def _opened(path):
-    """A file to read from, unpacked, and a function that tells how many of its bytes are read."""
+def _lines(path):
+    """The number of each line of a file, its text with its end, and the bytes done."""
     try:
         with open(path, "rb") as file:
-            packed = path.name.lower().endswith(".gz")
-            yield gzip.GzipFile(fileobj=file) if packed else file, file.tell
+            unpacked = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
+            for number in itertools.count(1):
+                line = unpacked.readline(LONGEST_LINE)
+                if not line:
+                    return
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} "
+                                    "MiB; give .jsonl, one JSON object a line")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8"), file.tell()
+    except UnicodeDecodeError as error:
+        wrong = error.object[error.start]
+        raise UserError(f"{path}:{number}: not UTF-8 text (byte 0x{wrong:02x})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({one_line(error)}): copy or download it "
                         "again") from None
@@ -131,37 +138,17 @@ def _opened(path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _whole(path):
-    """The text of a file, and its size in bytes."""
-    with _opened(path) as (file, done):
-        limit = LARGEST_UNPACKED + 1 if isinstance(file, gzip.GzipFile) else -1
-        raw = file.read(limit)
-        if len(raw) == limit:
-            raise UserError(f"{path}: more than {LARGEST_UNPACKED >> 20} MiB when unpacked: gunzip "
-                            "it first, or write .jsonl.gz, one JSON object a line")
-        return _decode(raw, path), done()
-
-
-def _lines(path):
-    """The number of each line, its text with its end, and the bytes done."""
-    with _opened(path) as (file, done):
-        for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE)
-            if not line:
-                return
-            if len(line) == LONGEST_LINE:
-                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB")
-            yield number, _decode(line, path, number), done()
+def _text(path):
+    return "".join(line for _, line, _ in _lines(path))
 
 
 # Each reader yields (where, value, bytes of the file done so far) for each value of a file.
 
 def plain_text(path, wanted):
     """The whole file, with \\n as line ends."""
-    text, size = _whole(path)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _text(path).replace("\r\n", "\n").replace("\r", "\n")
     if text.strip():
-        yield str(path), {"text": text}, size
+        yield str(path), {"text": text}, path.stat().st_size
 
 
 def lines(path, wanted):
@@ -174,7 +161,7 @@ def lines(path, wanted):
 
 def json_file(path, wanted):
     """A list, {"data": [...]}, one example, or JSON lines, which many .json files really are."""
-    text, size = _whole(path)
+    text, size = _text(path), path.stat().st_size
     if re.match(r"\s*{.*}\s*\n\s*{", text):  # two lines, each an object: no JSON if read as one
         yield from lines(path, wanted)
     elif text.strip():
@@ -242,7 +229,9 @@ def parquet(path, wanted):
                 for row in batch.to_pylist():
                     number += 1
                     row = {name: row.get(name, "(not read)") for name in names}
-                    row = json.loads(json.dumps(row, default=_as_text, ensure_ascii=False))
+                    # What JSON cannot express (dates, decimals, bytes) becomes text.
+                    row = json.loads(json.dumps(row, ensure_ascii=False, default=lambda one: (
+                        one.decode() if isinstance(one, bytes) else str(one))))
                     yield f"{path}: row {number}", row, min(size, size * number // rows)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         place = f"{path}: row {number + 1} or after" if number else path
@@ -257,23 +246,9 @@ KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also wit
          'set in Arrow files: ds.to_json("x.jsonl") or ds.to_parquet("x.parquet"))')
 
 
-def _as_text(value):
-    """As text, what JSON cannot express: dates, decimals, bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
 def _check_names(names, path):
     if len({*names}) < len(names):
         raise UserError(f"{path}: two columns of the same name: {listed(map(quoted, names))}")
-
-
-def _decode(raw, path, number=1):
-    """UTF-8 bytes as text, without a byte order mark; `number` is that of their first line."""
-    try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = number + raw.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
 
 
 def _parse(text, path, line=1):
