@@ -8,7 +8,6 @@ line. What an example may look like is in `formats.py`.
 import csv
 import gzip
 import importlib.util
-import io
 import itertools
 import json
 import os
@@ -175,24 +174,19 @@ def json_file(path, wanted):
 
 def table(path, wanted):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
-    source = _lines(path)
-    number, header, done = next((one for one in source if one[1].strip()), (1, "", 0))
-    said = re.match("sep=(.)\\s*$", header)  # as Excel writes it
-    separator = said[1] if said else "\t" if suffix(path) == ".tsv" else ","
-    if separator == "," and ";" in header and "," not in header:
-        separator = ";"  # Excel, in countries that write numbers with a comma
+    header = next((line for _, line, _ in _lines(path) if line.strip()), "")
+    # Excel writes semicolons in countries that write numbers with a comma.
+    comma = ";" if ";" in header and "," not in header else ","
+    separator = "\t" if suffix(path) == ".tsv" else comma
 
-    def text():  # an old Mac's lines end in \r only: `io` takes them apart
+    def text():
         nonlocal done
-        if not said:
-            yield from io.StringIO(header, newline="")
-        for _, line, done in source:
-            yield from io.StringIO(line, newline="")
+        for _, line, done in _lines(path):
+            yield line
 
     csv.field_size_limit(LONGEST_LINE)
     rows = csv.reader(text(), delimiter=separator, strict=True)
-    before, columns = number - (not said), None  # lines that `rows` does not see
-    line = before + 1
+    columns, line, done = None, 1, 0
     try:
         for row in rows:
             if row and columns is None:
@@ -205,7 +199,7 @@ def table(path, wanted):
                     raise UserError(f"{path}:{line}: {len(row)} cells, and {len(columns)} columns; "
                                     f"is a cell with {separator!r} in it not in double quotes?")
                 yield f"{path}:{line}", dict(zip(columns, row)), done
-            line = before + rows.line_num + 1  # a row may go on to further lines
+            line = rows.line_num + 1  # a row may go on to further lines
     except csv.Error as error:
         raise UserError(f"{path}:{line}: not valid CSV ({one_line(error)}); is a quotation mark "
                         "left open, or one within a cell not doubled?") from None
