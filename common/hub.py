@@ -1,8 +1,4 @@
-"""Names to local files: built-in architectures, folders, and the Hugging Face Hub.
-
-Downloads go through huggingface_hub, with its cache and its progress bars. An error is one line
-that says what to do next.
-"""
+"""Names to local files: built-in architectures, folders, and the Hugging Face Hub."""
 
 import errno
 import os
@@ -87,7 +83,7 @@ def whole_name(name):
 
 
 def _local(name):
-    """A name as a path and ""; or, if that is not there, `folder:part` as the folder and the part."""
+    """(path, part) of a name, the part being what follows the colon of an existing folder's."""
     path = os.path.expanduser(name)
     folder, _, part = path.partition(":")
     if not os.path.exists(path) and os.path.isdir(folder):
@@ -144,7 +140,6 @@ def _plain_words(repo, kind, file=None):
         f"in the Hub's cache, and {offline} {again}",
         EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
         HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
-        PermissionError: f"{repo}: cannot write the Hub's cache: set HF_HOME",
         # A failed connection: huggingface_hub's HTTP library, not the same one in each of its major
         # versions, has errors of its own; its download helper hf_xet raises RuntimeError.
         (*HfHubHTTPError.__bases__, OSError, RuntimeError): "the Hub, or the way there, failed for "
@@ -153,8 +148,8 @@ def _plain_words(repo, kind, file=None):
         yield
     except Exception as error:
         found = [text for kinds, text in words.items() if isinstance(error, kinds)]
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            found = [f"no disk space for {repo} in {constants.HF_HUB_CACHE}: make room, or set "
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            found = [f"cannot write {repo} to {constants.HF_HUB_CACHE}: make room there, or set "
                      "HF_HOME to another disk"]
         if not found:
             raise

@@ -98,11 +98,6 @@ NEW = {
 SKILLS = {"base": BASE, "new": NEW, "all": {**BASE, **NEW}}
 
 
-def split_of(prompt):
-    """"train" or "eval", decided by the prompt's hash: about one in eight is for "eval"."""
-    return "eval" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
-
-
 def records(name, split, count, seed=0):
     """`count` records of the skills `name`, each skill in turn, determined by the seed.
 
@@ -118,12 +113,14 @@ def records(name, split, count, seed=0):
 
 
 def record(skill, split, random):
-    """One record of `skill`, drawn again until its prompt belongs to `split`."""
+    """One record of `skill`, drawn again until its prompt belongs to `split`, as its hash decides:
+    about one in eight is for "eval"."""
     kind, answer, phrases = SKILLS["all"][skill]
     while True:
         arguments = DRAWS[kind](random)
         prompt = random.choice(phrases).format(*arguments)
-        if split_of(prompt) == split:
+        held_out = hashlib.sha256(prompt.encode()).digest()[0] < 32
+        if held_out == (split == "eval"):
             return {"messages": [{"role": "user", "content": prompt},
                                  {"role": "assistant", "content": answer(*arguments)}],
                     "skill": skill}

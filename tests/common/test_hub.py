@@ -123,7 +123,7 @@ TRANSPORT = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library in use
     (TRANSPORT("timed\nout"), False, ["failed for a/b", "timed out", TINY]),
     (ConnectionResetError(104, "reset"), False, ["failed for a/b", "reset", TINY]),
     (RuntimeError("Data processing error"), False, ["failed for a/b", "Data processing", TINY]),
-    (OSError(errno.ENOSPC, "No space left"), False, ["no disk space", "HF_HOME"]),
+    (OSError(errno.ENOSPC, "No space left"), False, ["cannot write", "No space left", "HF_HOME"]),
     (PermissionError(13, "denied"), False, ["cannot write", "denied", "HF_HOME"]),
 ])
 def test_each_refusal_is_one_line_with_the_next_step(monkeypatch, answer, error, offline, parts):
