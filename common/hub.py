@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
-    OfflineModeIsEnabled, RepositoryNotFoundError)
+    RepositoryNotFoundError)
 
 from common.data import readers, splits
 from common.errors import UserError, nearest, one_line
@@ -22,6 +22,7 @@ ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
 # there is one list for all. It leaves out pickled weights and Llama's original/*.pth.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -129,26 +130,25 @@ def _plain_words(repo, kind, file=None):
     script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
     data = " --data tiny" if script.endswith("train.py ") else ""
     again = f"try again, or, to do without the Hub: {script}--model tiny{data}"
-    offline = ("HF_HUB_OFFLINE is set: unset it and" if constants.HF_HUB_OFFLINE else
-               "there is no connection to the Hub:")
+    offline = "HF_HUB_OFFLINE is set: unset it, or " if constants.HF_HUB_OFFLINE else ""
+    failed = (f"{repo} is no folder here, nor complete in the Hub's cache, and the Hub, or the way "
+              f"there, failed: {offline}{again} (what has been downloaded is kept)")
     words = {  # the first match counts: a gated repository, say, is also a kind of missing one
         GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
         f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami`: who you are)",
         RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the Hub"
         f"{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN",
-        (LocalEntryNotFoundError, OfflineModeIsEnabled): f"{repo} is no folder here, nor complete "
-        f"in the Hub's cache, and {offline} {again}",
+        LocalEntryNotFoundError: failed,
         EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
         HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
         # A failed connection: huggingface_hub's HTTP library, not the same one in each of its major
         # versions, has errors of its own; its download helper hf_xet raises RuntimeError.
-        (*HfHubHTTPError.__bases__, OSError, RuntimeError): "the Hub, or the way there, failed for "
-        f"{repo}: {again} (what has been downloaded is kept)"}
+        (*HfHubHTTPError.__bases__, OSError, RuntimeError): failed}
     try:
         yield
     except Exception as error:
         found = [text for kinds, text in words.items() if isinstance(error, kinds)]
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             found = [f"cannot write {repo} to {constants.HF_HUB_CACHE}: make room there, or set "
                      "HF_HOME to another disk"]
         if not found:

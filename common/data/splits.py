@@ -18,11 +18,12 @@ from common.ranks import say
 
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
             "license.txt", "readme.txt", "requirements.txt")
-HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "heldout", "held"}
 
 _SUFFIX = re.compile(r"\.\w+(\.gz)?$", re.IGNORECASE)
 _SHARD = re.compile(r"(?:^|(?<=/)|[-._])(\d+)-of-(\d+)[^/]*$")
 _NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
+_PURPOSE = re.compile("(?<![a-z])(train|(?:test|val|valid|validation|dev|eval|held|heldout)"
+                      "(?![a-z]))")
 _SAYS_NOTHING = re.compile(r"(part|shard|data|file|chunk)?[-_.]?\d*", re.IGNORECASE)
 _NO_PART_OF_IT = re.compile(r"^((data|default)?/)*")  # folders whose names say nothing either
 
@@ -103,21 +104,13 @@ def _labels(groups, part, local, place, flag):
     if not found:
         near = nearest(part, [*groups, *sum(groups.values(), [])])
         raise several([*groups], f"{place} has no {part!r}{near}; ")
-    train, held_out = ([one for one in found if _purpose(one) == purpose]
-                       for purpose in ("train", "held out"))
+    says = {one: (_PURPOSE.findall(one.lower()) or [""])[-1] for one in found}
+    train = [one for one in found if says[one] == "train"]
+    held_out = [one for one in found if says[one] not in ("", "train")]
     wanted = held_out if flag == "--eval-data" and held_out else train
-    unmarked = [one for one in found if one not in held_out]
+    unmarked = [one for one in found if not says[one]]
     if local and not wanted and unmarked:
         return unmarked
     if len(wanted or found) > 1:
         raise several(wanted or found)
     return wanted or found
-
-
-def _purpose(label):
-    """"train" or "held out", by the last word of a label that says either; else None."""
-    for word in re.findall("[a-z]+", label.lower())[::-1]:
-        if word.startswith("train"):
-            return "train"
-        if word in HELD_OUT:
-            return "held out"
