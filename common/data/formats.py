@@ -51,7 +51,7 @@ def convert(value, where, ignored, rendered=False):
     if not _trains(value, "an example", where):
         raise Refused("its weight is 0")
     if keys == ("text",):
-        record = {"text": _text(value, "text", where), **({"rendered": True} if rendered else {})}
+        record = {"text": _take(value, "text", str, where), **({"rendered": True} if rendered else {})}
     elif _truth(value.get("label")) is not None and "'label'" not in ignored:
         raise UserError(f"{where}: 'label' says which answers are good (KTO's format); "
                         f"{POST_TRAINING}. If it means something else, rename or remove it")
@@ -108,19 +108,19 @@ def _truth(value):
 
 def _messages(value, keys, where, ignored):
     """The messages of an example: from one list, or from a question and its answer."""
-    system = _text(value, "system", where)
+    system = _take(value, "system", str, where)
     parts = [[{"role": "system", "content": system}] if system.strip() else []]
     for key, role in zip(keys, ("user", "assistant")):
         if len(keys) == 1 or isinstance(value[key], list):
             parts.append(_conversation(value, key, where, ignored))
         else:
-            more = _text(value, "input", where) if role == "user" else ""
-            text = _text(value, key, where) + ("\n\n" + more if more.strip() else "")
+            more = _take(value, "input", str, where) if role == "user" else ""
+            text = _take(value, key, str, where) + ("\n\n" + more if more.strip() else "")
             parts.append([{"role": role, "content": text}])
     systems = [part.pop(0) for part in parts if part and part[0]["role"] == "system"]
     if len({one["content"].strip() for one in systems}) > 1:
         raise Refused("its system texts differ")
-    history = _must_be(list, _parsed(value, "history", where) or [], "history", where)
+    history = _take(value, "history", list, where)
     if not all(isinstance(one, list) and [*map(type, one)] == [str, str] for one in history):
         raise UserError(f"{where}: history must be a list of [question, answer] pairs of texts")
     if len(keys) == 1 and history:
@@ -140,7 +140,7 @@ def _conversation(value, key, where, ignored):
     """The messages of a list of turns, in either spelling; a tool call that is a turn of its own
     joins the assistant's turn before it, if there is one."""
     messages = []
-    for turn in _must_be(list, _parsed(value, key, where), key, where):
+    for turn in _take(value, key, list, where):
         message = _message(turn, where, ignored)
         before = messages[-1] if messages else {"role": None}
         if message["role"] == CALLER:
@@ -157,14 +157,13 @@ def _message(turn, where, ignored):
     turn = _present(turn, "a turn", where)
     weights = [key for key in WEIGHTS if key in turn]
     trains = _trains(turn, "a turn", where)
-    name, content = turn.pop("from", None), turn.pop("value", None)
-    name, content = turn.pop("role", name), turn.pop("content", content)
+    name = turn.pop("from", None)
+    name = turn.pop("role", name)
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise UserError(f"{where}: role {quoted(name)} is none of {', '.join(ROLES)}")
-    content = _content(content, where)
-    calls = _must_be(list, _parsed(turn, "tool_calls", where) or [], "tool_calls", where)
-    legacy = _parsed(turn, "function_call", where)
+    content, calls = _content(turn, where), _take(turn, "tool_calls", list, where)
+    legacy = _take(turn, "function_call", dict, where)
     if role == CALLER:
         called = _json(content, Refused("a turn that calls a function and is not JSON"))
         calls, content = called if isinstance(called, list) else [called], ""
@@ -183,13 +182,15 @@ def _message(turn, where, ignored):
     return message
 
 
-def _content(content, where):
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return _text({"content": content}, "content", where)
-    kinds = {str(part.get("type") or "text") for part in content} - {"text"}
+def _content(turn, where):
+    value = turn.pop("value", None)
+    parts = turn.pop("content", value)
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return _take({"content": parts}, "content", str, where)
+    kinds = {str(part.get("type") or "text") for part in parts} - {"text"}
     if kinds:
         raise UserError(f"{where}: content of type {one_line(sorted(kinds))}; only text is read")
-    return "".join(_text(dict(part), "text", where) for part in content)
+    return "".join(_take(dict(part), "text", str, where) for part in parts)
 
 
 def _call(call, schemas):
@@ -218,8 +219,7 @@ def _call(call, schemas):
 
 def _tools(value, where):
     """The tools of an example, each {"type": "function", "function": {...}}."""
-    tools = _parsed(value, "tools", where) or _parsed(value, "functions", where) or []
-    tools = _must_be(list, tools, "tools", where)
+    tools = _take(value, "tools", list, where) or _take(value, "functions", list, where)
     tools = [_without_nulls(_must_be(dict, tool, "a tool", where), {}) for tool in tools]
     return [tool if "function" in tool or "name" not in tool else
             {"type": "function", "function": tool} for tool in tools]
@@ -252,11 +252,13 @@ def _present(value, what, where):
             if one is not None and one == one}
 
 
-def _parsed(value, key, where):
-    """The value of a key, taken out, and decoded if it is JSON within a string, as in some files."""
+def _take(value, key, kind, where):
+    """The value of a key, taken out, of a type; lists and objects may also be JSON in a text."""
     found = value.pop(key, None)
-    return found if not isinstance(found, str) or not found else _json(found, UserError(
-        f"{where}: {key} is text, and that is not valid JSON; json.dumps writes it as it must be"))
+    if kind is not str and isinstance(found, str) and found:
+        found = _json(found, UserError(f"{where}: {key} is text, and that is not valid JSON; "
+                                       "json.dumps writes it as it must be"))
+    return kind() if found in (None, "") else _must_be(kind, found, repr(key), where)
 
 
 def _json(text, error):
@@ -265,9 +267,3 @@ def _json(text, error):
         return json.loads(text)
     except (ValueError, RecursionError):
         raise error from None
-
-
-def _text(value, key, where):
-    """The text of a key, taken out; "" if it is not there."""
-    found = value.pop(key, None)
-    return "" if found is None else _must_be(str, found, repr(key), where)
