@@ -56,13 +56,13 @@ class Records:
             if not (os.path.isfile(path) and os.access(path, os.R_OK)):
                 raise UserError(f"{path}: not a file, or not to be read here; {KINDS}")
             check_kind(path)
-        self.sizes = [path.stat().st_size for path in self.paths]
-        self.size, self.done, self.ignored = sum(self.sizes), 0, {}
+        self.size = sum(path.stat().st_size for path in self.paths)
+        self.done, self.ignored = 0, {}
 
     def __iter__(self):
         before, unmet = 0, {*self.columns.values()}  # bytes of earlier files; columns to be met
         wanted = {*self.columns.values(), *NAMES, *MEANT}
-        for path, size in zip(self.paths, self.sizes):
+        for path in self.paths:
             kind, empty = check_kind(path), True
             for where, value, done in READERS[kind](path, wanted):
                 empty, self.done = False, before + done
@@ -76,7 +76,7 @@ class Records:
                 yield {**record, "where": where}
             if empty:
                 raise UserError(f"{path}: empty, no example in it")
-            self.done = before = before + size
+            self.done = before = before + path.stat().st_size
         for column in unmet:
             self.ignored.setdefault(f"{quoted(column)} of --columns, which no example has",
                                     str(self.paths[-1]))

@@ -93,17 +93,10 @@ def _groups(data):
 def _labels(groups, part, local, place, flag):
     """The labels that `part` means: a label or the end of just one, or, for a folder, its labels to
     train on (for --eval-data: to hold out)."""
-    def several(labels, why=""):
-        return UserError(f"{why}{place} holds {listed(labels)}: name one, as in {flag} "
-                         f"{place}:{labels[0]}")
-
     path = _NO_PART_OF_IT.sub("", part.rstrip("/") + "/").rstrip("/")
     found = ([one for one in groups if one in (part, path)]
              or [one for one in groups if one.rpartition("/")[2] == path]
              or [one for one in groups if not path or one.startswith(path + "/")])
-    if not found:
-        near = nearest(part, [*groups, *sum(groups.values(), [])])
-        raise several([*groups], f"{place} has no {part!r}{near}; ")
     says = {one: (_PURPOSE.findall(one.lower()) or [""])[-1] for one in found}
     train = [one for one in found if says[one] == "train"]
     held_out = [one for one in found if says[one] not in ("", "train")]
@@ -111,6 +104,11 @@ def _labels(groups, part, local, place, flag):
     unmarked = [one for one in found if not says[one]]
     if local and not wanted and unmarked:
         return unmarked
-    if len(wanted or found) > 1:
-        raise several(wanted or found)
-    return wanted or found
+    meant, why = wanted or found, ""
+    if len(meant) == 1:
+        return meant
+    if not meant:
+        near = nearest(part, [*groups, *sum(groups.values(), [])])
+        meant, why = [*groups], f"{place} has no {part!r}{near}; "
+    raise UserError(f"{why}{place} holds {listed(meant)}: name one, as in {flag} "
+                    f"{place}:{meant[0]}")
