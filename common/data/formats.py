@@ -157,8 +157,7 @@ def _message(turn, where, ignored):
     turn = _present(turn, "a turn", where)
     weights = [key for key in WEIGHTS if key in turn]
     trains = _trains(turn, "a turn", where)
-    name = turn.pop("from", None)
-    name = turn.pop("role", name)
+    name = turn.pop("role", turn.pop("from", None))
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise UserError(f"{where}: role {quoted(name)} is none of {', '.join(ROLES)}")
@@ -183,8 +182,7 @@ def _message(turn, where, ignored):
 
 
 def _content(turn, where):
-    value = turn.pop("value", None)
-    parts = turn.pop("content", value)
+    parts = turn.pop("content", turn.pop("value", None))
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return _take({"content": parts}, "content", str, where)
     kinds = {str(part.get("type") or "text") for part in parts} - {"text"}
