@@ -51,7 +51,8 @@ def convert(value, where, ignored, rendered=False):
     if not _trains(value, "an example", where):
         raise Refused("its weight is 0")
     if keys == ("text",):
-        record = {"text": _take(value, "text", str, where), **({"rendered": True} if rendered else {})}
+        record = {"text": _take(value, "text", str, where)}
+        record.update({"rendered": True} if rendered else {})
     elif _truth(value.get("label")) is not None and "'label'" not in ignored:
         raise UserError(f"{where}: 'label' says which answers are good (KTO's format); "
                         f"{POST_TRAINING}. If it means something else, rename or remove it")
