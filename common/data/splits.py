@@ -45,15 +45,12 @@ def choose(names, part, place, flag, page=None):
         raise UserError(f"{page or place} holds no file that can be read; {readers.KINDS}")
     labels = _labels(groups, part, page is None, place, flag)
     files = sorted(file for one in labels for file in groups[one])
-    absent, what = missing(files), files[0]
-    if absent or len(files) > 1:
-        count = f"{len(files)} of {len(files) + absent}" if absent else len(files)
-        what = (f"{labels[0]}, " if len(labels) == 1 else "") + f"{count} files"
+    total = len(files) + missing(files)
     others = [one for one in groups if one not in labels]
     others += sorted({*data} - {*sum(groups.values(), [])})
-    if page or others or absent:
+    if page or others or total > len(files):
         there = f" (also there: {listed(others)})" if others else ""
-        say(f"{flag.lstrip('-')}: {place}: {what}{there}")
+        say(f"{flag.lstrip('-')}: {place}: {listed(labels)}, {len(files)} of {total} files{there}")
     return files
 
 
