@@ -1,8 +1,7 @@
-"""Data files to records: the examples of all of them, one at a time, with the place of each.
+"""Data files to records, one example at a time, with the place of each.
 
-JSON, JSON lines, CSV, TSV and plain text, each also compressed (`.jsonl.gz`), and Parquet where
-pyarrow is installed. Any bytes in a file give values or a UserError that names the file and the
-line. What an example may look like is in `formats.py`.
+Any bytes in a file give values, or a UserError that names the file and the line. What an example
+may look like is in `formats.py`.
 """
 
 import csv
