@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
-    RepositoryNotFoundError)
+from huggingface_hub import constants, errors
 
 from common.data import readers, splits
 from common.errors import UserError, nearest, one_line
@@ -115,7 +112,7 @@ def _choose(repo, part, flag):
         try:  # what an earlier run has left in the Hub's cache
             names = _files_below(Path(huggingface_hub.snapshot_download(
                 repo, repo_type="dataset", local_files_only=True, allow_patterns=[])))
-        except LocalEntryNotFoundError:
+        except errors.LocalEntryNotFoundError:
             raise error from None
     chosen = splits.choose(names, part, repo, flag, f"{constants.ENDPOINT}/datasets/{repo}")
     if offline and splits.missing(chosen):
@@ -134,16 +131,16 @@ def _plain_words(repo, kind, file=None):
     failed = (f"{repo} is no folder here, nor complete in the Hub's cache, and the Hub, or the way "
               f"there, failed: {offline}{again} (what has been downloaded is kept)")
     words = {  # the first match counts: a gated repository, say, is also a kind of missing one
-        GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
+        errors.GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
         f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami`: who you are)",
-        RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the Hub"
+        errors.RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the Hub"
         f"{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN",
-        LocalEntryNotFoundError: failed,
-        EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
-        HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
+        errors.LocalEntryNotFoundError: failed,
+        errors.EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
+        errors.HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
         # A failed connection: huggingface_hub's HTTP library, not the same one in each of its major
         # versions, has errors of its own; its download helper hf_xet raises RuntimeError.
-        (*HfHubHTTPError.__bases__, OSError, RuntimeError): failed}
+        (*errors.HfHubHTTPError.__bases__, OSError, RuntimeError): failed}
     try:
         yield
     except Exception as error:

@@ -58,9 +58,8 @@ def convert(value, where, ignored, rendered=False):
                         f"{POST_TRAINING}. If it means something else, rename or remove it")
     else:
         messages, tools = _messages(value, keys, where, ignored), _tools(value, where)
-        functions = [tool.get("function", tool) for tool in tools]
-        schemas = {str(one.get("name")): one.get("parameters") for one in functions
-                   if isinstance(one, dict)}
+        schemas = {str(one.get("name")): one.get("parameters") for tool in tools
+                   if isinstance(one := tool.get("function"), dict)}
         for message in messages:
             if "tool_calls" in message:
                 message["tool_calls"] = [_call(one, schemas) for one in message["tool_calls"]]
