@@ -133,8 +133,8 @@ def _plain_words(repo, kind, file=None):
     words = {  # the first match counts: a gated repository, say, is also a kind of missing one
         errors.GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
         f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami`: who you are)",
-        errors.RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the Hub"
-        f"{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN",
+        errors.RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the "
+        f"Hub{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN",
         errors.LocalEntryNotFoundError: failed,
         errors.EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
         errors.HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
