@@ -1,8 +1,4 @@
-"""Names to local files: built-in architectures, folders, and the Hugging Face Hub.
-
-Downloads go through huggingface_hub, with its cache and its progress bars. An error is one line
-that says what to do next.
-"""
+"""Names to local files: built-in architectures, folders, and the Hugging Face Hub."""
 
 import errno
 import os
@@ -12,10 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
-    OfflineModeIsEnabled, RepositoryNotFoundError)
+from huggingface_hub import constants, errors
 
 from common.data import readers, splits
 from common.errors import UserError, nearest, one_line
@@ -26,6 +19,7 @@ ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
 # there is one list for all. It leaves out pickled weights and Llama's original/*.pth.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -59,40 +53,40 @@ def resolve_data(name, flag="--data"):
     """
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]
-    text = str(name)
-    path = Path(os.path.expanduser(text))
-    if os.path.exists(path) and not os.path.isdir(path):
-        readers.check_kind(path)
+    path, part = _local(str(name))
+    if os.path.isdir(path):
+        return [path / file for file in splits.choose(_files_below(path), part, path, flag)]
+    if os.path.exists(path):
         return [path]
-    place, _, part = (text, "", "") if os.path.isdir(path) else text.partition(":")
-    folder = Path(os.path.expanduser(place))
-    if os.path.isdir(folder):
-        if not os.access(folder, os.R_OK):
-            raise UserError(f"{folder}: cannot be read (no permission)")
-        chosen = splits.choose(_files_below(folder), part, place, flag)
-        return [folder / file for file in chosen]
-    if not _HUB_ID.fullmatch(place) or readers.suffix(path) and not part:
+    repo, _, part = str(name).partition(":")
+    if not _HUB_ID.fullmatch(repo) or readers.suffix(path) and not part:
         near = _similar(path, ("tiny", "virtual"))
-        raise UserError(f"{flag} {text}: no such file or folder{near}; a data set on the Hub is "
+        raise UserError(f"{flag} {name}: no such file or folder{near}; a data set on the Hub is "
                         "owner/name or owner/name:split")
     paths = []
-    for file in _choose(place, part, flag):
+    for file in [part] if readers.suffix(part) else _choose(repo, part, flag):
         readers.check_kind(file)
-        with _plain_words(place, "dataset", file):
-            paths.append(Path(huggingface_hub.hf_hub_download(place, file, repo_type="dataset")))
+        with _plain_words(repo, "dataset", file):
+            paths.append(Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")))
     return paths
 
 
 def whole_name(name):
     """A local file or folder, with or without `:split`, as an absolute path; other names, and those
     with a meaning of their own (`tiny`, `virtual`...), unchanged."""
-    path = os.path.expanduser(name)
-    if name in ("auto", "tiny", "virtual", *ARCHITECTURES):
+    path, part = _local(name)
+    if name in ("auto", "tiny", "virtual", *ARCHITECTURES) or not os.path.exists(path):
         return name
-    if os.path.exists(path):
-        return os.path.abspath(path)
-    folder, colon, part = path.partition(":")
-    return os.path.abspath(folder) + colon + part if colon and os.path.isdir(folder) else name
+    return os.path.abspath(path) + (f":{part}" if part else "")
+
+
+def _local(name):
+    """(path, part) of a name, the part being what follows the colon of an existing folder's."""
+    path = os.path.expanduser(name)
+    folder, _, part = path.partition(":")
+    if not os.path.exists(path) and os.path.isdir(folder):
+        return Path(folder), part
+    return Path(path), ""
 
 
 def _similar(path, names=()):
@@ -108,17 +102,17 @@ def _files_below(folder):
 
 
 def _choose(repo, part, flag):
-    """The files of a data set on the Hub that `part` stands for."""
-    offline, names = None, [part] if readers.suffix(part) else []
+    """The files of a data set on the Hub that `part`, which is not one of them, stands for."""
+    offline = None
     try:
         with _plain_words(repo, "dataset"):
-            names = names or huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
+            names = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
     except UserError as error:
         offline = error
         try:  # what an earlier run has left in the Hub's cache
             names = _files_below(Path(huggingface_hub.snapshot_download(
                 repo, repo_type="dataset", local_files_only=True, allow_patterns=[])))
-        except LocalEntryNotFoundError:
+        except errors.LocalEntryNotFoundError:
             raise error from None
     chosen = splits.choose(names, part, repo, flag, f"{constants.ENDPOINT}/datasets/{repo}")
     if offline and splits.missing(chosen):
@@ -133,28 +127,26 @@ def _plain_words(repo, kind, file=None):
     script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
     data = " --data tiny" if script.endswith("train.py ") else ""
     again = f"try again, or, to do without the Hub: {script}--model tiny{data}"
-    offline = ("HF_HUB_OFFLINE is set: unset it and" if constants.HF_HUB_OFFLINE else
-               "there is no connection to the Hub:")
+    offline = "HF_HUB_OFFLINE is set: unset it, or " if constants.HF_HUB_OFFLINE else ""
+    failed = (f"{repo} is no folder here, nor complete in the Hub's cache, and the Hub, or the way "
+              f"there, failed: {offline}{again} (what has been downloaded is kept)")
     words = {  # the first match counts: a gated repository, say, is also a kind of missing one
-        GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
+        errors.GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
         f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami`: who you are)",
-        RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the Hub"
-        f"{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN",
-        (LocalEntryNotFoundError, OfflineModeIsEnabled): f"{repo} is no folder here, nor complete "
-        f"in the Hub's cache, and {offline} {again}",
-        EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
-        HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
-        PermissionError: f"{repo}: cannot write the Hub's cache: set HF_HOME",
+        errors.RepositoryNotFoundError: f"{repo}: no such folder here, and no such {kind} on the "
+        f"Hub{_similar(Path(repo))}; if it is private: `hf auth login`, or set HF_TOKEN",
+        errors.LocalEntryNotFoundError: failed,
+        errors.EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
+        errors.HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
         # A failed connection: huggingface_hub's HTTP library, not the same one in each of its major
         # versions, has errors of its own; its download helper hf_xet raises RuntimeError.
-        (*HfHubHTTPError.__bases__, OSError, RuntimeError): "the Hub, or the way there, failed for "
-        f"{repo}: {again} (what has been downloaded is kept)"}
+        (*errors.HfHubHTTPError.__bases__, OSError, RuntimeError): failed}
     try:
         yield
     except Exception as error:
         found = [text for kinds, text in words.items() if isinstance(error, kinds)]
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            found = [f"no disk space for {repo} in {constants.HF_HUB_CACHE}: make room, or set "
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+            found = [f"cannot write {repo} to {constants.HF_HUB_CACHE}: make room there, or set "
                      "HF_HOME to another disk"]
         if not found:
             raise

@@ -44,35 +44,28 @@ def convert(value, where, ignored, rendered=False):
     added to the dict `ignored`, with the place. Raises Refused for an example that can be left out,
     and UserError for a file that is not what it should be.
     """
-    value = _present(value, "an example", where)
+    value = _present(value, "an example", where)  # what is read is taken out
     keys = next((keys for keys in FORMATS if value.keys() >= {*keys}), None)
     if keys is None:
         raise UserError(f"{where}: {_no_format(value)}")
     if not _trains(value, "an example", where):
         raise Refused("its weight is 0")
-    used = {*keys, *(key for key in WEIGHTS if _truth(value.get(key)) is not None)}
     if keys == ("text",):
-        record = {"text": _text(value, "text", where), **({"rendered": True} if rendered else {})}
+        record = {"text": _take(value, "text", str, where)}
+        record.update({"rendered": True} if rendered else {})
     elif _truth(value.get("label")) is not None and "'label'" not in ignored:
         raise UserError(f"{where}: 'label' says which answers are good (KTO's format); "
                         f"{POST_TRAINING}. If it means something else, rename or remove it")
     else:
-        used |= {*BESIDE}
-        if len(keys) == 2 and isinstance(value[keys[0]], str):
-            used.add("input")
-        if value.get("tools") and value.get("functions"):
-            used.remove("functions")
         messages, tools = _messages(value, keys, where, ignored), _tools(value, where)
-        functions = [tool.get("function", tool) for tool in tools]
-        schemas = {str(one.get("name")): one.get("parameters") for one in functions
-                   if isinstance(one, dict)}
+        schemas = {str(one.get("name")): one.get("parameters") for tool in tools
+                   if isinstance(one := tool.get("function"), dict)}
         for message in messages:
             if "tool_calls" in message:
                 message["tool_calls"] = [_call(one, schemas) for one in message["tool_calls"]]
         record = {"messages": messages, "tools": tools} if tools else {"messages": messages}
     for key in value:
-        if key not in used:
-            ignored.setdefault(quoted(key), where)
+        ignored.setdefault(quoted(key), where)
     return record
 
 
@@ -95,13 +88,17 @@ def _no_format(value):
 
 def _trains(value, what, where):
     """False if a turn or an example says that it is not to be trained on."""
+    trains = True
     for key in WEIGHTS:
-        given = value.get(key, "")
-        # A loss of an example may be a measurement.
-        if _truth(given) is None and given != "" and (key != "loss" or what == "a turn"):
+        means = _truth(value.get(key))
+        if means is None and key == "loss" and what == "an example":  # it may be a measurement
+            continue
+        given = value.pop(key, "")
+        if means is None and given != "":
             raise UserError(f"{where}: {key} {quoted(given)} of {what}: it can be 0 or 1, false or "
                             "true; if it means something else, rename it")
-    return all(_truth(value.get(key)) is not False for key in WEIGHTS)
+        trains = trains and means is not False
+    return trains
 
 
 def _truth(value):
@@ -111,33 +108,31 @@ def _truth(value):
 
 def _messages(value, keys, where, ignored):
     """The messages of an example: from one list, or from a question and its answer."""
-    system = _text(value, "system", where)
+    system = _take(value, "system", str, where)
     parts = [[{"role": "system", "content": system}] if system.strip() else []]
     for key, role in zip(keys, ("user", "assistant")):
-        if len(keys) == 1 or isinstance(value[key], list) and key in ("prompt", "completion"):
+        if len(keys) == 1 or isinstance(value[key], list):
             parts.append(_conversation(value, key, where, ignored))
         else:
-            more = _text(value, "input", where) if role == "user" else ""
-            text = _text(value, key, where) + ("\n\n" + more if more.strip() else "")
+            more = _take(value, "input", str, where) if role == "user" else ""
+            text = _take(value, key, str, where) + ("\n\n" + more if more.strip() else "")
             parts.append([{"role": role, "content": text}])
     systems = [part.pop(0) for part in parts if part and part[0]["role"] == "system"]
     if len({one["content"].strip() for one in systems}) > 1:
         raise Refused("its system texts differ")
-    history = _must_be(list, _parsed(value, "history", where) or [], "history", where)
+    history = _take(value, "history", list, where)
     if not all(isinstance(one, list) and [*map(type, one)] == [str, str] for one in history):
         raise UserError(f"{where}: history must be a list of [question, answer] pairs of texts")
     if len(keys) == 1 and history:
         raise UserError(f"{where}: 'history' beside {keys[0]!r}: put its turns into the list")
-    if len(keys) == 1:
-        return systems[-1:] + parts[1]
-    _, before, after = parts
+    earlier = [{"role": role, "content": text} for pair in history
+               for role, text in zip(("user", "assistant"), pair)]
+    before, after = sum(parts[1:-1], []), parts[-1]
     if len(after) > len(before) and after[:len(before)] == before:
         after = after[len(before):]  # it was the whole conversation, as chosen answers are
     for message in before:
         if message["role"] == "assistant":
             message["train"] = False
-    earlier = [{"role": role, "content": text} for pair in history
-               for role, text in zip(("user", "assistant"), pair)]
     return systems[-1:] + earlier + before + after
 
 
@@ -145,7 +140,7 @@ def _conversation(value, key, where, ignored):
     """The messages of a list of turns, in either spelling; a tool call that is a turn of its own
     joins the assistant's turn before it, if there is one."""
     messages = []
-    for turn in _must_be(list, _parsed(value, key, where), key, where):
+    for turn in _take(value, key, list, where):
         message = _message(turn, where, ignored)
         before = messages[-1] if messages else {"role": None}
         if message["role"] == CALLER:
@@ -160,40 +155,40 @@ def _conversation(value, key, where, ignored):
 def _message(turn, where, ignored):
     """A turn in either spelling, {"role", "content", ...} or {"from", "value"}, as the former."""
     turn = _present(turn, "a turn", where)
-    name = turn.get("role", turn.get("from"))
+    weights = [key for key in WEIGHTS if key in turn]
+    trains = _trains(turn, "a turn", where)
+    name = turn.pop("role", turn.pop("from", None))
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise UserError(f"{where}: role {quoted(name)} is none of {', '.join(ROLES)}")
-    read = ("role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS)
-    message = {"role": role, "content": _content(turn, where),
-               **{key: one for key, one in turn.items() if key not in read}}
-    calls = _must_be(list, _parsed(turn, "tool_calls", where) or [], "tool_calls", where)
-    legacy = _parsed(turn, "function_call", where)
+    content, calls = _content(turn, where), _take(turn, "tool_calls", list, where)
+    legacy = _take(turn, "function_call", dict, where)
     if role == CALLER:
-        called = _json(message["content"], Refused("a turn that calls a function and is not JSON"))
-        calls, message["content"] = called if isinstance(called, list) else [called], ""
+        called = _json(content, Refused("a turn that calls a function and is not JSON"))
+        calls, content = called if isinstance(called, list) else [called], ""
     elif legacy:
         calls = [*calls, legacy]
     if calls and role not in (CALLER, "assistant"):
         raise UserError(f"{where}: tool_calls belong in a turn of the assistant")
+    message = {"role": role, "content": content, **turn}
     if calls:
         message["tool_calls"] = calls
-    if not _trains(turn, "a turn", where):
+    if not trains:
         message["train"] = False
     elif role not in (CALLER, "assistant"):
-        for key in turn.keys() & {*WEIGHTS}:  # others' words are never trained on
+        for key in weights:  # others' words are never trained on
             ignored.setdefault(f"{key!r} of a {role}'s turn", where)
     return message
 
 
 def _content(turn, where):
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return _text({"content": content}, "content", where)
-    kinds = {str(part.get("type") or "text") for part in content} - {"text"}
+    parts = turn.pop("content", turn.pop("value", None))
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return _take({"content": parts}, "content", str, where)
+    kinds = {str(part.get("type") or "text") for part in parts} - {"text"}
     if kinds:
         raise UserError(f"{where}: content of type {one_line(sorted(kinds))}; only text is read")
-    return "".join(_text(part, "text", where) for part in content)
+    return "".join(_take(dict(part), "text", str, where) for part in parts)
 
 
 def _call(call, schemas):
@@ -222,8 +217,7 @@ def _call(call, schemas):
 
 def _tools(value, where):
     """The tools of an example, each {"type": "function", "function": {...}}."""
-    key = "tools" if value.get("tools") else "functions"
-    tools = _must_be(list, _parsed(value, key, where) or [], key, where)
+    tools = _take(value, "tools", list, where) or _take(value, "functions", list, where)
     tools = [_without_nulls(_must_be(dict, tool, "a tool", where), {}) for tool in tools]
     return [tool if "function" in tool or "name" not in tool else
             {"type": "function", "function": tool} for tool in tools]
@@ -256,11 +250,13 @@ def _present(value, what, where):
             if one is not None and one == one}
 
 
-def _parsed(value, key, where):
-    """The value of a key, decoded if it is JSON within a string, as in some files."""
-    found = value.get(key)
-    return found if not isinstance(found, str) or not found else _json(found, UserError(
-        f"{where}: {key} is text, and that is not valid JSON; json.dumps writes it as it must be"))
+def _take(value, key, kind, where):
+    """The value of a key, taken out, of a type; lists and objects may also be JSON in a text."""
+    found = value.pop(key, None)
+    if kind is not str and isinstance(found, str) and found:
+        found = _json(found, UserError(f"{where}: {key} is text, and that is not valid JSON; "
+                                       "json.dumps writes it as it must be"))
+    return kind() if found in (None, "") else _must_be(kind, found, repr(key), where)
 
 
 def _json(text, error):
@@ -269,8 +265,3 @@ def _json(text, error):
         return json.loads(text)
     except (ValueError, RecursionError):
         raise error from None
-
-
-def _text(value, key, where):
-    found = value.get(key)
-    return "" if found is None else _must_be(str, found, repr(key), where)

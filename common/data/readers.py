@@ -1,15 +1,12 @@
-"""Data files to records: the examples of all of them, one at a time, with the place of each.
+"""Data files to records, one example at a time, with the place of each.
 
-JSON, JSON lines, CSV, TSV and plain text, each also compressed (`.jsonl.gz`), and Parquet where
-pyarrow is installed. Any bytes in a file give values or a UserError that names the file and the
-line. What an example may look like is in `formats.py`.
+Any bytes in a file give values, or a UserError that names the file and the line. What an example
+may look like is in `formats.py`.
 """
 
-import contextlib
 import csv
 import gzip
 import importlib.util
-import io
 import itertools
 import json
 import os
@@ -21,8 +18,7 @@ from common.data.formats import FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, convert,
 from common.data.template import Refused
 from common.errors import UserError, listed, nearest, one_line
 
-LONGEST_LINE = 2**28  # bytes
-LARGEST_UNPACKED = 2**30  # bytes of a .gz file that is read whole: a small one can unpack to a lot
+LONGEST_LINE = 2**30  # bytes
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
@@ -55,42 +51,34 @@ class Records:
     def __init__(self, paths, columns=None, rendered=False):
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         self.paths, self.columns, self.rendered = [*map(Path, paths)], columns or {}, rendered
-        self.sizes = [*map(check, self.paths)]
-        self.size, self.done, self.ignored = sum(self.sizes), 0, {}
+        for path in self.paths:
+            if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+                raise UserError(f"{path}: not a file, or not to be read here; {KINDS}")
+            check_kind(path)
+        self.size = sum(path.stat().st_size for path in self.paths)
+        self.done, self.ignored = 0, {}
 
     def __iter__(self):
-        before, met = 0, set()  # bytes of earlier files; keys that an example had
-        for path, size in zip(self.paths, self.sizes):
-            nothing = True
-            for where, value, done in read(path, lambda names: self._wanted(names, path)):
-                nothing, self.done = False, before + done
+        before, unmet = 0, {*self.columns.values()}  # bytes of earlier files; columns to be met
+        wanted = {*self.columns.values(), *NAMES, *MEANT}
+        for path in self.paths:
+            kind, empty = check_kind(path), True
+            for where, value, done in READERS[kind](path, wanted):
+                empty, self.done = False, before + done
                 try:
-                    if self.columns and suffix(path) != ".txt" and isinstance(value, dict):
-                        met |= value.keys()
+                    if self.columns and kind != ".txt" and isinstance(value, dict):
+                        unmet -= value.keys()
                         value = self._renamed(value, where)
                     record = convert(value, where, self.ignored, self.rendered)
                 except Refused as error:
                     record = {"refused": str(error)}
                 yield {**record, "where": where}
-            if nothing:
+            if empty:
                 raise UserError(f"{path}: empty, no example in it")
-            self.done = before = before + size
-        for column in {*self.columns.values()} - met:
+            self.done = before = before + path.stat().st_size
+        for column in unmet:
             self.ignored.setdefault(f"{quoted(column)} of --columns, which no example has",
                                     str(self.paths[-1]))
-
-    def _wanted(self, names, path):
-        """Those of a file's columns that are to be read; the others are noted in `ignored`."""
-        wanted = {*self.columns.values(), *MEANT} if self.columns else {*NAMES, *MEANT}
-        formats = [self.columns.values()] if self.columns else FORMATS
-        if len({*names}) < len(names):
-            raise UserError(f"{path}: two columns of the same name: {listed(map(quoted, names))}")
-        if not any({*names} >= {*keys} for keys in formats):
-            return names  # the error about the first row names them
-        for name in names:
-            if name not in wanted:
-                self.ignored.setdefault(quoted(name), str(path))
-        return [name for name in names if name in wanted]
 
     def _renamed(self, value, where):
         for name, column in self.columns.items():
@@ -108,29 +96,11 @@ class Records:
         return renamed
 
 
-def read(path, choose=list):
-    """Yield (where, value, bytes of the file done so far) for each value in a data file.
-
-    Of a file with columns (CSV, TSV, Parquet) only those are read that `choose(names)` gives.
-    Raises UserError, at once or later.
-    """
-    path = Path(path)
-    return READERS[check_kind(path)](path, choose)
-
-
 def suffix(path):
     """The kind of a data file by its name, a key of READERS (without .gz), or None."""
     name = Path(path).name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
     return kind if kind in READERS and not name.endswith(".parquet.gz") else None
-
-
-def check(path):
-    """The size of a data file; UserError if it is not one that can be read."""
-    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        raise UserError(f"{path}: not a file, or not to be read here; {KINDS}")
-    check_kind(path)
-    return os.path.getsize(path)
 
 
 def check_kind(path):
@@ -143,13 +113,22 @@ def check_kind(path):
     return kind
 
 
-@contextlib.contextmanager
-def _opened(path):
-    """A file to read from, unpacked, and a function that tells how many of its bytes are read."""
+def _lines(path):
+    """The number of each line of a file, its text with its end, and the bytes done."""
     try:
         with open(path, "rb") as file:
-            packed = path.name.lower().endswith(".gz")
-            yield gzip.GzipFile(fileobj=file) if packed else file, file.tell
+            unpacked = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
+            for number in itertools.count(1):
+                line = unpacked.readline(LONGEST_LINE)
+                if not line:
+                    return
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} "
+                                    "MiB; give .jsonl, one JSON object a line")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8"), file.tell()
+    except UnicodeDecodeError as error:
+        wrong = error.object[error.start]
+        raise UserError(f"{path}:{number}: not UTF-8 text (byte 0x{wrong:02x})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({one_line(error)}): copy or download it "
                         "again") from None
@@ -157,115 +136,77 @@ def _opened(path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _whole(path):
-    """The text of a file, and its size in bytes."""
-    with _opened(path) as (file, done):
-        raw = file.read(LARGEST_UNPACKED + 1 if isinstance(file, gzip.GzipFile) else -1)
-        if isinstance(file, gzip.GzipFile) and len(raw) > LARGEST_UNPACKED:
-            raise UserError(f"{path}: more than {LARGEST_UNPACKED >> 20} MiB when unpacked: gunzip "
-                            "it first, or write .jsonl.gz, one JSON object a line")
-        return _decode(raw, path), done()
+def _text(path):
+    return "".join(line for _, line, _ in _lines(path))
 
 
-def _lines(path):
-    """The number of each line, its text with its end, and the bytes done."""
-    with _opened(path) as (file, done):
-        for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE)
-            if not line:
-                return
-            if len(line) == LONGEST_LINE:
-                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB")
-            yield number, _decode(line, path, number), done()
+# Each reader yields (where, value, bytes of the file done so far) for each value of a file.
 
-
-def plain_text(path, choose):
+def plain_text(path, wanted):
     """The whole file, with \\n as line ends."""
-    text, size = _whole(path)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _text(path).replace("\r\n", "\n").replace("\r", "\n")
     if text.strip():
-        yield str(path), {"text": text}, size
+        yield str(path), {"text": text}, path.stat().st_size
 
 
-def lines(path, choose):
+def lines(path, wanted):
     """The JSON value of each line that is not blank."""
     for number, line, done in _lines(path):
         text = line.rstrip()  # otherwise its end would count as another line
         if text:
-            yield f"{path}:{number}", _parse(json.loads, path, number, text), done
+            yield f"{path}:{number}", _parse(text, path, number), done
 
 
-def json_file(path, choose):
-    """A list, {"data": [...]}, or JSON lines, which many .json files really are."""
-    text, size = _whole(path)
-    at = _SPACE.match(text).end()
-    if at == len(text):
-        return
-    if text[at] != "[":
-        value, end = _parse(_DECODER.raw_decode, path, 1, text, at)
-        if _SPACE.match(text, end).end() < len(text):
-            yield from lines(path, choose)
-        elif isinstance(value, dict) and isinstance(value.get("data"), list):
-            for number, item in enumerate(value["data"], 1):
-                yield f"{path}: example {number}", item, size
-        else:
-            yield str(path), value, size
-        return
-    for number in itertools.count(1):  # a list, item by item, so that it is never held whole
-        at = _SPACE.match(text, at + 1).end()
-        if number == 1 and text[at:at + 1] == "]":
-            return
-        value, at = _parse(_DECODER.raw_decode, path, 1, text, at)
-        after = _AFTER_ITEM.match(text, at)
-        if not after:
-            line = text.count("\n", 0, _SPACE.match(text, at).end()) + 1
-            raise UserError(f"{path}:{line}: not valid JSON (Expecting ',' or ']', which ends it)")
-        at = after.end() - 1
-        yield f"{path}: example {number}", value, size * at // len(text)
-        if after[1] != ",":
-            return
+def json_file(path, wanted):
+    """A list, {"data": [...]}, one example, or JSON lines, which many .json files really are."""
+    text, size = _text(path), path.stat().st_size
+    if re.match(r"\s*{.*}\s*\n\s*{", text):  # two lines, each an object: no JSON if read as one
+        yield from lines(path, wanted)
+    elif text.strip():
+        values = _parse(text, path)
+        if isinstance(values, dict) and isinstance(values.get("data"), list):
+            values = values["data"]
+        values = values if isinstance(values, list) else [values]
+        for number, value in enumerate(values, 1):
+            yield f"{path}: example {number}", value, size * number // len(values)
 
 
-def table(path, choose):
+def table(path, wanted):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
-    first, header = next(((n, line) for n, line, _ in _lines(path) if line.strip()), (0, ""))
-    said = re.match("sep=(.)\\s*$", header)  # as Excel writes it
-    separator = said[1] if said else "\t" if suffix(path) == ".tsv" else ","
-    if separator == "," and ";" in header and "," not in header:
-        separator = ";"  # Excel, in countries that write numbers with a comma
-    done, columns, line = 0, None, 1 + bool(said)
+    header = next((line for _, line, _ in _lines(path) if line.strip()), "")
+    # Excel writes semicolons in countries that write numbers with a comma.
+    comma = ";" if ";" in header and "," not in header else ","
+    separator = "\t" if suffix(path) == ".tsv" else comma
 
     def text():
         nonlocal done
-        for number, text_line, done in _lines(path):
-            if not (said and number == first):
-                yield from io.StringIO(text_line, newline="")  # an old Mac's lines end in \r only
+        for _, line, done in _lines(path):
+            yield line
 
     csv.field_size_limit(LONGEST_LINE)
     rows = csv.reader(text(), delimiter=separator, strict=True)
+    columns, line, done = None, 1, 0
     try:
         for row in rows:
             if row and columns is None:
                 columns = [name.strip() for name in row]
                 while columns and not columns[-1]:  # empty columns of a spreadsheet
                     columns.pop()
-                wanted = choose(columns)
+                _check_names(columns, path)
             elif row:
-                while len(row) > len(columns) and not row[-1]:
-                    row.pop()
-                if len(row) != len(columns):
+                if len(row) < len(columns) or any(row[len(columns):]):
                     raise UserError(f"{path}:{line}: {len(row)} cells, and {len(columns)} columns; "
                                     f"is a cell with {separator!r} in it not in double quotes?")
-                cells = zip(columns, row)
-                yield f"{path}:{line}", {name: one for name, one in cells if name in wanted}, done
-            line = rows.line_num + 1 + bool(said)  # a row may go on to further lines
+                yield f"{path}:{line}", dict(zip(columns, row)), done
+            line = rows.line_num + 1  # a row may go on to further lines
     except csv.Error as error:
         raise UserError(f"{path}:{line}: not valid CSV ({one_line(error)}); is a quotation mark "
                         "left open, or one within a cell not doubled?") from None
 
 
-def parquet(path, choose):
-    """The rows of a Parquet file, as JSON would have them."""
+def parquet(path, wanted):
+    """The rows of a Parquet file, as JSON would have them; of columns that are not `wanted`, which
+    may hold pictures, only the names."""
     import pyarrow.parquet
 
     number = 0
@@ -274,21 +215,20 @@ def parquet(path, choose):
         # Read in pieces, by this thread alone, so that a whole row group is never in memory.
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False,
                                          page_checksum_verification=True) as file:
-            rows = max(1, file.metadata.num_rows)
-            wanted = choose(file.schema_arrow.names)
-            for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
+            rows, names = max(1, file.metadata.num_rows), file.schema_arrow.names
+            _check_names(names, path)
+            read = [name for name in names if name in wanted]
+            for batch in file.iter_batches(ROWS, columns=read, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
-                    row = json.loads(json.dumps(row, default=_as_text, ensure_ascii=False))
+                    row = {name: row.get(name, "(not read)") for name in names}
+                    # What JSON cannot express (dates, decimals, bytes) becomes text.
+                    row = json.loads(json.dumps(row, ensure_ascii=False, default=lambda one: (
+                        one.decode() if isinstance(one, bytes) else str(one))))
                     yield f"{path}: row {number}", row, min(size, size * number // rows)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         place = f"{path}: row {number + 1} or after" if number else path
         raise UserError(f"{place}: not readable as Parquet, damaged? ({one_line(error)})") from None
-
-
-def _as_text(value):
-    """As text, what JSON cannot express: dates, decimals, bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 # By suffix; if the same data is there with several, the first counts.
@@ -297,26 +237,19 @@ READERS = {".jsonl": lines, ".json": json_file, ".csv": table, ".tsv": table, ".
 KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also with .gz); convert "
          "others to .jsonl, one JSON object a line (a spreadsheet: save it as CSV UTF-8; a data "
          'set in Arrow files: ds.to_json("x.jsonl") or ds.to_parquet("x.parquet"))')
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\r\n]*")
-_AFTER_ITEM = re.compile(r"[ \t\r\n]*(,|\][ \t\r\n]*\Z)")
 
 
-def _decode(raw, path, number=1):
-    """UTF-8 bytes as text, without a byte order mark; `number` is that of their first line."""
+def _check_names(names, path):
+    if len({*names}) < len(names):
+        raise UserError(f"{path}: two columns of the same name: {listed(map(quoted, names))}")
+
+
+def _parse(text, path, line=1):
+    """The value of a JSON text that begins at a line of a file."""
     try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = number + raw.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
-
-
-def _parse(function, path, line, text, *at):
-    """`function(text, *at)`, a JSON parser, its errors with their line; `text` begins at `line`."""
-    try:
-        return function(text, *at)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         why, line = f"{error.msg} at column {error.colno}", line + error.lineno - 1
     except (ValueError, RecursionError) as error:  # a number or nesting beyond Python's limits
-        why, line = one_line(error), line + text.count("\n", 0, *at or (0,))
+        why = one_line(error)
     raise UserError(f"{path}:{line}: not valid JSON ({why})")

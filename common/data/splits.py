@@ -18,11 +18,12 @@ from common.ranks import say
 
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
             "license.txt", "readme.txt", "requirements.txt")
-HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "heldout", "held"}
 
 _SUFFIX = re.compile(r"\.\w+(\.gz)?$", re.IGNORECASE)
-_SHARD = re.compile(r"(?:^|[-._])(\d+)-of-(\d+).*")
+_SHARD = re.compile(r"(?:^|(?<=/)|[-._])(\d+)-of-(\d+)[^/]*$")
 _NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
+_PURPOSE = re.compile("(?<![a-z])(train|(?:test|val|valid|validation|dev|eval|held|heldout)"
+                      "(?![a-z]))")
 _SAYS_NOTHING = re.compile(r"(part|shard|data|file|chunk)?[-_.]?\d*", re.IGNORECASE)
 _NO_PART_OF_IT = re.compile(r"^((data|default)?/)*")  # folders whose names say nothing either
 
@@ -37,23 +38,19 @@ def choose(names, part, place, flag, page=None):
     more than one thing.
     """
     if part in names:
-        readers.check_kind(part)
-        files, others, absent = [part], [], 0
-    else:
-        groups, others = _groups(names, deep=part or page)
-        if not groups:
-            raise UserError(f"{page or place} holds no file that can be read; {readers.KINDS}")
-        labels = _labels(groups, part, page is None, place, flag)
-        files = sorted(file for one in labels for file in groups[one])
-        others, absent = [one for one in groups if one not in labels] + others, missing(files)
-    what = files[0]
-    if part not in names and (part or absent or len(files) > 1):
-        count = f"{len(files)} of {len(files) + absent}" if absent else str(len(files))
-        what = f"{labels[0]}, " if len(labels) == 1 else ""
-        what += f"{count} file{'s' * (count != '1')}"
-    if page or others or absent:
+        return [part]
+    data = sorted(filter(is_data, names))
+    groups = _groups([name for name in data if part or page or "/" not in name] or data)
+    if not groups:
+        raise UserError(f"{page or place} holds no file that can be read; {readers.KINDS}")
+    labels = _labels(groups, part, page is None, place, flag)
+    files = sorted(file for one in labels for file in groups[one])
+    total = len(files) + missing(files)
+    others = [one for one in groups if one not in labels]
+    others += sorted({*data} - {*sum(groups.values(), [])})
+    if page or others or total > len(files):
         there = f" (also there: {listed(others)})" if others else ""
-        say(f"{flag.lstrip('-')}: {place}: {what}{there}")
+        say(f"{flag.lstrip('-')}: {place}: {listed(labels)}, {len(files)} of {total} files{there}")
     return files
 
 
@@ -72,63 +69,43 @@ def label(name):
 
 def missing(files):
     """How many files are missing, if others' names end in, say, `-00000-of-00003`."""
-    found = [(label(name), _SHARD.search(name.split("/")[-1])) for name in files]
-    there = {(kind, shard[2], int(shard[1])) for kind, shard in found if shard}
-    wanted = sum(int(count) for kind, count in {one[:2] for one in there})
-    return max(0, wanted - len(there))
+    shards = [(label(name), shard[2]) for name in files if (shard := _SHARD.search(name))]
+    return max(0, sum(int(count) for _, count in {*shards}) - len(shards))
 
 
-def _groups(names, deep):
-    """{label: files}, of one suffix each, and, for a message, what is left aside: the same data
-    with a second suffix, text files beside others, subfolders unless `deep`."""
+def _groups(data):
+    """{label: files}, of one suffix each; text files count only if there are no others."""
     def kind(name):
         return [*readers.READERS].index(readers.suffix(name)), name.lower().endswith(".gz")
 
-    data = sorted(filter(is_data, names))
-    top = [name for name in data if deep or "/" not in name] or data
-    chosen = [name for name in top if readers.suffix(name) != ".txt"] or top
-    others = [name for name in top if name not in chosen]
     groups = {}
-    for name in chosen:
-        groups.setdefault(label(name), []).append(name)
-    for one, files in groups.items():
-        first = min(map(kind, files))
-        others += {kind(file): file for file in files[::-1] if kind(file) != first}.values()
-        groups[one] = [file for file in files if kind(file) == first]
-    return groups, others + sorted({f"{name.split('/')[0]}/" for name in {*data} - {*top}})
+    data = [name for name in data if readers.suffix(name) != ".txt"] or data
+    for name in sorted(data, key=kind):
+        files = groups.setdefault(label(name), [])
+        if not files or kind(name) == kind(files[0]):
+            files.append(name)
+    return dict(sorted(groups.items()))
 
 
 def _labels(groups, part, local, place, flag):
     """The labels that `part` means: a label or the end of just one, or, for a folder, its labels to
     train on (for --eval-data: to hold out)."""
-    def several(labels, why=""):
-        return UserError(f"{why}{place} holds {listed(labels)}: name one, as in {flag} "
-                         f"{place}:{labels[0]}")
-
     path = _NO_PART_OF_IT.sub("", part.rstrip("/") + "/").rstrip("/")
-    exact = [one for one in (part, path) if one in groups]
-    last = [one for one in groups if one.rpartition("/")[2] == path]
-    labels = [one for one in groups if not path or one.startswith(path + "/")]
-    if exact or len(last) == 1:
-        return (exact or last)[:1]
-    if not labels:
-        near = nearest(part, [*groups, *sum(groups.values(), [])])
-        raise several(last or [*groups], "" if last else f"{place} has no {part!r}{near}; ")
-    train, held_out = ([one for one in labels if _purpose(one) == purpose]
-                       for purpose in ("train", "held out"))
+    found = ([one for one in groups if one in (part, path)]
+             or [one for one in groups if one.rpartition("/")[2] == path]
+             or [one for one in groups if not path or one.startswith(path + "/")])
+    says = {one: (_PURPOSE.findall(one.lower()) or [""])[-1] for one in found}
+    train = [one for one in found if says[one] == "train"]
+    held_out = [one for one in found if says[one] not in ("", "train")]
     wanted = held_out if flag == "--eval-data" and held_out else train
-    if len(labels) == 1 or len(wanted) == 1:
-        return wanted or labels
-    if wanted or not local or len(held_out) == len(labels):
-        raise several(wanted or labels)
-    return [one for one in labels if one not in held_out]
-
-
-def _purpose(label):
-    """"train" or "held out", by the last component of a label that says either; else None."""
-    for component in label.split("/")[::-1]:
-        words = re.split(r"[\W\d_]+", component.lower())
-        if any(word.startswith("train") for word in words):
-            return "train"
-        if HELD_OUT & {*words}:
-            return "held out"
+    unmarked = [one for one in found if not says[one]]
+    if local and not wanted and unmarked:
+        return unmarked
+    meant, why = wanted or found, ""
+    if len(meant) == 1:
+        return meant
+    if not meant:
+        near = nearest(part, [*groups, *sum(groups.values(), [])])
+        meant, why = [*groups], f"{place} has no {part!r}{near}; "
+    raise UserError(f"{why}{place} holds {listed(meant)}: name one, as in {flag} "
+                    f"{place}:{meant[0]}")

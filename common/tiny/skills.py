@@ -6,7 +6,7 @@ answer. Chapter 1 learns the BASE skills from scratch; chapters 2 and 3 adapt th
 NEW ones, which it has never seen.
 
 A word to be worked on is in quotation marks, because the tokenizer keeps such a word as
-single letters (see make_tokenizer.py): the model can only reverse what it sees letter by letter.
+single letters (see README.md): the model can only reverse what it sees letter by letter.
 """
 
 import hashlib
@@ -98,11 +98,6 @@ NEW = {
 SKILLS = {"base": BASE, "new": NEW, "all": {**BASE, **NEW}}
 
 
-def split_of(prompt):
-    """"train" or "eval", decided by the prompt's hash: about one in eight is for "eval"."""
-    return "eval" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
-
-
 def records(name, split, count, seed=0):
     """`count` records of the skills `name`, each skill in turn, determined by the seed.
 
@@ -118,30 +113,14 @@ def records(name, split, count, seed=0):
 
 
 def record(skill, split, random):
-    """One record of `skill`, drawn again until its prompt belongs to `split`."""
+    """One record of `skill`, drawn again until its prompt belongs to `split`, as its hash decides:
+    about one in eight is for "eval"."""
     kind, answer, phrases = SKILLS["all"][skill]
     while True:
         arguments = DRAWS[kind](random)
         prompt = random.choice(phrases).format(*arguments)
-        if split_of(prompt) == split:
+        held_out = hashlib.sha256(prompt.encode()).digest()[0] < 32
+        if held_out == (split == "eval"):
             return {"messages": [{"role": "user", "content": prompt},
                                  {"role": "assistant", "content": answer(*arguments)}],
                     "skill": skill}
-
-
-def exact_match(records, answers):
-    """The fraction of `answers` (texts) equal to their record's, by skill, and under "all".
-
-    Spaces and newlines around an answer do not count, everything else does. Raises ValueError
-    where there is not one answer for each record.
-    """
-    if len(records) != len(answers):
-        raise ValueError(f"exact_match: {len(answers)} answers for {len(records)} records")
-    right = {}
-    for item, answer in zip(records, answers):
-        hit = item["messages"][-1]["content"] == answer.strip()
-        right.setdefault(item["skill"], []).append(hit)
-    scores = {skill: sum(hits) / len(hits) for skill, hits in right.items()}
-    if records:
-        scores["all"] = sum(map(sum, right.values())) / len(records)
-    return scores

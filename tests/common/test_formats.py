@@ -153,7 +153,7 @@ def test_history():
     for nothing in ([], "", None):
         assert messages({**row, "history": nothing}) == said("c", "d")
     for wrong in (["a"], [["a"]], [["a", 1]], {"a": 1}):
-        with pytest.raises(UserError, match="f:1: history must be a list"):
+        with pytest.raises(UserError, match="f:1: '?history'? must be a list"):
             messages({**row, "history": wrong})
     with pytest.raises(UserError, match="'history' beside 'messages'"):
         messages({"messages": said("a", "b"), "history": [["a", "b"]]})
@@ -232,7 +232,7 @@ def test_two_system_texts():
     ({"messages": said("a", "b"), "tools": "["}, "f:1: tools is text, and that is not valid JSON"),
     ({"messages": said("a", "b"), "tools": [1]}, "a tool must be a JSON object, not int"),
     ({"messages": [{**USER, "tool_calls": [CALL]}]}, "belong in a turn of the assistant"),
-    ({"messages": [{**HELLO, "tool_calls": {"a": 1}}]}, "tool_calls must be a list"),
+    ({"messages": [{**HELLO, "tool_calls": {"a": 1}}]}, "'tool_calls' must be a list"),
     ({"messages": [{"role": "user", "content": b"a"}]}, "must be text, not bytes"),
     ({"messages": [{**HELLO, "tool_calls": 5, "function_call": {"name": "f"}}]}, "must be a list"),
     ({"messages": [{**USER, "function_call": {"name": "f"}}]}, "belong in a turn of the assistant"),

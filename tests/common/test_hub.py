@@ -14,6 +14,7 @@ from huggingface_hub import constants, errors
 
 from common import hub
 from common.data import splits
+from common.data.readers import Records
 from common.errors import UserError
 from common.files.config import read_config
 
@@ -112,17 +113,17 @@ TRANSPORT = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library in use
      ["is gated", "no access", constants.ENDPOINT + "/a/b", "hf auth whoami"]),
     (http(errors.RepositoryNotFoundError, 404), False,
      ["a/b: no such folder here, and no such model on the Hub", "hf auth login"]),
-    (errors.LocalEntryNotFoundError("no\nroute"), False, ["no connection", "cache", TINY]),
+    (errors.LocalEntryNotFoundError("no\nroute"), False, ["cache", "no route", TINY]),
     (errors.LocalEntryNotFoundError("offline"), True,
      ["nor complete in the Hub's cache", "HF_HUB_OFFLINE is set: unset it", TINY]),
     (errors.OfflineModeIsEnabled("offline"), True, ["HF_HUB_OFFLINE is set", TINY]),
-    (http(errors.HfHubHTTPError, 503), False, ["failed for a/b", "503", "try again", TINY]),
-    (http(errors.HfHubHTTPError, 429), False, ["failed for a/b", "429", "try again"]),
+    (http(errors.HfHubHTTPError, 503), False, ["there, failed", "503", "try again", TINY]),
+    (http(errors.HfHubHTTPError, 429), False, ["there, failed", "429", "try again"]),
     (errors.HFValidationError("Repo id must be\n..."), False, ["nor a valid name"]),
-    (TRANSPORT("timed\nout"), False, ["failed for a/b", "timed out", TINY]),
-    (ConnectionResetError(104, "reset"), False, ["failed for a/b", "reset", TINY]),
-    (RuntimeError("Data processing error"), False, ["failed for a/b", "Data processing", TINY]),
-    (OSError(errno.ENOSPC, "No space left"), False, ["no disk space", "HF_HOME"]),
+    (TRANSPORT("timed\nout"), False, ["there, failed", "timed out", TINY]),
+    (ConnectionResetError(104, "reset"), False, ["there, failed", "reset", TINY]),
+    (RuntimeError("Data processing error"), False, ["there, failed", "Data processing", TINY]),
+    (OSError(errno.ENOSPC, "No space left"), False, ["cannot write", "No space left", "HF_HOME"]),
     (PermissionError(13, "denied"), False, ["cannot write", "denied", "HF_HOME"]),
 ])
 def test_each_refusal_is_one_line_with_the_next_step(monkeypatch, answer, error, offline, parts):
@@ -191,7 +192,7 @@ def test_data_files_and_folders(tmp_path, monkeypatch, answer):
          "d/README.txt")
     assert chosen("d/c.TXT") == (["d/c.TXT"], [])
     assert chosen("d") == (["d/a.json", "d/b.jsonl", "d/e.csv.gz"],
-                           ["data: d: 3 files (also there: c.TXT, sub/)"])
+                           ["data: d: a, b, e, 3 of 3 files (also there: c.TXT, sub/x.json)"])
     assert chosen(["d/c.TXT", "d/a.json"]) == (["d/c.TXT", "d/a.json"], [])
     assert chosen(tmp_path / "d" / "a.json") == ([str(tmp_path / "d/a.json")], [])
     assert chosen("d:a.json") == (["d/a.json"], [])
@@ -205,9 +206,11 @@ def test_a_folder_whose_files_lie_in_subfolders(tmp_path, monkeypatch, answer):
          "d/dataset_dict.json")
     assert chosen("d") == (["d/a/b.json", "d/a/deep/c.json", "d/z/b.json"], [])
     fill(tmp_path, "d/top.json")
-    assert chosen("d") == (["d/top.json"], ["data: d: top.json (also there: a/, z/)"])
+    assert chosen("d") == (
+        ["d/top.json"],
+        ["data: d: top, 1 of 1 files (also there: a/b.json, a/deep/c.json, z/b.json)"])
     assert chosen("d:a") == (["d/a/b.json", "d/a/deep/c.json"],
-                             ["data: d: 2 files (also there: top, z/b)"])
+                             ["data: d: a/b, a/deep/c, 2 of 2 files (also there: top, z/b)"])
     (tmp_path / "d/top.json").rename(tmp_path / "d:top.json")
     assert chosen("d:top.json") == (["d:top.json"], [])  # a file of that name comes first
 
@@ -217,15 +220,16 @@ def test_a_folder_with_train_and_test_files_trains_on_train_and_says_so(
     monkeypatch.chdir(tmp_path)
     fill(tmp_path, "d/train.jsonl", "d/test.jsonl", "e/train/1.json", "e/train/2.json",
          "e/dev/1.json")
-    assert chosen("d") == (["d/train.jsonl"], ["data: d: train.jsonl (also there: test)"])
+    assert chosen("d") == (["d/train.jsonl"], ["data: d: train, 1 of 1 files (also there: test)"])
     assert chosen("d:test", flag="--eval-data") == (
-        ["d/test.jsonl"], ["eval-data: d: test, 1 file (also there: train)"])
+        ["d/test.jsonl"], ["eval-data: d: test, 1 of 1 files (also there: train)"])
     assert chosen("e/") == (["e/train/1.json", "e/train/2.json"],
-                            ["data: e/: train, 2 files (also there: dev)"])
-    assert chosen(["d", "d:test"], flag="--x")[1] == ["x: d: train.jsonl (also there: test)",
-                                                      "x: d: test, 1 file (also there: train)"]
+                            ["data: e: train, 2 of 2 files (also there: dev)"])
+    assert chosen(["d", "d:test"], flag="--x")[1] == [
+        "x: d: train, 1 of 1 files (also there: test)",
+        "x: d: test, 1 of 1 files (also there: train)"]
     hub.resolve_data("d")
-    assert capsys.readouterr().out == "data: d: train.jsonl (also there: test)\n"
+    assert capsys.readouterr().out == "data: d: train, 1 of 1 files (also there: test)\n"
 
 
 @pytest.mark.parametrize("names, expected", [
@@ -293,10 +297,10 @@ def test_data_that_is_not_there_or_not_readable(tmp_path, monkeypatch, answer):
     with refused("--eval-data tinny", "did you mean tiny"):
         hub.resolve_data("tinny", flag="--eval-data")
     with refused("table.xlsx", "end in .jsonl"):
-        hub.resolve_data("table.xlsx")
+        Records(hub.resolve_data("table.xlsx"))
     for name in ("ds", "dd", "ds/data-00000-of-00001.arrow"):
         with refused(f"{name}", "Arrow files: ds.to_json", "ds.to_parquet"):
-            hub.resolve_data(name)
+            Records(hub.resolve_data(name))
     with refused("e holds train_b, train_c: name one, as in --data e:train_b"):
         hub.resolve_data("e")
     with refused("e has no 'trian_b' (did you mean train_b?); e holds test_a, train_b, train_c: "
@@ -307,12 +311,6 @@ def test_data_that_is_not_there_or_not_readable(tmp_path, monkeypatch, answer):
     with refused("no such file or folder"):
         hub.resolve_data("train.jsonl:train")
     assert answer.calls == []
-
-
-def test_an_unreadable_folder(tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(hub.os, "access", lambda path, mode: False)  # root may read anything
-    with refused(f"{tmp_path}: cannot be read"):
-        hub.resolve_data(tmp_path)
 
 
 def test_a_part_of_a_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
@@ -326,7 +324,7 @@ def test_a_part_of_a_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
 
 def test_a_named_file_of_a_data_set(tmp_path, answer):
     answer.value = str(tmp_path / "x.json")
-    assert chosen("a/b:data/x.json") == ([str(tmp_path / "x.json")], ["data: a/b: data/x.json"])
+    assert chosen("a/b:data/x.json") == ([str(tmp_path / "x.json")], [])
     assert answer.calls == [(("a/b", "data/x.json"), {"repo_type": "dataset"})]
     answer.value = http(getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError), 404)
     with refused("a/b has no file x.json", constants.ENDPOINT + "/datasets/a/b/tree/main"):
@@ -348,45 +346,44 @@ def test_without_pyarrow_nothing_is_downloaded(monkeypatch, answer, name):
 
 @pytest.mark.parametrize("files, part, expected, said", [
     (["README.md", "alpaca_data_cleaned.json", "dataset_infos.json"], "",
-     ["alpaca_data_cleaned.json"], "alpaca_data_cleaned.json"),
+     ["alpaca_data_cleaned.json"], "alpaca_data_cleaned, 1 of 1 files"),
     (["data/train.jsonl", "data/test.jsonl"], "", ["data/train.jsonl"],
-     "data/train.jsonl (also there: test)"),
+     "train, 1 of 1 files (also there: test)"),
     (["alpaca.json", "urls.txt", "sub/x.txt"], "", ["alpaca.json"],
-     "alpaca.json (also there: sub/x.txt, urls.txt)"),
-    (["a.txt", "README.md"], "", ["a.txt"], "a.txt"),
+     "alpaca, 1 of 1 files (also there: sub/x.txt, urls.txt)"),
+    (["a.txt", "README.md"], "", ["a.txt"], "a, 1 of 1 files"),
     (["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"], "",
      ["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"],
-     "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"),
+     "train, 1 of 1 files"),
     (["data/part-0.jsonl", "data/part-1.jsonl", ".x/a.json"], "",
-     ["data/part-0.jsonl", "data/part-1.jsonl"], "default, 2 files"),
+     ["data/part-0.jsonl", "data/part-1.jsonl"], "default, 2 of 2 files"),
     (["data.json", "test.json"], "default", ["data.json"],
-     "default, 1 file (also there: test)"),
+     "default, 1 of 1 files (also there: test)"),
     (ULTRACHAT, "train_sft", ULTRACHAT[5:],
-     "train_sft, 3 files (also there: test_gen, test_sft, train_gen)"),
+     "train_sft, 3 of 3 files (also there: test_gen, test_sft, train_gen)"),
     (ULTRACHAT, "data/test_sft", ULTRACHAT[1:2],
-     "test_sft, 1 file (also there: test_gen, train_gen, train_sft)"),
-    (ULTRACHAT, ULTRACHAT[0], ULTRACHAT[:1], ULTRACHAT[0]),
+     "test_sft, 1 of 1 files (also there: test_gen, train_gen, train_sft)"),
     (GSM8K, "main", GSM8K[1:2],
-     "main/train, 1 file (also there: main/test, socratic/test, socratic/train)"),
+     "main/train, 1 of 1 files (also there: main/test, socratic/test, socratic/train)"),
     (GSM8K, "main/train", GSM8K[1:2],
-     "main/train, 1 file (also there: main/test, socratic/test, socratic/train)"),
+     "main/train, 1 of 1 files (also there: main/test, socratic/test, socratic/train)"),
     (GSM8K, "socratic/test", GSM8K[2:3],
-     "socratic/test, 1 file (also there: main/test, main/train, socratic/train)"),
-    (GSM8K[:2], "train", GSM8K[1:2], "main/train, 1 file (also there: main/test)"),
-    (GSM8K[:2], "", GSM8K[1:2], "main/train-00000-of-00001.parquet (also there: main/test)"),
-    (C4, "en", C4[:2], "en/c4-train, 2 files (also there: "
+     "socratic/test, 1 of 1 files (also there: main/test, main/train, socratic/train)"),
+    (GSM8K[:2], "train", GSM8K[1:2], "main/train, 1 of 1 files (also there: main/test)"),
+    (GSM8K[:2], "", GSM8K[1:2], "main/train, 1 of 1 files (also there: main/test)"),
+    (C4, "en", C4[:2], "en/c4-train, 2 of 2 files (also there: "
      "en.noblocklist/c4-train, en.noblocklist/c4-validation, en/c4-validation)"),
     (SMOLTALK, "all", SMOLTALK[1:2],
-     "all/train, 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+     "all/train, 1 of 1 files (also there: all/test, apigen-80k/test, apigen-80k/train)"),
     (SMOLTALK, "data/all/", SMOLTALK[1:2],
-     "all/train, 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+     "all/train, 1 of 1 files (also there: all/test, apigen-80k/test, apigen-80k/train)"),
     (["train/en.json", "test/en.json"], "", ["train/en.json"],
-     "train/en.json (also there: test/en)"),
-    (["train-1.json", "train-2.json"], "", ["train-1.json", "train-2.json"], "train, 2 files"),
+     "train/en, 1 of 1 files (also there: test/en)"),
+    (["train-1.json", "train-2.json"], "", ["train-1.json", "train-2.json"], "train, 2 of 2 files"),
     (["train.jsonl", "train/0.parquet", "test.csv"], "", ["train.jsonl"],
-     "train.jsonl (also there: test, train/0.parquet)"),
+     "train, 1 of 1 files (also there: test, train/0.parquet)"),
     (["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"], "",
-     ["train/0000.parquet", "train/0001.parquet"], "train, 2 files (also there: test)"),
+     ["train/0000.parquet", "train/0001.parquet"], "train, 2 of 2 files (also there: test)"),
 ])
 def test_the_files_of_a_data_set_are_chosen(tmp_path, answer, parquet, files, part, expected, said):
     answer.files, answer.value = [*reversed(files), "README.md", ".gitattributes"], "x"

@@ -1,4 +1,4 @@
-"""Train the tiny tokenizer on the embedded data: `python common/tiny/make_tokenizer.py`.
+"""Train the tiny tokenizer on the embedded data: `python tests/goldens/make_tokenizer.py`.
 
 A byte-level BPE like Qwen3's, with 512 tokens: 3 of ChatML, 256 bytes, and merges. Any UTF-8
 text can be encoded and decoded again. One thing is special, for the tiny model's sake: only a word
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 from common.tiny.skills import records  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -40,4 +41,4 @@ def train(count=20_000, vocab_size=512):
 
 
 if __name__ == "__main__":
-    train().save(str(Path(__file__).parent / "tokenizer.json"))
+    train().save(str(ROOT / "common" / "tiny" / "tokenizer.json"))
