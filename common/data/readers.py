@@ -174,14 +174,15 @@ def json_file(path, wanted):
 def table(path, wanted):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
     header = next((line for _, line, _ in _lines(path) if line.strip()), "")
-    # Excel writes semicolons in countries that write numbers with a comma.
+    said = re.match("sep=(.)\\s*$", header)  # a first line that Excel writes
+    # In countries that write numbers with a comma, Excel writes semicolons.
     comma = ";" if ";" in header and "," not in header else ","
-    separator = "\t" if suffix(path) == ".tsv" else comma
+    separator = said[1] if said else "\t" if suffix(path) == ".tsv" else comma
 
     def text():
         nonlocal done
         for _, line, done in _lines(path):
-            yield line
+            yield "" if said and line == header else line
 
     csv.field_size_limit(LONGEST_LINE)
     rows = csv.reader(text(), delimiter=separator, strict=True)

@@ -50,7 +50,8 @@ def choose(names, part, place, flag, page=None):
     others += sorted({*data} - {*sum(groups.values(), [])})
     if page or others or total > len(files):
         there = f" (also there: {listed(others)})" if others else ""
-        say(f"{flag.lstrip('-')}: {place}: {listed(labels)}, {len(files)} of {total} files{there}")
+        count = f"{len(files)} of {total} file{'s' * (total > 1)}"
+        say(f"{flag.lstrip('-')}: {place}: {listed(labels)}, {count}{there}")
     return files
 
 

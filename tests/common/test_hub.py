@@ -208,7 +208,7 @@ def test_a_folder_whose_files_lie_in_subfolders(tmp_path, monkeypatch, answer):
     fill(tmp_path, "d/top.json")
     assert chosen("d") == (
         ["d/top.json"],
-        ["data: d: top, 1 of 1 files (also there: a/b.json, a/deep/c.json, z/b.json)"])
+        ["data: d: top, 1 of 1 file (also there: a/b.json, a/deep/c.json, z/b.json)"])
     assert chosen("d:a") == (["d/a/b.json", "d/a/deep/c.json"],
                              ["data: d: a/b, a/deep/c, 2 of 2 files (also there: top, z/b)"])
     (tmp_path / "d/top.json").rename(tmp_path / "d:top.json")
@@ -220,16 +220,16 @@ def test_a_folder_with_train_and_test_files_trains_on_train_and_says_so(
     monkeypatch.chdir(tmp_path)
     fill(tmp_path, "d/train.jsonl", "d/test.jsonl", "e/train/1.json", "e/train/2.json",
          "e/dev/1.json")
-    assert chosen("d") == (["d/train.jsonl"], ["data: d: train, 1 of 1 files (also there: test)"])
+    assert chosen("d") == (["d/train.jsonl"], ["data: d: train, 1 of 1 file (also there: test)"])
     assert chosen("d:test", flag="--eval-data") == (
-        ["d/test.jsonl"], ["eval-data: d: test, 1 of 1 files (also there: train)"])
+        ["d/test.jsonl"], ["eval-data: d: test, 1 of 1 file (also there: train)"])
     assert chosen("e/") == (["e/train/1.json", "e/train/2.json"],
                             ["data: e: train, 2 of 2 files (also there: dev)"])
     assert chosen(["d", "d:test"], flag="--x")[1] == [
-        "x: d: train, 1 of 1 files (also there: test)",
-        "x: d: test, 1 of 1 files (also there: train)"]
+        "x: d: train, 1 of 1 file (also there: test)",
+        "x: d: test, 1 of 1 file (also there: train)"]
     hub.resolve_data("d")
-    assert capsys.readouterr().out == "data: d: train, 1 of 1 files (also there: test)\n"
+    assert capsys.readouterr().out == "data: d: train, 1 of 1 file (also there: test)\n"
 
 
 @pytest.mark.parametrize("names, expected", [
@@ -346,42 +346,42 @@ def test_without_pyarrow_nothing_is_downloaded(monkeypatch, answer, name):
 
 @pytest.mark.parametrize("files, part, expected, said", [
     (["README.md", "alpaca_data_cleaned.json", "dataset_infos.json"], "",
-     ["alpaca_data_cleaned.json"], "alpaca_data_cleaned, 1 of 1 files"),
+     ["alpaca_data_cleaned.json"], "alpaca_data_cleaned, 1 of 1 file"),
     (["data/train.jsonl", "data/test.jsonl"], "", ["data/train.jsonl"],
-     "train, 1 of 1 files (also there: test)"),
+     "train, 1 of 1 file (also there: test)"),
     (["alpaca.json", "urls.txt", "sub/x.txt"], "", ["alpaca.json"],
-     "alpaca, 1 of 1 files (also there: sub/x.txt, urls.txt)"),
-    (["a.txt", "README.md"], "", ["a.txt"], "a, 1 of 1 files"),
+     "alpaca, 1 of 1 file (also there: sub/x.txt, urls.txt)"),
+    (["a.txt", "README.md"], "", ["a.txt"], "a, 1 of 1 file"),
     (["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"], "",
      ["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"],
-     "train, 1 of 1 files"),
+     "train, 1 of 1 file"),
     (["data/part-0.jsonl", "data/part-1.jsonl", ".x/a.json"], "",
      ["data/part-0.jsonl", "data/part-1.jsonl"], "default, 2 of 2 files"),
     (["data.json", "test.json"], "default", ["data.json"],
-     "default, 1 of 1 files (also there: test)"),
+     "default, 1 of 1 file (also there: test)"),
     (ULTRACHAT, "train_sft", ULTRACHAT[5:],
      "train_sft, 3 of 3 files (also there: test_gen, test_sft, train_gen)"),
     (ULTRACHAT, "data/test_sft", ULTRACHAT[1:2],
-     "test_sft, 1 of 1 files (also there: test_gen, train_gen, train_sft)"),
+     "test_sft, 1 of 1 file (also there: test_gen, train_gen, train_sft)"),
     (GSM8K, "main", GSM8K[1:2],
-     "main/train, 1 of 1 files (also there: main/test, socratic/test, socratic/train)"),
+     "main/train, 1 of 1 file (also there: main/test, socratic/test, socratic/train)"),
     (GSM8K, "main/train", GSM8K[1:2],
-     "main/train, 1 of 1 files (also there: main/test, socratic/test, socratic/train)"),
+     "main/train, 1 of 1 file (also there: main/test, socratic/test, socratic/train)"),
     (GSM8K, "socratic/test", GSM8K[2:3],
-     "socratic/test, 1 of 1 files (also there: main/test, main/train, socratic/train)"),
-    (GSM8K[:2], "train", GSM8K[1:2], "main/train, 1 of 1 files (also there: main/test)"),
-    (GSM8K[:2], "", GSM8K[1:2], "main/train, 1 of 1 files (also there: main/test)"),
+     "socratic/test, 1 of 1 file (also there: main/test, main/train, socratic/train)"),
+    (GSM8K[:2], "train", GSM8K[1:2], "main/train, 1 of 1 file (also there: main/test)"),
+    (GSM8K[:2], "", GSM8K[1:2], "main/train, 1 of 1 file (also there: main/test)"),
     (C4, "en", C4[:2], "en/c4-train, 2 of 2 files (also there: "
      "en.noblocklist/c4-train, en.noblocklist/c4-validation, en/c4-validation)"),
     (SMOLTALK, "all", SMOLTALK[1:2],
-     "all/train, 1 of 1 files (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+     "all/train, 1 of 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
     (SMOLTALK, "data/all/", SMOLTALK[1:2],
-     "all/train, 1 of 1 files (also there: all/test, apigen-80k/test, apigen-80k/train)"),
+     "all/train, 1 of 1 file (also there: all/test, apigen-80k/test, apigen-80k/train)"),
     (["train/en.json", "test/en.json"], "", ["train/en.json"],
-     "train/en, 1 of 1 files (also there: test/en)"),
+     "train/en, 1 of 1 file (also there: test/en)"),
     (["train-1.json", "train-2.json"], "", ["train-1.json", "train-2.json"], "train, 2 of 2 files"),
     (["train.jsonl", "train/0.parquet", "test.csv"], "", ["train.jsonl"],
-     "train, 1 of 1 files (also there: test, train/0.parquet)"),
+     "train, 1 of 1 file (also there: test, train/0.parquet)"),
     (["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"], "",
      ["train/0000.parquet", "train/0001.parquet"], "train, 2 of 2 files (also there: test)"),
 ])

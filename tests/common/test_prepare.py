@@ -256,5 +256,5 @@ def test_data_names_of_every_kind_are_resolved_for_both_sides(tmp_path, capsys):
     (folder / "dataset_info.json").write_text("{}")
     data = load(tmp_path, [row("a", "b")], data=[str(folder)], eval_data=f"{folder}:test")
     assert len(data.train) == len(data.held_out) == 2
-    assert "train, 1 of 1 files (also there: test)" in capsys.readouterr().out
+    assert "train, 1 of 1 file (also there: test)" in capsys.readouterr().out
     assert hub.resolve_data(str(folder)) == [folder / "train.jsonl"]

@@ -334,11 +334,13 @@ def test_arbitrary_bytes_give_values_or_one_line(tmp_path, kind, request):
 
 
 @pytest.mark.parametrize("text", [
-    "prompt;completion\na;b, c\n", " prompt,completion ,,\na,\"b, c\",,\n"])
+    "prompt;completion\na;b, c\n", "sep=|\nprompt|completion\na|b, c\n",
+    " prompt,completion ,,\na,\"b, c\",,\n"])
 def test_tables_as_spreadsheets_write_them(tmp_path, text):
     path = write(tmp_path / "a.csv", b"\xef\xbb\xbf" + text.encode())
     places = [(where, value) for where, value, _ in read(path)]
-    assert places == [(f"{path}:2", {"prompt": "a", "completion": "b, c"})]
+    line = 3 if text.startswith("sep") else 2
+    assert places == [(f"{path}:{line}", {"prompt": "a", "completion": "b, c"})]
 
 
 # --- memory ---
