@@ -29,26 +29,6 @@ from nf4 import NF4Linear, dequantize_nf4, quantize_nf4
 from quantized_model import BASES, load_model
 
 
-# Copied from chapter-02/merge.py
-@torch.no_grad()
-def merge_into(model, dtype):
-    """Replace each adapter layer of `model` by its base with the merged weight, in place.
-
-    Every parameter is then rounded to `dtype`, in float32 storage. Returns, by the layer's dotted
-    name, two squared Frobenius norms: of ΔW, and of what the rounding adds to it.
-    """
-    norms = {}
-    for name, module in list(adapter_modules(model)):
-        merged = merged_weight(module)
-        error = merged.to(dtype).float() - merged  # also the error of ΔW, as W itself is exact
-        norms[name] = [x.double().square().sum().item() for x in (delta_weight(module), error)]
-        module.base.weight.copy_(merged)
-        model.set_submodule(name, module.base)
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-    return norms
-
-
 def dequantize(network):
     """Replace each `NF4Linear` by a float32 layer with its dequantised weight."""
     for name, layer in list(network.named_modules()):
@@ -64,7 +44,7 @@ def requantize(network, dtype, double_quant):
     """Merge within the decoder layers and quantise the sums anew, from `dtype` if the base is not
     NF4.
 
-    Gives norms as `merge_into` does, and the share of ΔW that is left: the change that was
+    Gives norms as `merging.merge_into` does, and the share of ΔW that is left: the change that was
     realised, projected on ΔW.
     """
     norms, left = {}, 0.0
@@ -131,7 +111,7 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
                 norms, left = requantize(network, kept, double_quant)
             else:
                 dequantize(network)
-            norms |= merge_into(network, kept)
+            norms |= merging.merge_into(network, kept, lora)
             report = merging.report(dtype if anew else kept, norms, before, network(**pack))
             name = "original weights" if choice else "base it was trained on"
             choices[name] = report["logit_difference"]
