@@ -8,7 +8,7 @@ import torch
 from helpers import GOLDENS, load
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError
+from common.errors import UserError, located
 from common.weights import iter_tensors, read_config
 
 bnb_files = load("chapter-03/bnb_files.py")
@@ -29,7 +29,8 @@ def on_meta(folder=GOLDEN / "dense"):
 
 
 def load_bnb(model, folder):
-    load_nf4(model, bnb_files.iter_bnb(folder), quantize=False)
+    with located(folder):
+        load_nf4(model, bnb_files.iter_bnb(folder), quantize=False)
 
 
 def logits(model):

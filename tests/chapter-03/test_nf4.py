@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import partition_fn
 
-from common.errors import UserError
+from common.weights import own_tensors
 
 nf4 = load("chapter-03/nf4.py")
 load_nf4 = load("chapter-03/quantized_model.py").load_nf4
@@ -278,10 +278,10 @@ def test_load_a_tied_model():
     rest = [item for item in tensors(dense) if "embed" not in item[0]]
     for stream in (tensors(dense), [head, *tensors(dense)], [*rest, head]):
         model = on_meta(tied=True)
-        load_nf4(model, stream)
+        load_nf4(model, own_tensors(stream, tied=True))
         assert torch.equal(model.model.embed_tokens.weight, embedding)
-    with pytest.raises(UserError, match="lm_head.weight differs"):
-        load_nf4(on_meta(tied=True), [("lm_head.weight", embedding + 1), *tensors(dense)])
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        list(own_tensors([("lm_head.weight", embedding + 1), *tensors(dense)], tied=True))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -299,7 +299,7 @@ def test_load_a_tied_model():
      "model.layers.0.norm.weight is quantised, and only linear"),
 ])
 def test_load_names_what_does_not_fit(change, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         load_nf4(on_meta(), change(list(tensors(Model()))))
 
 
