@@ -22,6 +22,7 @@ from generate import load_model
 import lora
 
 
+@torch.no_grad()
 def merge(adapter, out, model=None, dtype="auto"):
     """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
 
@@ -35,17 +36,16 @@ def merge(adapter, out, model=None, dtype="auto"):
     dtype = merging.stored_dtype(dtype, base)
     load_adapter(network, adapter, lora)
     pack = merging.sample(network, adapter, base)
-    with torch.no_grad():
-        before = network(**pack)
-        norms = merging.merge_into(network, dtype, lora)
-        report = merging.report(dtype, norms, before, network(**pack))
+    before = network(**pack)
+    norms = merging.merge_into(network, dtype, lora)
+    report = merging.report(dtype, norms, before, network(**pack))
     merging.save(network, dtype, out, adapter, base)
     return report
 
 
 def main(argv=None):
     options = merging.flags(__doc__).parse_args(argv)
-    merging.show(merge(options.adapter, options.out, options.model, options.dtype), options.out)
+    merging.show(merge(**vars(options)), options.out)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_quantising_anew_loses_a_small_change_and_is_refused(run, tmp_path, caps
         left, total = left + (delta * change).sum(), total + (delta * delta).sum()
     assert share == pytest.approx(100 * (left / total).item(), abs=0.06)
     report = merge.merge(str(resized(folder, tmp_path / "large", 0.3)), tmp_path / "large-out",
-                         dtype="nf4", requantizing=True)
+                         dtype="nf4", requantize=True)
     assert report["left"] > 0.8
 
 
