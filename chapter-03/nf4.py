@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.adapters.targets import QuantizedLinear
 from common.predict_memory import LinearCost
 
 BLOCK = 64  # weights that share one absmax
@@ -193,13 +194,11 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, grad_bias, *[None] * (2 + len(parts))
 
 
-class NF4Linear(nn.Module):
+class NF4Linear(QuantizedLinear):
     """A linear layer on a frozen NF4 weight: y = x deq(W)ᵀ + b, in the dtype of x (QLoRA eq. 5).
 
-    Can stand in for an `nn.Linear` under an adapter: it has `in_features`, `out_features`, `bias`,
-    and `weight`, dequantised anew at each use. The quantised parts are buffers. They move with
-    `.to(device)`, but `.to(dtype)` does not change them: a scale cast to bfloat16 would give a
-    different weight.
+    The quantised parts are buffers. They move with `.to(device)`, but `.to(dtype)` does not change
+    them: a scale cast to bfloat16 would give a different weight.
     """
 
     # True in a compiled layer that is computed again in the backward: W is then dequantised again

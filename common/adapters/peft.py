@@ -44,8 +44,13 @@ KNOWN = (
     "vera_dropout")
 WAY_OUT = ("merge it in PEFT (merge_and_unload), save the whole model and its tokenizer, and give"
            " that folder as --model")
-# Initialisations of A and B that leave the base weight alone; others would subtract from it.
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# What PEFT calls the numbers of an AdapterConfig, and its defaults.
+NUMBERS = {
+    "LORA": {"r": ("rank", 8), "lora_alpha": ("alpha", 8), "lora_dropout": ("dropout", 0.0)},
+    "VERA": {"r": ("rank", 256), "vera_dropout": ("dropout", 0.0),
+             "projection_prng_key": ("seed", 0)}}
+# Initialisations of A and B that leave the base weight alone, and the one other that we have.
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "pissa")
 
 
 # --- out ---
@@ -101,19 +106,18 @@ def _by_key(adapters, projections):
 
 def _peft_options(config):
     """What adapter_config.json says of the method, as a dict."""
-    options = {"task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-               "fan_in_fan_out": False, "modules_to_save": None}
-    if config.method == "vera":
-        return options | {
-            "peft_type": "VERA", "r": config.rank, "projection_prng_key": config.seed,
-            "d_initial": config.vera_d, "save_projection": True, "vera_dropout": config.dropout}
+    kind = "VERA" if config.method == "vera" else "LORA"
+    options = {name: getattr(config, ours) for name, (ours, _) in NUMBERS[kind].items()} | {
+        "peft_type": kind, "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
+        "fan_in_fan_out": False, "modules_to_save": None}
+    if kind == "VERA":
+        return options | {"d_initial": config.vera_d, "save_projection": True}
     twice = 2 if config.method == "pissa" else 1
     alpha = twice * config.alpha
     return options | {
-        "peft_type": "LORA", "r": twice * config.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": config.dropout, "init_lora_weights": True,
-        "use_dora": config.method == "dora", "use_rslora": config.method == "rslora"}
+        "r": twice * config.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "init_lora_weights": True, "use_dora": config.method == "dora",
+        "use_rslora": config.method == "rslora"}
 
 
 # --- in ---
@@ -225,23 +229,20 @@ def _adapter_config(options, model, lora):
         names = [name for name, _ in model.named_modules()]
         targets = tuple(target for target in targets if target == "lm_head" or any(
             f".{name}".endswith(f".{target}") for name in names)) or tuple(targets)
+    values = {ours: options.get(name, default) for name, (ours, default) in NUMBERS[kind].items()}
+    values["target_modules"] = targets
     if kind == "VERA":
-        return lora.AdapterConfig(
-            "vera", options.get("r", 256), dropout=options.get("vera_dropout", 0.0),
-            target_modules=targets, seed=options.get("projection_prng_key", 0))
+        return lora.AdapterConfig("vera", **values)
 
-    start, dora = options.get("init_lora_weights"), options.get("use_dora")
-    if start not in (*PLAIN_STARTS, "pissa"):
+    start, dora, root = map(options.get, ("init_lora_weights", "use_dora", "use_rslora"))
+    if start not in STARTS:
         raise UserError(f"init_lora_weights={start!r} changes the base weights: export the adapter"
                         " against the original ones (PEFT: path_initial_model_for_weight"
                         "_conversion)")
     if dora and start == "pissa":
         raise UserError("use_dora with init_lora_weights='pissa' is not implemented")
-    method = "dora" if dora else "pissa" if start == "pissa" else "lora"
-    config = lora.AdapterConfig(method, options.get("r", 8), options.get("lora_alpha", 8),
-                                options.get("lora_dropout", 0.0), targets)
-    if not options.get("use_rslora"):
-        return config
-    if method == "lora":
-        return replace(config, method="rslora")
-    return replace(config, alpha=config.alpha * math.sqrt(config.rank))  # s = α/√r, folded into α
+    method = "dora" if dora else "pissa" if start == "pissa" else "rslora" if root else "lora"
+    config = lora.AdapterConfig(method, **values)
+    if root and method != "rslora":  # s = α/√r, folded into α
+        config = replace(config, alpha=config.alpha * math.sqrt(config.rank))
+    return config
