@@ -1,11 +1,8 @@
 """Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors.
 
-What is written here loads with `peft.PeftModel.from_pretrained` and gives the same logits; what
-PEFT wrote loads here. PEFT itself only warns of missing tensors, and ignores extra ones. Here both
-are errors, and so is every option that would change the result and is not implemented.
-
-A tensor's name is `base_model.model.`, the layer's name in the model, and the parameter's name
-here. The argument `lora` is the chapter's lora.py, as a module.
+What is written here loads in PEFT and gives the same logits; what PEFT wrote loads here, where
+missing and extra tensors are errors, as is each option that would change the result and is not
+implemented. The argument `lora` is the chapter's lora.py, as a module.
 """
 
 import json
@@ -34,14 +31,12 @@ REFUSED = (
     "fan_in_fan_out", "kasa_config", "layer_replication", "layers_to_transform", "lora_bias",
     "megatron_config", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
     "trainable_token_indices", "use_bdlora", "use_qalora")
-# Options that are used below, or matter only in training or to PEFT.
+# Options that are used below, or matter only in training or to PEFT, which may set them unasked.
 KNOWN = (
-    "auto_mapping", "base_model_name_or_path", "corda_config", "d_initial", "ensure_weight_tying",
-    "eva_config", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern",
-    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+    "auto_mapping", "base_model_name_or_path", "d_initial", "eva_config", "inference_mode",
+    "init_lora_weights", "init_weights", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
     "peft_version", "projection_prng_key", "qalora_group_size", "r", "revision", "runtime_config",
-    "save_projection", "target_modules", "task_type", "use_dora", "use_rslora", "velora_config",
-    "vera_dropout")
+    "save_projection", "target_modules", "task_type", "use_dora", "use_rslora", "vera_dropout")
 WAY_OUT = ("merge it in PEFT (merge_and_unload), save the whole model and its tokenizer, and give"
            " that folder as --model")
 # What PEFT calls the numbers of an AdapterConfig, and its defaults.
@@ -59,10 +54,9 @@ def save_adapter(model, config, path, base_model_name, lora, metadata=None):
     """Write the model's adapters into folder `path`, made if it is not there.
 
     `config` is the AdapterConfig that they were made with, `base_model_name` the folder or Hub id
-    of the model without them. LoRA+ and LoRA-FA are written as the LoRA adapters that they are,
-    PiSSA as the LoRA adapter of twice the rank that fits the *original* weights. `metadata` is for
-    the header of the tensor file. Collective under FSDP2; rank 0 writes. Raises UserError for
-    Delta-LoRA, which has changed the base weights and is not an adapter.
+    of the model without them. PiSSA is written as the LoRA adapter of twice the rank that fits the
+    *original* weights. `metadata` is for the header of the tensor file. Collective under FSDP2;
+    rank 0 writes. Raises UserError for Delta-LoRA, which has changed the base weights.
     """
     if config.method in ("full", "delta-lora"):
         raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
@@ -149,12 +143,10 @@ def load_adapter(model, path, lora):
 
     Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
     options that are not implemented. Copies of the base's embedding and head, which PEFT may add,
-    must equal the model's. Warns on stderr about an adapter that changes nothing. After an error
-    the model must not be used.
+    must equal the model's. After an error the model must not be used.
     """
     path = Path(path)
-    options, file = _read_options(path), path / CONFIG
-    headers = tensor_headers(path, STEM)
+    options, headers, file = _read_options(path), tensor_headers(path, STEM), path / CONFIG
     try:
         config = _adapter_config(options, model, lora)
         lora.apply_adapter(model, config)
@@ -166,8 +158,8 @@ def load_adapter(model, path, lora):
                   file=sys.stderr)
 
     projections = config.method == "vera" and options.get("save_projection", True)
-    wanted = {key: parameter for key, (_, parameter) in _by_key(
-        dict(lora.adapter_modules(model)), projections).items()}
+    by_key = _by_key(dict(lora.adapter_modules(model)), projections)
+    wanted = {key: parameter for key, (_, parameter) in by_key.items()}
     copies = _copies(model, headers)
     shapes = {key: tuple(tensor.shape) for key, tensor in (wanted | copies).items()}
     if problems := tensor_problems(headers, shapes):
