@@ -61,11 +61,8 @@ class Qwen3Config:
 
     @classmethod
     def from_dict(cls, config):
-        """Take the fields from `config`, a dict as `common.weights.read_config` gives it.
-
-        Raises ValueError, with the name of the field, where one is missing or has a wrong type,
-        and where the checkpoint needs something that this file does not compute.
-        """
+        """Take the fields from `config`, as `common.weights.read_config` gives it. ValueError names
+        a field that is missing, has a wrong type, or asks for what this file does not compute."""
         return cls(**model_fields(cls, config, NOT_SUPPORTED))
 
 

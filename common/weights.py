@@ -1,10 +1,8 @@
 """Hugging Face model folders: config.json, safetensors and the tokenizer's files, in and out.
 
-Reading is strict. A tensor that is missing, unexpected or of another shape is an error that
-names it, never a warning: a model with a few random layers trains without complaint. Tensors
-are read one at a time, so loading needs the model's memory and one tensor more. How config.json
-is read and written is in `common/files/config.py`, how safetensors files are in
-`common/files/tensors.py`.
+Reading is strict: a model with a few random layers would train without complaint. Tensors are read
+one at a time, so loading needs the model's memory and one tensor more. See also files/config.py and
+files/tensors.py.
 """
 
 import shutil
