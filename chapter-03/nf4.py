@@ -102,12 +102,10 @@ def quantize_nf4(weight, double_quant=False):
         for middle in ((LEVELS[:-1] + LEVELS[1:]) / 2).tolist():
             codes += x > middle  # 2.6 times as fast as torch.bucketize
         packed[rows] = codes[:, 0::2] << 4 | codes[:, 1::2]
-    absmax2 = offset = None
-    if not (absmax.is_meta or absmax.isfinite().all()):
-        raise ValueError("the weight has an element that is not finite")
-    if double_quant:
-        absmax, absmax2, offset = _quantize_absmax(absmax)
-    return NF4Weight(packed.view(-1, 1), absmax, absmax2, offset, weight.shape, weight.dtype)
+    if not (absmax.is_meta or absmax.mean().isfinite()):
+        raise ValueError("the weight has an element that is not finite, or all are too large")
+    scales = _quantize_absmax(absmax) if double_quant else (absmax, None, None)
+    return NF4Weight(packed.view(-1, 1), *scales, weight.shape, weight.dtype)
 
 
 def _quantize_absmax(absmax):
@@ -116,8 +114,6 @@ def _quantize_absmax(absmax):
     As bitsandbytes' CPU code does, it first rounds the value to one of 65,536 positions of a table.
     """
     offset = absmax.mean()
-    if not (offset.is_meta or offset.isfinite()):
-        raise ValueError("the mean absmax overflows float32, so it cannot be double quantised")
     centred = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax2 = centred.abs().amax(dim=1)
     # If all 256 are equal this is 0 * inf: bitsandbytes gives code 0, and any code times 0 is 0.
@@ -132,11 +128,8 @@ def _quantize_absmax(absmax):
 def dequantize_nf4(quantized):
     """The weight of an `NF4Weight`, in its dtype and shape: levels[code] * absmax in float32."""
     device = quantized.packed.device
-    nested = None if quantized.absmax2 is None else DYNAMIC_MAP.to(device)
-    return _dequantize(
-        quantized.packed, quantized.absmax, quantized.absmax2, quantized.offset,
-        PAIRS.to(device), nested, quantized.shape, quantized.dtype,
-    )
+    return _dequantize(quantized.packed, quantized.absmax, quantized.absmax2, quantized.offset,
+                       PAIRS.to(device), DYNAMIC_MAP.to(device), quantized.shape, quantized.dtype)
 
 
 def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, index=torch.int32):
@@ -201,9 +194,8 @@ class NF4Linear(QuantizedLinear):
         for name in ("packed", "absmax", "absmax2", "offset"):
             self.register_buffer(name, getattr(quantized, name))
         device = quantized.packed.device
-        nested = None if quantized.absmax2 is None else DYNAMIC_MAP.to(device)
         self.register_buffer("pairs", PAIRS.to(device), persistent=False)
-        self.register_buffer("nested", nested, persistent=False)
+        self.register_buffer("nested", DYNAMIC_MAP.to(device), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
