@@ -104,7 +104,7 @@ def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quant
     an `NF4Linear`; embedding, norms, biases and head are kept in `dtype` (default: the
     checkpoint's), to which a weight is also cast before it is quantised. So the peak is the
     quantised model and one or two tensors. A tensor may also be an `NF4Weight`, which is taken as
-    it is; with `quantize=False` no other is quantised. Raises ValueError that names what is missing,
+    it is; with `quantize=False` no other is quantised. ValueError names what is missing,
     unexpected, mis-shaped or not finite.
     """
     missing = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -127,7 +127,7 @@ def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quant
             layer.bias = module.bias  # whose values may come later
             model.set_submodule(owner, layer)
         else:
-            raise ValueError(f"{name} is quantised, and only linear layers inside `layers` can be")
+            raise ValueError(f"{name} is quantised: only linear layers inside `layers` can be")
     _check({}, missing)
 
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from common.errors import UserError, nearest
 
-# For each number its least value (None: anything above 0), and a bound that it must stay below.
-NUMBERS = {"rank": (1, 2**14 + 1), "alpha": (None, 1e300), "dropout": (0, 1),
-           "lr_ratio": (None, 1e300), "delta_ratio": (0, 1e300), "delta_start": (0, 1e300),
+# For each number its least value, and a bound that it must stay below.
+NUMBERS = {"rank": (1, 2**14 + 1), "alpha": (5e-324, 1e300), "dropout": (0, 1),  # 5e-324: above 0
+           "lr_ratio": (5e-324, 1e300), "delta_ratio": (0, 1e300), "delta_start": (0, 1e300),
            "seed": (0, 2**63)}
 
 
@@ -30,7 +30,7 @@ def check_config(config, methods):
         whole = name in ("rank", "seed")
         if type(value) is not int and (whole or type(value) is not float):
             raise UserError(f"{flag} {value!r} is not a {'whole ' * whole}number")
-        if not (value > 0 if least is None else value >= least) or value >= below:
+        if not least <= value < below:
             raise UserError(f"{flag} {value!r} is out of range")
     targets = config.target_modules
     if not isinstance(targets, str) and not (isinstance(targets, (list, tuple)) and all(

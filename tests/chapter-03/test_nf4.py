@@ -301,7 +301,7 @@ def test_load_a_tied_model():
     (lambda items: [(n, v.char()) if "up_proj" in n else (n, v) for n, v in items],
      "model.layers.0.up_proj.weight is int8"),
     (lambda items: [(n, nf4.quantize_nf4(v)) if "norm" in n else (n, v) for n, v in items],
-     "model.layers.0.norm.weight is quantised, and only linear"),
+     "model.layers.0.norm.weight is quantised: only linear"),
 ])
 def test_load_names_what_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
