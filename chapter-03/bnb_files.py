@@ -19,7 +19,8 @@ import torch
 from nf4 import BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, NF4Linear, quantize_nf4
 
 from common.errors import UserError, located
-from common.weights import iter_tensors, read_config, save_tensors, write_config
+from common.files.config import read_config, write_config
+from common.files.tensors import iter_tensors, save_tensors
 
 STATE = "quant_state.bitsandbytes__nf4"
 PARTS = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
