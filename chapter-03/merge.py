@@ -68,15 +68,12 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
           requantize=False):
     """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
 
-    `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: the
-    dtype in the base's config.json; "nf4": quantised anew, which needs `requantize`). Merges into
-    the base as it was in training, dequantised, or into the `original` weights. `trained_on`:
-    "none", "nf4", "nf4-double", or "auto", what the adapter's file says.
+    As chapter 2's, but `dtype` may be "nf4": quantised anew, which needs `requantize`. Merges into
+    the base as it was in training, dequantised, or into the `original` weights. `trained_on` is
+    one of `BASES`, or "auto", what the adapter's file says.
 
-    Returns `merging.report`, which compares the merged model with the adapter as it was trained,
-    and `choices`: the largest logit difference for each base that could be merged into. `left` is
-    the share of ΔW that quantising anew leaves, or None. Raises UserError if `out` exists or
-    anything is wrong with a file.
+    Adds to `merging.report` the `choices`, which are the largest logit difference for each base
+    that could be merged into, and `left`, the share of ΔW that quantising anew leaves, or None.
     """
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")

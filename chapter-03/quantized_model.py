@@ -54,7 +54,7 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
     kept = torch.float32 if options.method in DENSE_ONLY else dtype
     init = "shapes" if device == "meta" else options.init
     with torch.device(draw_on if init == "random" else "cpu"):
-        model = base_model(config, source, kept, device, trained_on(options), init)
+        model = base_model(config, source, kept, device, mark(options)["trained_on"], init)
     model.compute_dtype = dtype
     model.requires_grad_(options.method == "full")
     gpu_memory = (torch.cuda.get_device_properties(options.device).total_memory
@@ -63,11 +63,6 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
     for layer in model.model.layers:
         layer.checkpointing = options.activation_checkpointing
     return apply_adapter(model, adapter)
-
-
-def trained_on(options):
-    """Which of `BASES` a run has."""
-    return options.quantize + "-double" * options.double_quant
 
 
 def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained"):
@@ -168,4 +163,5 @@ def load_model(name, device, dtype, adapter=None, base="auto"):
 
 def mark(options):
     """Metadata for an adapter's file: that it has a manifest, and the base it was trained on."""
-    return {**MARK, "trained_on": trained_on(options), "dtype": options.dtype}
+    return {**MARK, "trained_on": options.quantize + "-double" * options.double_quant,
+            "dtype": options.dtype}

@@ -53,11 +53,8 @@ def load_weights(model, path):
 
 
 def own_tensors(tensors, tied):
-    """Iterate over the (name, tensor) of a checkpoint that the model has too.
-
-    The one tensor of a `tied` head and embedding may stand under either name, or under both;
-    ValueError if these differ.
-    """
+    """Iterate over the (name, tensor) of a checkpoint that the model has too. The one tensor of a
+    `tied` head and embedding may stand under either name, or both; ValueError if these differ."""
     shared = None
     for name, tensor in tensors:
         if name.endswith(COMPUTED):
@@ -68,9 +65,8 @@ def own_tensors(tensors, tied):
             elif shared.dtype == tensor.dtype and torch.equal(shared, tensor):
                 continue
             else:
-                raise ValueError(f"{HEAD} differs from {EMBEDDING}, yet config.json ties them; if"
-                                 " the head is meant to be its own, set tie_word_embeddings to"
-                                 " false there")
+                raise ValueError(f"{HEAD} differs from {EMBEDDING}, yet config.json ties them; set"
+                                 " tie_word_embeddings to false there if the head is its own")
         yield name, tensor
 
 

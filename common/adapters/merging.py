@@ -57,12 +57,9 @@ def sample(model, adapter, base):
 
 @torch.no_grad()
 def merge_into(model, dtype, lora):
-    """Replace each adapter layer of `model` by its base with the merged weight, in place.
-
-    Every parameter is then rounded to `dtype`, in float32 storage. `lora` is the chapter's lora.py.
-    Returns, by the layer's dotted name, two squared Frobenius norms: of ΔW, and of what the
-    rounding adds to it.
-    """
+    """Replace each adapter layer of `model` by its base with the merged weight, in place, and round
+    every parameter to `dtype`, in float32 storage. `lora` is the chapter's lora.py. Returns, by the
+    layer's name, two squared Frobenius norms: of ΔW, and of what the rounding adds to it."""
     norms = {}
     for name, module in list(lora.adapter_modules(model)):
         merged = lora.merged_weight(module)
