@@ -34,12 +34,12 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    documents = [list(prompt) for prompt in prompts]
+    answers = [[] for _ in prompts]
     growing = [n for n, prompt in enumerate(prompts) if prompt]
     for _ in range(max_new_tokens):
         if not growing:
             break
-        tokens = [torch.tensor(documents[n]) for n in growing]
+        tokens = [torch.tensor([*prompts[n], *answers[n]]) for n in growing]
         pack = packed_sequence_collate_fn([(ids, ids) for ids in tokens])
         pack.pop("labels")
         last = pack["cu_seqlens"][1:].long() - 1  # position of each document's last token
@@ -51,11 +51,11 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
             chosen = torch.multinomial(chances, 1, generator=generator)[:, 0]
         else:
             chosen = logits.argmax(dim=-1)
-        for n, token in zip(growing, chosen.tolist()):
-            documents[n].append(token)
-        growing = [n for n in growing if documents[n][-1] not in stop_ids]
-    answers = [document[len(prompt):] for document, prompt in zip(documents, prompts)]
-    return [answer[:-1] if answer and answer[-1] in stop_ids else answer for answer in answers]
+        chosen = dict(zip(growing, chosen.tolist()))
+        growing = [n for n in growing if chosen[n] not in stop_ids]
+        for n in growing:
+            answers[n].append(chosen[n])
+    return answers
 
 
 def main(argv=None):

@@ -18,13 +18,15 @@ Sources: Qwen3 Technical Report (arXiv 2505.09388); RMSNorm (1910.07467); rotary
 (2104.09864); grouped-query attention (2305.13245); SwiGLU (2002.05202).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+
+from common.files.config import model_fields
 
 # Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no such argument.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -59,37 +61,9 @@ class Qwen3Config:
 
     @classmethod
     def from_dict(cls, config):
-        """Take the fields from `config`, a dict as `common.weights.read_config` gives it.
-
-        Raises ValueError, with the name of the field, where one is missing or has a wrong type,
-        and where the checkpoint needs something that this file does not compute.
-        """
-        if config.get("quantization_config") is not None:
-            raise ValueError("quantization_config is there, so the weights are quantised: give the"
-                             " original model, or, if this is bitsandbytes NF4 (4 bits), train it"
-                             " with chapter-03/train.py and ask it with chapter-03/generate.py")
-        for name, neutral in NOT_SUPPORTED.items():
-            if config.get(name, neutral[0]) not in neutral:
-                raise ValueError(f"{name}={config[name]!r} is not supported here")
-        values = {}
-        for field in fields(cls):
-            default = None if field.name not in cls.__dict__ else cls.__dict__[field.name]
-            value = config.get(field.name, default)
-            if value is None:
-                raise ValueError(f"{field.name} is missing")
-            if field.type is float and type(value) is int:
-                value = float(value)
-            if type(value) is not field.type or (field.type is not bool and value <= 0):
-                raise ValueError(f"{field.name}={value!r} is not a positive {field.type.__name__}")
-            values[field.name] = value
-        if values["num_attention_heads"] % values["num_key_value_heads"]:
-            raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
-        if values["head_dim"] % 2:
-            raise ValueError("head_dim is odd, and rotary embedding turns pairs")
-        full = ["full_attention"] * values["num_hidden_layers"]
-        if config.get("layer_types") not in (None, full):
-            raise ValueError("layer_types other than full_attention are not supported here")
-        return cls(**values)
+        """Take the fields from `config`, as `common.weights.read_config` gives it. ValueError names
+        a field that is missing, has a wrong type, or asks for what this file does not compute."""
+        return cls(**model_fields(cls, config, NOT_SUPPORTED))
 
 
 class Linear(nn.Linear):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from common import guard, hub, memory, predict, prepare, runs, weights
+from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.asking.generation import generate
 from common.errors import UserError, located, run_main
@@ -32,7 +33,6 @@ from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks
 import lora
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
                   state_names)
-from merge import merge_into
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 from packing import IGNORE, PackSampler, packed_sequence_collate_fn
 
@@ -273,7 +273,7 @@ def main(argv=None):
 
         # --- result --- Changed from chapter-01: it may be an adapter.
         if options.method == "delta-lora":
-            merge_into(model, dtype)  # it has moved W itself, so an adapter would not hold it all
+            merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
         if options.method in ("full", "delta-lora"):
             runs.save_model(run / "final", model, config_json, data, dtype)
         else:

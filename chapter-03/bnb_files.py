@@ -13,16 +13,21 @@ bitsandbytes 0.50 gives; tests/goldens/bnb holds folders that it wrote.
 """
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import torch
-from nf4 import BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, NF4Linear, NF4Weight
+from nf4 import BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, NF4Linear, quantize_nf4
 
-from common.errors import UserError
-from common.weights import iter_tensors, read_config, save_tensors, write_config
+from common.errors import UserError, located
+from common.files.config import read_config, write_config
+from common.files.tensors import iter_tensors, save_tensors
 
 STATE = "quant_state.bitsandbytes__nf4"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+PARTS = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+# What "quantization_config" has to say, and what it means if it does not mention it.
+NF4 = {"quant_method": ("bitsandbytes", "bitsandbytes"), "load_in_8bit": (False, False),
+       "load_in_4bit": (True, False), "bnb_4bit_quant_type": ("nf4", "fp4"),
+       "bnb_4bit_quant_storage": ("uint8", "uint8")}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,18 +39,13 @@ def is_bnb(config):
     quantization = config.get("quantization_config")
     if quantization is None:
         return False
-    get = quantization.get if isinstance(quantization, dict) else {}.get
-    kind = get("quant_method", "bitsandbytes" if get("load_in_4bit") else "unknown")
-    if kind == "bitsandbytes" and get("load_in_8bit"):
-        kind = "bitsandbytes int8 (LLM.int8)"
-    elif kind == "bitsandbytes" and get("bnb_4bit_quant_type", "fp4") != "nf4":  # bnb's default
-        kind = f"bitsandbytes {get('bnb_4bit_quant_type', 'fp4')}"
-    elif kind == "bitsandbytes" and get("bnb_4bit_quant_storage", "uint8") != "uint8":
-        kind = f"bitsandbytes NF4 stored as {get('bnb_4bit_quant_storage')}"
-    elif kind == "bitsandbytes" and get("load_in_4bit"):
-        return True
-    raise UserError(f"quantization_config says {kind}, and only bitsandbytes NF4 stored as uint8"
-                    " is read here: start from the 16-bit checkpoint")
+    found = quantization if isinstance(quantization, dict) else {"quant_method": "unknown"}
+    for name, (wanted, default) in NF4.items():
+        if (found.get(name) or default) != wanted:
+            raise UserError(f"quantization_config says {name}={found.get(name, default)!r}, and"
+                            " only bitsandbytes NF4 stored as uint8 is read here: start from the"
+                            " 16-bit checkpoint")
+    return True
 
 
 def iter_bnb(path):
@@ -61,58 +61,68 @@ def iter_bnb(path):
         if not dot and tensor.dtype != torch.uint8:
             yield name, tensor
             continue
-        if dot and part not in PARTS:
+        if dot and part not in PARTS[1:]:
             raise UserError(f"{path}: {name} is not a part of an NF4 weight")
         weight += dot.removesuffix(".")
         parts = waiting.setdefault(weight, {})
-        parts[part or "packed"] = _read_state(weight, tensor) if part == STATE else tensor
-        if STATE in parts and len(parts) == (4 if parts[STATE][2] is None else 6):
-            yield weight, _assemble(weight, waiting.pop(weight))
+        with located(f"{path}: {weight}"):
+            parts[part or "packed"] = _read_state(tensor) if part == STATE else tensor
+            if STATE in parts and len(parts) == len(_parts(parts[STATE])):
+                yield weight, _assemble(waiting.pop(weight))
     for weight, parts in waiting.items():
         raise UserError(f"{path}: {weight} is not a whole NF4 weight: only {', '.join(parts)}")
 
 
-def _read_state(weight, tensor):
-    """(shape, dtype, offset or None) from the JSON text that says how a weight is quantised."""
+def _parts(quantized):
+    """{part: tensor} of what bitsandbytes stores for an `NF4Weight`."""
+    state = {"quant_type": "nf4", "blocksize": BLOCK,
+             "dtype": str(quantized.dtype).removeprefix("torch."), "shape": list(quantized.shape)}
+    # Copies of the tables: a file may not hold the same tensor twice.
+    parts = {"packed": quantized.packed, "absmax": quantized.absmax, "quant_map": LEVELS.clone()}
+    if quantized.absmax2 is not None:
+        parts |= {"nested_absmax": quantized.absmax2, "nested_quant_map": DYNAMIC_MAP.clone()}
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
+                  "nested_offset": quantized.offset.item()}
+    text = json.dumps(state).encode()
+    return parts | {STATE: torch.tensor(list(text), dtype=torch.uint8)}
+
+
+def _read_state(tensor):
+    """What the JSON text says of a weight: an `NF4Weight` with its offset, else on the meta device.
+    """
     try:
         state = json.loads(bytes(tensor.tolist()))
-        shape, dtype = torch.Size(state["shape"]), DTYPES[state["dtype"]]
         sizes = state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK)
-        offset = state.get("nested_offset")
-        offset = None if offset is None else torch.tensor([float(offset)])
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{weight}: its quant_state is malformed: {error!r}") from error
-    if offset is not None and not offset.isfinite():
-        raise UserError(f"{weight}: its nested_offset is not finite")
-    if sizes != (BLOCK, NESTED_BLOCK):
-        raise UserError(f"{weight} has blocks of {sizes[0]} (nested {sizes[1]}), and only blocks"
-                        f" of {BLOCK} (nested {NESTED_BLOCK}) are read here")
-    return shape, dtype, offset
+        if sizes != (BLOCK, NESTED_BLOCK):
+            raise ValueError(f"blocks of {sizes[0]} (nested {sizes[1]}), and only blocks of {BLOCK}"
+                             f" (nested {NESTED_BLOCK}) are read here")
+        weight = torch.empty(state["shape"], dtype=DTYPES[state["dtype"]], device="meta")
+        if state.get("nested_offset") is None:
+            return quantize_nf4(weight)
+        offset = torch.tensor([float(state["nested_offset"])])
+        if not offset.isfinite():
+            raise ValueError("nested_offset is not finite")
+        return replace(quantize_nf4(weight, double_quant=True), offset=offset)
+    except (KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"its quant_state cannot be read here: {error!r}") from error
 
 
-def _assemble(weight, parts):
-    """The `NF4Weight` of the four or six tensors of a weight, after checking all of them."""
-    shape, dtype, offset = parts[STATE]
-    blocks = -(-shape.numel() // BLOCK)
-    wanted = {"packed": ((-(-shape.numel() // 2), 1), torch.uint8),
-              "absmax": ((blocks,), torch.float32 if offset is None else torch.uint8),
-              "quant_map": ((16,), torch.float32)}
-    if offset is not None:
-        wanted["nested_absmax"] = ((-(-blocks // NESTED_BLOCK),), torch.float32)
-        wanted["nested_quant_map"] = ((256,), torch.float32)
-    for part, expected in wanted.items():
-        found = part in parts and (tuple(parts[part].shape), parts[part].dtype)
-        if found != expected:
-            raise UserError(f"{weight}: {part} should be {expected}, not {found or 'missing'}")
-        if expected[1].is_floating_point and not parts[part].isfinite().all():
-            raise UserError(f"{weight}: {part} has a value that is not finite")
-    for part, levels in (("quant_map", LEVELS), ("nested_quant_map", DYNAMIC_MAP)):
-        if part in parts and not torch.equal(parts[part], levels):
-            raise UserError(f"{weight}: its {part} is not bitsandbytes' table")
-    absmax2 = None if offset is None else parts["nested_absmax"].clone()
+def _assemble(parts):
+    """The `NF4Weight` of all parts of a weight, after checking that they are such as we write."""
+    quantized = parts.pop(STATE)
+    wanted = _parts(quantized)
+    del wanted[STATE]
+    for part, like in wanted.items():
+        if part not in parts or (parts[part].shape, parts[part].dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{part} should be {like.dtype} {tuple(like.shape)}")
+        if not like.is_meta and not torch.equal(parts[part], like):
+            raise ValueError(f"its {part} is not bitsandbytes' table")
+        if parts[part].is_floating_point() and not parts[part].isfinite().all():
+            raise ValueError(f"{part} has a value that is not finite")
     # Copies, since tensors that were read are still backed by the file.
-    return NF4Weight(
-        parts["packed"].clone(), parts["absmax"].clone(), absmax2, offset, shape, dtype)
+    copies = {part: tensor.clone() for part, tensor in parts.items()}
+    return replace(quantized, packed=copies["packed"], absmax=copies["absmax"],
+                   absmax2=copies.get("nested_absmax"))
 
 
 def save_bnb(model, config, path, dtype=None, metadata=None):
@@ -127,13 +137,8 @@ def save_bnb(model, config, path, dtype=None, metadata=None):
     double = {layer.absmax2 is not None for layer in layers.values()}
     kept = dtype or model.get_parameter("model.embed_tokens.weight").dtype
     dense = {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
+    quantization = {name: wanted for name, (wanted, _) in NF4.items()} | {
         "bnb_4bit_use_double_quant": double == {True},
-        "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": str(kept).removeprefix("torch."),
         "llm_int8_skip_modules": sorted(dense | {"lm_head"}),  # despite its name for 4 bits too
     }
@@ -142,24 +147,8 @@ def save_bnb(model, config, path, dtype=None, metadata=None):
         for name, parameter in model.named_parameters():
             yield name, parameter.to(kept)
         for name, layer in layers.items():
-            yield from _disassemble(f"{name}.weight", layer.quantized)
+            for part, tensor in _parts(layer.quantized).items():
+                yield f"{name}.weight.{part}".removesuffix(".packed"), tensor
 
-    path = Path(path)
     save_tensors(tensors(), path, metadata)
     write_config({**config, "quantization_config": quantization}, path, kept)
-
-
-def _disassemble(weight, quantized):
-    """(name, tensor) of each part that bitsandbytes stores for a weight."""
-    state = {"quant_type": "nf4", "blocksize": BLOCK,
-             "dtype": str(quantized.dtype).removeprefix("torch."), "shape": list(quantized.shape)}
-    yield weight, quantized.packed
-    yield f"{weight}.absmax", quantized.absmax
-    yield f"{weight}.quant_map", LEVELS.clone()  # a file may not hold the same tensor twice
-    if quantized.absmax2 is not None:
-        yield f"{weight}.nested_absmax", quantized.absmax2
-        yield f"{weight}.nested_quant_map", DYNAMIC_MAP.clone()
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
-                  "nested_offset": quantized.offset.item()}
-    text = json.dumps(state).encode()
-    yield f"{weight}.{STATE}", torch.tensor(list(text), dtype=torch.uint8)

@@ -5,7 +5,9 @@ Five fields tell Llama, Qwen3 and Qwen2.5 apart: `qk_norm`, `qkv_bias`, `rope_sc
 and `tie_word_embeddings`. Anything else in a config.json that changes the maths is an error.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from common.files.config import model_fields, read_fields
 
 # The two fields that config.json does not contain, by its model_type. Mistral is Llama once its
 # sliding window is off. (`attention_bias` is something else: it gives o_proj a bias too.)
@@ -26,27 +28,6 @@ NOT_SUPPORTED = {
     "pretraining_tp": (1, None),
     "use_sliding_window": (False, None),
 }
-
-
-def read_fields(cls, config, where=""):
-    """Those fields of dataclass `cls` that are numbers or flags, from the dict `config`, checked.
-
-    Raises ValueError if one is missing or has a wrong type, naming it with `where` before it.
-    """
-    values = {}
-    for field in fields(cls):
-        if field.type not in (int, float, bool):
-            continue
-        value = config.get(field.name, cls.__dict__.get(field.name))
-        if value is None:
-            raise ValueError(f"{where}{field.name} is missing")
-        if field.type is float and type(value) is int:
-            value = float(value)
-        if type(value) is not field.type or (field.type is not bool and value <= 0):
-            raise ValueError(
-                f"{where}{field.name}={value!r} is not a positive {field.type.__name__}")
-        values[field.name] = value
-    return values
 
 
 @dataclass(frozen=True)
@@ -97,30 +78,14 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, config):
-        """Take the fields from `config`, a dict as `common.weights.read_config` gives it.
-
-        Raises ValueError, with the name of the field, where one is missing or has a wrong type,
-        and where the checkpoint needs something that this file does not compute.
-        """
+        """Take the fields from `config`, as `common.weights.read_config` gives it. ValueError names
+        a field that is missing, has a wrong type, or asks for what this file does not compute."""
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type={family!r} is none of {', '.join(FAMILIES)}")
-        if config.get("quantization_config") is not None:
-            raise ValueError("quantization_config is there, so the weights are quantised: give the"
-                             " original model, or, if this is bitsandbytes NF4 (4 bits), train it"
-                             " with chapter-03/train.py and ask it with chapter-03/generate.py")
-        for name, neutral in NOT_SUPPORTED.items():
-            if config.get(name, neutral[0]) not in neutral:
-                raise ValueError(f"{name}={config[name]!r} is not supported here")
-        if set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise ValueError("layer_types is not supported here, but for full_attention")
         # A Mistral config that does not mention the window means one of 4096 tokens.
         if family == "mistral" and config.get("sliding_window", 4096) is not None:
             raise ValueError("sliding_window is not supported here: only null is")
-        values = read_fields(cls, {**config, **FAMILIES[family]})
-        if values["num_attention_heads"] % values["num_key_value_heads"]:
-            raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
-        if values["head_dim"] % 2:
-            raise ValueError("head_dim is odd, and rotary embedding turns pairs")
+        values = model_fields(cls, {**config, **FAMILIES[family]}, NOT_SUPPORTED)
         scaling = config.get("rope_scaling")
         return cls(**values, rope_scaling=scaling and RopeScaling.from_dict(scaling))

@@ -29,26 +29,6 @@ from nf4 import NF4Linear, dequantize_nf4, quantize_nf4
 from quantized_model import BASES, load_model
 
 
-# Copied from chapter-02/merge.py
-@torch.no_grad()
-def merge_into(model, dtype):
-    """Replace each adapter layer of `model` by its base with the merged weight, in place.
-
-    Every parameter is then rounded to `dtype`, in float32 storage. Returns, by the layer's dotted
-    name, two squared Frobenius norms: of ΔW, and of what the rounding adds to it.
-    """
-    norms = {}
-    for name, module in list(adapter_modules(model)):
-        merged = merged_weight(module)
-        error = merged.to(dtype).float() - merged  # also the error of ΔW, as W itself is exact
-        norms[name] = [x.double().square().sum().item() for x in (delta_weight(module), error)]
-        module.base.weight.copy_(merged)
-        model.set_submodule(name, module.base)
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-    return norms
-
-
 def dequantize(network):
     """Replace each `NF4Linear` by a float32 layer with its dequantised weight."""
     for name, layer in list(network.named_modules()):
@@ -59,58 +39,51 @@ def dequantize(network):
             network.set_submodule(name, dense)
 
 
-@torch.no_grad()
-def requantize(network, dtype, double_quant):
-    """Merge within the decoder layers and quantise the sums anew, from `dtype` if the base is not
-    NF4.
+def quantize_anew(network, dtype, double_quant):
+    """Merge within the decoder and quantise the sums anew, from `dtype` if the base is not NF4.
 
-    Gives norms as `merge_into` does, and the share of ΔW that is left: the change that was
+    Gives norms as `merging.merge_into` does, and the share of ΔW that is left: the change that was
     realised, projected on ΔW.
     """
     norms, left = {}, 0.0
-    for name, module in list(adapter_modules(network)):
-        if not name.startswith("model.layers."):
-            continue  # the head stays dense
+    for name, module in list(adapter_modules(network.model)):  # without the head, which stays dense
         base, delta = module.base, delta_weight(module)
         if not isinstance(base, NF4Linear):
             base = NF4Linear(quantize_nf4(base.weight.to(dtype), double_quant), base.bias)
         quantized = quantize_nf4(merged_weight(module).to(base.dtype), double_quant)
         change = dequantize_nf4(quantized).float() - base.weight.float()
-        norms[name] = [x.double().square().sum().item() for x in (delta, change - delta)]
+        norms[f"model.{name}"] = [x.double().square().sum().item() for x in (delta, change - delta)]
         left += (change * delta).double().sum().item()
-        network.set_submodule(name, NF4Linear(quantized, base.bias))
-    for name, layer in list(network.model.layers.named_modules(prefix="model.layers")):
+        network.model.set_submodule(name, NF4Linear(quantized, base.bias))
+    for name, layer in list(network.model.named_modules()):
         if isinstance(layer, Linear):
             quantized = quantize_nf4(layer.weight.to(dtype), double_quant)
-            network.set_submodule(name, NF4Linear(quantized, layer.bias))
+            network.model.set_submodule(name, NF4Linear(quantized, layer.bias))
     return norms, left / (sum(squared for squared, _ in norms.values()) or 1)
 
 
 # Changed from chapter-02: two bases to choose from, and quantising anew.
+@torch.no_grad()
 def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="auto",
-          requantizing=False):
+          requantize=False):
     """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
 
-    `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: the
-    dtype in the base's config.json; "nf4": quantised anew, which needs `requantizing`). Merges into
-    the base as it was in training, dequantised, or into the `original` weights. `trained_on`:
-    "none", "nf4", "nf4-double", or "auto", what the adapter's file says.
+    As chapter 2's, but `dtype` may be "nf4": quantised anew, which needs `requantize`. Merges into
+    the base as it was in training, dequantised, or into the `original` weights. `trained_on` is
+    one of `BASES`, or "auto", what the adapter's file says.
 
-    Returns `merging.report`, which compares the merged model with the adapter as it was trained,
-    and `choices`: the largest logit difference for each base that could be merged into. `left` is
-    the share of ΔW that quantising anew leaves, or None. Raises UserError if `out` exists or
-    anything is wrong with a file.
+    Adds to `merging.report` the `choices`, which are the largest logit difference for each base
+    that could be merged into, and `left`, the share of ΔW that quantising anew leaves, or None.
     """
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")
 
-    def load(original):
-        network, base = load_model(model, "cpu", torch.float32, adapter,
-                                   "none" if original else trained_on)
+    def load(kind):
+        network, base = load_model(model, "cpu", torch.float32, adapter, kind)
         load_adapter(network, adapter, lora)
         return network, base
 
-    network, base = load(False)
+    network, base = load(trained_on)
     quantised = [layer for layer in network.modules() if isinstance(layer, NF4Linear)]
     double_quant = any(layer.absmax2 is not None for layer in quantised)
     only = is_bnb(weights.read_config(base))
@@ -120,28 +93,25 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
     anew = dtype == "nf4"
     kept = merging.stored_dtype("auto" if anew else dtype, base)
     pack = merging.sample(network, adapter, base)
-    choices, left = {}, None
-    with torch.no_grad():
-        before = network(**pack)
-        for choice in [original] if only or not quantised else [not original, original]:
-            network = quantised = None  # one at a time
-            network, _ = load(choice)
-            norms = {}
-            if anew and choice == original:
-                norms, left = requantize(network, kept, double_quant)
-            else:
-                dequantize(network)
-            norms |= merge_into(network, kept)
-            report = merging.report(dtype if anew else kept, norms, before, network(**pack))
-            name = "original weights" if choice else "base it was trained on"
-            choices[name] = report["logit_difference"]
-    report |= {"choices": choices, "left": left}
-    if anew and not requantizing:
+    before, choices, left = network(**pack), {}, None
+    for choice in [original] if only or not quantised else [not original, original]:
+        network = quantised = None  # one at a time
+        network, _ = load("none" if choice else trained_on)
+        norms = {}
+        if anew and choice == original:
+            norms, left = quantize_anew(network, kept, double_quant)
+        else:
+            dequantize(network)
+        norms |= merging.merge_into(network, kept, lora)
+        report = merging.report(dtype if anew else kept, norms, before, network(**pack))
+        name = "original weights" if choice else "base it was trained on"
+        choices[name] = report["logit_difference"]
+    if anew and not requantize:
         raise UserError(f"--dtype nf4: of what the adapter has learned {left:.1%} would survive"
                         " quantising anew. Keep it beside its base, or merge to bfloat16; if you"
                         " want it all the same, say --requantize")
     merging.save(network, kept, out, adapter, base, save_bnb if anew else weights.save_weights)
-    return report
+    return report | {"choices": choices, "left": left}
 
 
 # Changed from chapter-02: the base that is merged into.
@@ -157,8 +127,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.requantize and options.dtype != "nf4":
         raise UserError("--requantize is for --dtype nf4")
-    report = merge(options.adapter, options.out, options.model, options.dtype, options.original,
-                   options.trained_on, options.requantize)
+    report = merge(**vars(options))
     more = [f"  merged into the {name:<22} {error:9.2e}"
             for name, error in report["choices"].items()]
     if options.requantize:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.adapters.targets import QuantizedLinear
 from common.predict_memory import LinearCost
 
 BLOCK = 64  # weights that share one absmax
@@ -64,8 +65,8 @@ PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], dim=1)
 class NF4Weight:
     """A quantised weight of n = prod(shape) elements; blocks run over the flattened tensor."""
 
-    packed: torch.Tensor  # (ceil(n / 2), 1) uint8, the even element in the high four bits
-    absmax: torch.Tensor  # (ceil(n / 64),) float32, or uint8 codes when double quantised
+    packed: torch.Tensor  # (n / 2, 1) uint8, the even element in the high four bits
+    absmax: torch.Tensor  # (n / 64,) float32, or uint8 codes when double quantised
     absmax2: torch.Tensor | None  # (ceil(len(absmax) / 256),) float32, double quantised only
     offset: torch.Tensor | None  # (1,) float32, the mean absmax, double quantised only
     shape: torch.Size
@@ -79,40 +80,32 @@ class NF4Weight:
 
 
 def quantize_nf4(weight, double_quant=False):
-    """Quantise a floating-point tensor of any shape to an `NF4Weight` on its device.
+    """Quantise a floating-point tensor to an `NF4Weight` on its device.
 
     Needs no second copy of the weight: `PIECE` elements are converted at a time. On the meta device
-    it gives only shapes. Raises ValueError for an infinite or NaN element.
+    it gives only shapes. Raises ValueError for an infinite or NaN element, and for a number of
+    elements that is not a multiple of 64.
     """
-    flat = weight.detach().reshape(-1)
-    n = flat.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
-    size = n if flat.is_meta else CUDA_PIECE if flat.is_cuda else PIECE
-    for start in range(0, n, size):
-        x = flat[start : start + size].float()
-        whole = x.numel() // BLOCK * BLOCK
-        blocks, tail = x[:whole].view(-1, BLOCK), x[whole:]
-        scale = absmax[start // BLOCK :][: -(-x.numel() // BLOCK)]
-        torch.amax(blocks.abs(), dim=1, out=scale[: len(blocks)])
-        # bitsandbytes multiplies whole blocks by the reciprocal, and divides a partial last one.
-        scaled = (blocks * (1 / scale[: len(blocks), None].clamp(min=SMALLEST_SCALE))).view(-1)
-        if len(tail):
-            scale[-1] = tail.abs().max().clamp(min=SMALLEST_SCALE)
-            scaled = torch.cat([scaled, tail / scale[-1]])
-        if len(scaled) % 2:
-            scaled = F.pad(scaled, (0, 1))
-        # A value in the middle goes to the lower level; |scaled| may exceed 1 by a rounding error.
-        codes = torch.zeros(len(scaled), dtype=torch.uint8, device=flat.device)
+    if weight.numel() % BLOCK:
+        raise ValueError(f"{tuple(weight.shape)} is no whole number of blocks of {BLOCK} elements")
+    blocks = weight.detach().reshape(-1, BLOCK)
+    packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=blocks.device)
+    absmax = torch.empty(len(blocks), dtype=torch.float32, device=blocks.device)
+    size = weight.numel() if weight.is_meta else CUDA_PIECE if weight.is_cuda else PIECE
+    for start in range(0, len(blocks), size // BLOCK):
+        rows = slice(start, start + size // BLOCK)
+        x = blocks[rows].float()
+        scale = torch.amax(x.abs(), dim=1, out=absmax[rows])
+        x = x * (1 / scale[:, None].clamp(min=SMALLEST_SCALE))  # as bitsandbytes, without dividing
+        # A value in the middle goes to the lower level; |x| may exceed 1 by a rounding error.
+        codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
         for middle in ((LEVELS[:-1] + LEVELS[1:]) / 2).tolist():
-            codes += scaled > middle  # 2.6 times as fast as torch.bucketize
-        packed[start // 2 :][: len(codes) // 2] = codes[0::2] << 4 | codes[1::2]
-    absmax2 = offset = None
-    if not (absmax.is_meta or absmax.isfinite().all()):
-        raise ValueError("the weight has an element that is not finite")
-    if double_quant:
-        absmax, absmax2, offset = _quantize_absmax(absmax)
-    return NF4Weight(packed[:, None], absmax, absmax2, offset, weight.shape, weight.dtype)
+            codes += x > middle  # 2.6 times as fast as torch.bucketize
+        packed[rows] = codes[:, 0::2] << 4 | codes[:, 1::2]
+    if not (absmax.is_meta or absmax.mean().isfinite()):
+        raise ValueError("the weight has an element that is not finite, or all are too large")
+    scales = _quantize_absmax(absmax) if double_quant else (absmax, None, None)
+    return NF4Weight(packed.view(-1, 1), *scales, weight.shape, weight.dtype)
 
 
 def _quantize_absmax(absmax):
@@ -121,8 +114,6 @@ def _quantize_absmax(absmax):
     As bitsandbytes' CPU code does, it first rounds the value to one of 65,536 positions of a table.
     """
     offset = absmax.mean()
-    if not (offset.is_meta or offset.isfinite()):
-        raise ValueError("the mean absmax overflows float32, so it cannot be double quantised")
     centred = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax2 = centred.abs().amax(dim=1)
     # If all 256 are equal this is 0 * inf: bitsandbytes gives code 0, and any code times 0 is 0.
@@ -137,29 +128,21 @@ def _quantize_absmax(absmax):
 def dequantize_nf4(quantized):
     """The weight of an `NF4Weight`, in its dtype and shape: levels[code] * absmax in float32."""
     device = quantized.packed.device
-    nested = None if quantized.absmax2 is None else DYNAMIC_MAP.to(device)
-    return _dequantize(
-        quantized.packed, quantized.absmax, quantized.absmax2, quantized.offset,
-        PAIRS.to(device), nested, quantized.shape, quantized.dtype,
-    )
+    return _dequantize(quantized.packed, quantized.absmax, quantized.absmax2, quantized.offset,
+                       PAIRS.to(device), DYNAMIC_MAP.to(device), quantized.shape, quantized.dtype)
 
 
 def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, index=torch.int32):
     if absmax2 is not None:
         scale2 = absmax2.repeat_interleave(NESTED_BLOCK)[: absmax.shape[0]]
         absmax = F.embedding(absmax.to(index), nested[:, None]).view(-1) * scale2 + offset
-    n, size = shape.numel(), CUDA_PIECE if packed.is_cuda else PIECE
-    if torch.compiler.is_compiling() or n <= size or n % BLOCK:
-        # One kernel when compiled. Blocks need not align with rows, and the last may be partial.
-        weight = F.embedding(packed.view(-1).to(index), pairs).view(-1)
-        if n % BLOCK:
-            weight = weight[:n] * absmax.repeat_interleave(BLOCK)[:n]
-        else:
-            weight = weight.view(-1, BLOCK) * absmax[:, None]
+    if torch.compiler.is_compiling():  # one kernel
+        weight = F.embedding(packed.view(-1).to(index), pairs).view(-1, BLOCK) * absmax[:, None]
         return weight.to(dtype).view(shape)
-    weight = torch.empty(n, dtype=dtype, device=packed.device).view(-1, BLOCK)
-    for start in range(0, len(weight), size // BLOCK):
-        rows = slice(start, start + size // BLOCK)
+    weight = torch.empty(len(absmax), BLOCK, dtype=dtype, device=packed.device)
+    size = (CUDA_PIECE if packed.is_cuda else PIECE) // BLOCK
+    for start in range(0, len(absmax), size):
+        rows = slice(start, start + size)
         codes = packed.view(-1, BLOCK // 2)[rows]
         piece = F.embedding(codes.to(index), pairs).view(-1, BLOCK)
         weight[rows] = piece.mul_(absmax[rows, None])
@@ -193,13 +176,11 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, grad_bias, *[None] * (2 + len(parts))
 
 
-class NF4Linear(nn.Module):
+class NF4Linear(QuantizedLinear):
     """A linear layer on a frozen NF4 weight: y = x deq(W)ᵀ + b, in the dtype of x (QLoRA eq. 5).
 
-    Can stand in for an `nn.Linear` under an adapter: it has `in_features`, `out_features`, `bias`,
-    and `weight`, dequantised anew at each use. The quantised parts are buffers. They move with
-    `.to(device)`, but `.to(dtype)` does not change them: a scale cast to bfloat16 would give a
-    different weight.
+    The quantised parts are buffers. They move with `.to(device)`, but `.to(dtype)` does not change
+    them: a scale cast to bfloat16 would give a different weight.
     """
 
     # True in a compiled layer that is computed again in the backward: W is then dequantised again
@@ -213,9 +194,8 @@ class NF4Linear(nn.Module):
         for name in ("packed", "absmax", "absmax2", "offset"):
             self.register_buffer(name, getattr(quantized, name))
         device = quantized.packed.device
-        nested = None if quantized.absmax2 is None else DYNAMIC_MAP.to(device)
         self.register_buffer("pairs", PAIRS.to(device), persistent=False)
-        self.register_buffer("nested", nested, persistent=False)
+        self.register_buffer("nested", DYNAMIC_MAP.to(device), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property

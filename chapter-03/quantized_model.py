@@ -1,7 +1,7 @@
 """The model of a run: from a checkpoint, from random numbers, or just its shapes.
 
-An NF4 base is always built without storage and then filled tensor by tensor, so that the 16-bit
-model never exists as a whole.
+It is built without storage and then filled tensor by tensor, so that the 16-bit model of an NF4
+base never exists as a whole.
 """
 
 import torch
@@ -19,7 +19,6 @@ from modeling_llama import LlamaConfig, LlamaForCausalLM, initialise
 from nf4 import NF4Linear, NF4Weight, quantize_nf4
 
 BASES = ("none", "nf4", "nf4-double")  # what an adapter can have been trained on
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # These methods change the base weights, which is not possible with four-bit ones.
 DENSE_ONLY = {
     "full": "it trains every weight, in steps far smaller than from one of 16 levels to the next",
@@ -52,22 +51,12 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
     draw billions of them quickly, `draw_on` a GPU.
     """
     dtype = getattr(torch, options.dtype)
-    fresh = options.init == "random" and device != "meta"
-    if options.quantize == "nf4":
-        init = "shapes" if device == "meta" else options.init
-        with torch.device(draw_on if fresh else "cpu"):
-            model = quantized_model(config, source, dtype, device, options.double_quant, init)
-    else:
-        with torch.device(draw_on if fresh else "meta"):
-            model = LlamaForCausalLM(config)
-        model.compute_dtype = dtype
-        if options.method not in DENSE_ONLY:
-            model.to(dtype)
-        if fresh:
-            model.to(device)
-        elif device != "meta":
-            model.to_empty(device=device)
-            weights.load_weights(model, source)
+    kept = torch.float32 if options.method in DENSE_ONLY else dtype
+    init = "shapes" if device == "meta" else options.init
+    with torch.device(draw_on if init == "random" else "cpu"):
+        model = base_model(config, source, kept, device, mark(options)["trained_on"], init)
+    model.compute_dtype = dtype
+    model.requires_grad_(options.method == "full")
     gpu_memory = (torch.cuda.get_device_properties(options.device).total_memory
                   if torch.device(options.device).type == "cuda" else None)
     model.chunk = chunk_for(config.vocab_size, gpu_memory)
@@ -76,26 +65,29 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
     return apply_adapter(model, adapter)
 
 
-def quantized_model(config, source, dtype, device="cpu", double_quant=False, init="pretrained"):
-    """A `LlamaForCausalLM`, frozen: NF4 in its layers' matrices, `dtype` in all the rest.
+def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained"):
+    """A `LlamaForCausalLM`, frozen, in `dtype`; with an NF4 `base` its layers' matrices in NF4.
 
     `config` is the LlamaConfig, `source` the folder of the weights, 16-bit or bitsandbytes NF4
-    (which is not quantised again, so `double_quant` has no effect). `init` "random" draws the
-    weights of a fresh model, and "shapes" gives a model on the meta device, from which memory can
-    be predicted. Raises UserError for weights that do not fit.
+    (which is taken as it is, whatever `base` says). `init` "random" draws the weights of a fresh
+    model, and "shapes" gives a model on the meta device, from which memory can be predicted.
+    Raises UserError for weights that do not fit.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    parameters, stored = list(model.named_parameters()), False
+    parameters, quantize = list(model.named_parameters()), base != "none"
     if init == "shapes":
         tensors, device = parameters, "meta"
     elif init == "random":
         tensors = ((name, initialise(name, torch.empty(parameter.shape), config))
                    for name, parameter in parameters)
+    elif is_bnb(weights.read_config(source)):
+        tensors, quantize = iter_bnb(source), False
     else:
-        stored = is_bnb(weights.read_config(source))
-        tensors = iter_bnb(source) if stored else iter_tensors(source)
-    load_nf4(model, tensors, double_quant, dtype, device, quantize=not stored)
+        tensors = iter_tensors(source)
+    with located(source):
+        tensors = weights.own_tensors(tensors, config.tie_word_embeddings)
+        load_nf4(model, tensors, base == "nf4-double", dtype, device, quantize)
     model.compute_dtype = dtype
     return model
 
@@ -107,28 +99,21 @@ def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quant
     an `NF4Linear`; embedding, norms, biases and head are kept in `dtype` (default: the
     checkpoint's), to which a weight is also cast before it is quantised. So the peak is the
     quantised model and one or two tensors. A tensor may also be an `NF4Weight`, which is taken as
-    it is; with `quantize=False` no other is quantised. Raises UserError that names what is missing,
+    it is; with `quantize=False` no other is quantised. ValueError names what is missing,
     unexpected, mis-shaped or not finite.
     """
     missing = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = HEAD not in missing
     for name, tensor in tensors:
-        if name.endswith("rotary_emb.inv_freq"):
-            continue  # old versions wrote it; we compute it
-        if tied and name in (HEAD, EMBEDDING):  # the checkpoint may hold this tensor twice
-            if EMBEDDING not in missing:
-                if not torch.equal(model.get_parameter(EMBEDDING), tensor.to(device, dtype)):
-                    raise UserError(f"{HEAD} differs from {EMBEDDING}, yet config.json ties them")
-                continue
-            name = EMBEDDING
         found = {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), None)}
         _check(found, {name: missing.pop(name)} if name in missing else {})
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         linear = isinstance(module, nn.Linear) and leaf == "weight" and ".layers." in name
         if linear and quantize and not isinstance(tensor, NF4Weight):
-            with located(f"{name} cannot be quantised"):
+            try:
                 tensor = quantize_nf4(tensor.to(device, dtype), double_quant)
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be quantised: {error}") from error
         if not isinstance(tensor, NF4Weight):
             tensor = tensor.to(device, dtype, copy=True)  # the one read is backed by its file
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -137,45 +122,41 @@ def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quant
             layer.bias = module.bias  # whose values may come later
             model.set_submodule(owner, layer)
         else:
-            raise UserError(f"{name} is quantised, and only linear layers inside `layers` can be")
+            raise ValueError(f"{name} is quantised: only linear layers inside `layers` can be")
     _check({}, missing)
 
 
 def _check(found, wanted):
-    """Raise UserError if the tensors `found` (headers) are not the `wanted` ones (shapes)."""
+    """Raise ValueError if the tensors `found` (headers) are not the `wanted` ones (shapes)."""
     problems = tensor_problems(found, wanted, ("float64", "float32", "float16", "bfloat16"))
     if problems:
-        raise UserError(f"the checkpoint does not fit config.json: {problems}")
+        raise ValueError(f"the tensors do not fit config.json: {problems}")
 
 
 # Changed from chapter-02: quantised bases.
-def load_model(name, device, dtype, adapter=None, trained_on="auto"):
+def load_model(name, device, dtype, adapter=None, base="auto"):
     """(model, its folder), the weights in `dtype`, ready to be asked.
 
     Without a `name` it is the model that the adapter in folder `adapter` was trained on. For
-    `trained_on` "nf4" or "nf4-double" its layers are quantised, from the dtype in which the run had
-    them; "auto" is what the adapter's file says, else "none". A model that is quantised already is
-    taken as it is.
+    `base` "nf4" or "nf4-double" its layers are quantised, from the dtype in which the run had them;
+    "auto" is what the adapter's file says, else "none". A model that is quantised already is taken
+    as it is.
     """
     folder = hub.resolve(name or peft.base_model_name(adapter))
     verify(folder)
     said = peft.metadata(adapter) if adapter else {}
-    if trained_on == "auto":
-        trained_on = said.get("trained_on", "none")
-    if trained_on not in BASES:
-        raise UserError(f"{adapter}: trained on {trained_on!r}, which is not known here")
+    if base == "auto":
+        base = said.get("trained_on", "none")
+    if base not in BASES:
+        raise UserError(f"{adapter}: trained on {base!r}, which is not known here")
     config_json = weights.read_config(folder)
     with located(folder / "config.json"):
         quantised = is_bnb(config_json)
         config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
-    if quantised or trained_on != "none":
+    kept = dtype
+    if quantised or base != "none":
         kept = DTYPES.get(said.get("dtype"))  # None: as in the checkpoint
-        model = quantized_model(config, folder, kept, device, trained_on == "nf4-double").to(dtype)
-    else:
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-        model.to(dtype).to_empty(device=device)
-        weights.load_weights(model, folder)
+    model = base_model(config, folder, kept, device, base).to(dtype)
     model.compute_dtype = dtype
     return model.eval(), folder
 

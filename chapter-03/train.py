@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from common import guard, hub, memory, predict, prepare, runs, weights
+from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.asking.generation import generate
 from common.errors import UserError, located, run_main
@@ -31,7 +32,6 @@ from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks
 from compiling import compile_model
 import lora
 from lora import METHODS, AdapterConfig, after_step, before_step, optimizer_groups, state_names
-from merge import merge_into
 from modeling_llama import LlamaConfig
 from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from quantized_model import build, check_base, check_options, mark
@@ -272,7 +272,7 @@ def main(argv=None):
 
         # --- result --- Changed from chapter-02: says on which base the adapter was trained.
         if options.method == "delta-lora":
-            merge_into(model, dtype)  # it has moved W itself, so an adapter would not hold it all
+            merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
         if options.method in ("full", "delta-lora"):
             runs.save_model(run / "final", model, config_json, data, dtype)
         else:

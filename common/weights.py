@@ -1,10 +1,8 @@
 """Hugging Face model folders: config.json, safetensors and the tokenizer's files, in and out.
 
-Reading is strict. A tensor that is missing, unexpected or of another shape is an error that
-names it, never a warning: a model with a few random layers trains without complaint. Tensors
-are read one at a time, so loading needs the model's memory and one tensor more. How config.json
-is read and written is in `common/files/config.py`, how safetensors files are in
-`common/files/tensors.py`.
+Reading is strict: a model with a few random layers would train without complaint. Tensors are read
+one at a time, so loading needs the model's memory and one tensor more. See also files/config.py and
+files/tensors.py.
 """
 
 import shutil
@@ -12,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, writing
+from common.errors import UserError, located, writing
 from common.files.config import read_config, write_config
 from common.files.manifest import verify
 from common.files.tensors import (
-    iter_tensors, open_file, plain_file, save_tensors, tensor_headers, tensor_problems)
+    iter_tensors, plain_file, save_tensors, tensor_headers, tensor_problems)
 from common.ranks import copy_into, full_tensor, is_main
 
 __all__ = ["copy_tokenizer", "load_weights", "read_config", "save_weights"]
@@ -25,6 +23,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "generation_config.json", "tokenizer.model", "merges.txt", "vocab.json")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPUTED = "rotary_emb.inv_freq"  # old versions of transformers wrote it; we compute it
 
 
 def load_weights(model, path):
@@ -32,9 +31,8 @@ def load_weights(model, path):
 
     Strict: before anything is copied, raises UserError that names what is missing, unexpected,
     mis-shaped or not a floating point tensor, or a file that has changed since we wrote it. For a
-    tied model (without a parameter `lm_head.weight`) the checkpoint may hold a duplicate of the
-    embedding under that name, if it is equal, or the embedding under that name alone. Parameters
-    may be sharded by FSDP2.
+    tied model (without a parameter `lm_head.weight`) see `own_tensors`. Parameters may be sharded
+    by FSDP2.
     """
     path = Path(path)
     verify(path)
@@ -42,31 +40,34 @@ def load_weights(model, path):
     if any(parameter.is_meta for parameter in wanted.values()):
         raise ValueError("the model has parameters on the meta device: call to_empty first")
     headers = {name: header for name, header in tensor_headers(path).items()
-               if not name.endswith("rotary_emb.inv_freq")}  # old versions wrote it; we compute it
+               if not name.endswith(COMPUTED)}
+    shapes = {name: value.shape for name, value in wanted.items()}
     if HEAD not in wanted and HEAD in headers:
-        if EMBEDDING in headers:
-            _check_tied(headers, path)
-            del headers[HEAD]
-        else:
-            wanted[HEAD] = wanted.pop(EMBEDDING)
-    problems = tensor_problems(headers, {name: value.shape for name, value in wanted.items()})
-    if problems:
+        headers.setdefault(EMBEDDING, headers[HEAD])
+        shapes[HEAD] = shapes[EMBEDDING]
+    if problems := tensor_problems(headers, shapes):
         raise UserError(f"{path}: the tensors do not fit config.json: {problems}")
-    for name, tensor in iter_tensors(path):
-        if name in wanted:
+    with located(path):
+        for name, tensor in own_tensors(iter_tensors(path), tied=HEAD not in wanted):
             copy_into(wanted[name], tensor)
 
 
-def _check_tied(headers, path):
-    """Raise UserError unless the checkpoint's lm_head is a plain duplicate of its embedding."""
-    pair = []
-    for name in (EMBEDDING, HEAD):
-        with open_file(headers[name][2]) as tensors:
-            pair.append(tensors.get_tensor(name))
-    if pair[0].dtype != pair[1].dtype or not torch.equal(*pair):
-        raise UserError(
-            f"{path}: {HEAD} differs from {EMBEDDING}, yet config.json ties them; if the head is"
-            " meant to be its own, set tie_word_embeddings to false there")
+def own_tensors(tensors, tied):
+    """Iterate over the (name, tensor) of a checkpoint that the model has too. The one tensor of a
+    `tied` head and embedding may stand under either name, or both; ValueError if these differ."""
+    shared = None
+    for name, tensor in tensors:
+        if name.endswith(COMPUTED):
+            continue
+        if tied and name in (EMBEDDING, HEAD):
+            if shared is None:
+                name, shared = EMBEDDING, tensor
+            elif shared.dtype == tensor.dtype and torch.equal(shared, tensor):
+                continue
+            else:
+                raise ValueError(f"{HEAD} differs from {EMBEDDING}, yet config.json ties them; set"
+                                 " tie_word_embeddings to false there if the head is its own")
+        yield name, tensor
 
 
 def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes=5_000_000_000):

@@ -55,6 +55,24 @@ def sample(model, adapter, base):
             "max_seqlen": len(ids), "position_ids": torch.arange(len(ids))}
 
 
+@torch.no_grad()
+def merge_into(model, dtype, lora):
+    """Replace each adapter layer of `model` by its base with the merged weight, in place, and round
+    every parameter to `dtype`, in float32 storage. `lora` is the chapter's lora.py. Returns, by the
+    layer's name, two squared Frobenius norms: of ΔW, and of what the rounding adds to it."""
+    norms = {}
+    for name, module in list(lora.adapter_modules(model)):
+        merged = lora.merged_weight(module)
+        error = merged.to(dtype).float() - merged  # also the error of ΔW, as W itself is exact
+        norms[name] = [x.double().square().sum().item()
+                       for x in (lora.delta_weight(module), error)]
+        module.base.weight.copy_(merged)
+        model.set_submodule(name, module.base)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return norms
+
+
 def report(dtype, norms, before, after):
     """What a merge lost, from the `norms` that `merge_into` gave and the sample's logits (T, V)
     with the adapter (`before`) and of the merged model (`after`). A dict:

@@ -1,11 +1,8 @@
 """Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors.
 
-What is written here loads with `peft.PeftModel.from_pretrained` and gives the same logits; what
-PEFT wrote loads here. PEFT itself only warns of missing tensors, and ignores extra ones. Here both
-are errors, and so is every option that would change the result and is not implemented.
-
-A tensor's name is `base_model.model.`, the layer's name in the model, and the parameter's name
-here. The argument `lora` is the chapter's lora.py, as a module.
+What is written here loads in PEFT and gives the same logits; what PEFT wrote loads here, where
+missing and extra tensors are errors, as is each option that would change the result and is not
+implemented. The argument `lora` is the chapter's lora.py, as a module.
 """
 
 import json
@@ -34,18 +31,21 @@ REFUSED = (
     "fan_in_fan_out", "kasa_config", "layer_replication", "layers_to_transform", "lora_bias",
     "megatron_config", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
     "trainable_token_indices", "use_bdlora", "use_qalora")
-# Options that are used below, or matter only in training or to PEFT.
+# Options that are used below, or matter only in training or to PEFT, which may set them unasked.
 KNOWN = (
-    "auto_mapping", "base_model_name_or_path", "corda_config", "d_initial", "ensure_weight_tying",
-    "eva_config", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern",
-    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+    "auto_mapping", "base_model_name_or_path", "d_initial", "eva_config", "inference_mode",
+    "init_lora_weights", "init_weights", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
     "peft_version", "projection_prng_key", "qalora_group_size", "r", "revision", "runtime_config",
-    "save_projection", "target_modules", "task_type", "use_dora", "use_rslora", "velora_config",
-    "vera_dropout")
+    "save_projection", "target_modules", "task_type", "use_dora", "use_rslora", "vera_dropout")
 WAY_OUT = ("merge it in PEFT (merge_and_unload), save the whole model and its tokenizer, and give"
            " that folder as --model")
-# Initialisations of A and B that leave the base weight alone; others would subtract from it.
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# What PEFT calls the numbers of an AdapterConfig, and its defaults.
+NUMBERS = {
+    "LORA": {"r": ("rank", 8), "lora_alpha": ("alpha", 8), "lora_dropout": ("dropout", 0.0)},
+    "VERA": {"r": ("rank", 256), "vera_dropout": ("dropout", 0.0),
+             "projection_prng_key": ("seed", 0)}}
+# Initialisations of A and B that leave the base weight alone, and the one other that we have.
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "pissa")
 
 
 # --- out ---
@@ -54,10 +54,9 @@ def save_adapter(model, config, path, base_model_name, lora, metadata=None):
     """Write the model's adapters into folder `path`, made if it is not there.
 
     `config` is the AdapterConfig that they were made with, `base_model_name` the folder or Hub id
-    of the model without them. LoRA+ and LoRA-FA are written as the LoRA adapters that they are,
-    PiSSA as the LoRA adapter of twice the rank that fits the *original* weights. `metadata` is for
-    the header of the tensor file. Collective under FSDP2; rank 0 writes. Raises UserError for
-    Delta-LoRA, which has changed the base weights and is not an adapter.
+    of the model without them. PiSSA is written as the LoRA adapter of twice the rank that fits the
+    *original* weights. `metadata` is for the header of the tensor file. Collective under FSDP2;
+    rank 0 writes. Raises UserError for Delta-LoRA, which has changed the base weights.
     """
     if config.method in ("full", "delta-lora"):
         raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
@@ -101,19 +100,18 @@ def _by_key(adapters, projections):
 
 def _peft_options(config):
     """What adapter_config.json says of the method, as a dict."""
-    options = {"task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-               "fan_in_fan_out": False, "modules_to_save": None}
-    if config.method == "vera":
-        return options | {
-            "peft_type": "VERA", "r": config.rank, "projection_prng_key": config.seed,
-            "d_initial": config.vera_d, "save_projection": True, "vera_dropout": config.dropout}
+    kind = "VERA" if config.method == "vera" else "LORA"
+    options = {name: getattr(config, ours) for name, (ours, _) in NUMBERS[kind].items()} | {
+        "peft_type": kind, "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
+        "fan_in_fan_out": False, "modules_to_save": None}
+    if kind == "VERA":
+        return options | {"d_initial": config.vera_d, "save_projection": True}
     twice = 2 if config.method == "pissa" else 1
     alpha = twice * config.alpha
     return options | {
-        "peft_type": "LORA", "r": twice * config.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": config.dropout, "init_lora_weights": True,
-        "use_dora": config.method == "dora", "use_rslora": config.method == "rslora"}
+        "r": twice * config.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "init_lora_weights": True, "use_dora": config.method == "dora",
+        "use_rslora": config.method == "rslora"}
 
 
 # --- in ---
@@ -145,12 +143,10 @@ def load_adapter(model, path, lora):
 
     Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
     options that are not implemented. Copies of the base's embedding and head, which PEFT may add,
-    must equal the model's. Warns on stderr about an adapter that changes nothing. After an error
-    the model must not be used.
+    must equal the model's. After an error the model must not be used.
     """
     path = Path(path)
-    options, file = _read_options(path), path / CONFIG
-    headers = tensor_headers(path, STEM)
+    options, headers, file = _read_options(path), tensor_headers(path, STEM), path / CONFIG
     try:
         config = _adapter_config(options, model, lora)
         lora.apply_adapter(model, config)
@@ -162,8 +158,8 @@ def load_adapter(model, path, lora):
                   file=sys.stderr)
 
     projections = config.method == "vera" and options.get("save_projection", True)
-    wanted = {key: parameter for key, (_, parameter) in _by_key(
-        dict(lora.adapter_modules(model)), projections).items()}
+    by_key = _by_key(dict(lora.adapter_modules(model)), projections)
+    wanted = {key: parameter for key, (_, parameter) in by_key.items()}
     copies = _copies(model, headers)
     shapes = {key: tuple(tensor.shape) for key, tensor in (wanted | copies).items()}
     if problems := tensor_problems(headers, shapes):
@@ -225,23 +221,20 @@ def _adapter_config(options, model, lora):
         names = [name for name, _ in model.named_modules()]
         targets = tuple(target for target in targets if target == "lm_head" or any(
             f".{name}".endswith(f".{target}") for name in names)) or tuple(targets)
+    values = {ours: options.get(name, default) for name, (ours, default) in NUMBERS[kind].items()}
+    values["target_modules"] = targets
     if kind == "VERA":
-        return lora.AdapterConfig(
-            "vera", options.get("r", 256), dropout=options.get("vera_dropout", 0.0),
-            target_modules=targets, seed=options.get("projection_prng_key", 0))
+        return lora.AdapterConfig("vera", **values)
 
-    start, dora = options.get("init_lora_weights"), options.get("use_dora")
-    if start not in (*PLAIN_STARTS, "pissa"):
+    start, dora, root = map(options.get, ("init_lora_weights", "use_dora", "use_rslora"))
+    if start not in STARTS:
         raise UserError(f"init_lora_weights={start!r} changes the base weights: export the adapter"
                         " against the original ones (PEFT: path_initial_model_for_weight"
                         "_conversion)")
     if dora and start == "pissa":
         raise UserError("use_dora with init_lora_weights='pissa' is not implemented")
-    method = "dora" if dora else "pissa" if start == "pissa" else "lora"
-    config = lora.AdapterConfig(method, options.get("r", 8), options.get("lora_alpha", 8),
-                                options.get("lora_dropout", 0.0), targets)
-    if not options.get("use_rslora"):
-        return config
-    if method == "lora":
-        return replace(config, method="rslora")
-    return replace(config, alpha=config.alpha * math.sqrt(config.rank))  # s = α/√r, folded into α
+    method = "dora" if dora else "pissa" if start == "pissa" else "rslora" if root else "lora"
+    config = lora.AdapterConfig(method, **values)
+    if root and method != "rslora":  # s = α/√r, folded into α
+        config = replace(config, alpha=config.alpha * math.sqrt(config.rank))
+    return config

@@ -9,10 +9,15 @@ from torch import nn
 
 from common.errors import UserError, nearest
 
-# For each number its least value (None: anything above 0), and a bound that it must stay below.
-NUMBERS = {"rank": (1, 2**14 + 1), "alpha": (None, 1e300), "dropout": (0, 1),
-           "lr_ratio": (None, 1e300), "delta_ratio": (0, 1e300), "delta_start": (0, 1e300),
+# For each number its least value, and a bound that it must stay below.
+NUMBERS = {"rank": (1, 2**14 + 1), "alpha": (5e-324, 1e300), "dropout": (0, 1),  # 5e-324: above 0
+           "lr_ratio": (5e-324, 1e300), "delta_ratio": (0, 1e300), "delta_start": (0, 1e300),
            "seed": (0, 2**63)}
+
+
+class QuantizedLinear(nn.Module):
+    """What a quantised layer derives from to be adapted like an nn.Linear: it has `in_features`,
+    `out_features`, `bias`, and `weight` (out, in), dequantised anew at each use."""
 
 
 def check_config(config, methods):
@@ -25,7 +30,7 @@ def check_config(config, methods):
         whole = name in ("rank", "seed")
         if type(value) is not int and (whole or type(value) is not float):
             raise UserError(f"{flag} {value!r} is not a {'whole ' * whole}number")
-        if not (value > 0 if least is None else value >= least) or value >= below:
+        if not least <= value < below:
             raise UserError(f"{flag} {value!r} is out of range")
     targets = config.target_modules
     if not isinstance(targets, str) and not (isinstance(targets, (list, tuple)) and all(
@@ -37,10 +42,9 @@ def check_config(config, methods):
 
 
 def dense_weight(base, config):
-    """The weight of `base` (out, in), for PiSSA and Delta-LoRA, which write to it. UserError if it
-    is quantised, or has too few singular values or bits."""
+    """The weight (out, in) that PiSSA and Delta-LoRA write to; UserError if that is impossible."""
     weight, method = base.weight, f"--method {config.method}"
-    if not isinstance(weight, nn.Parameter):
+    if isinstance(base, QuantizedLinear):
         raise UserError(f"{method} changes the base weight, which cannot be done to a quantised"
                         " one: take another method, or a base that is not quantised")
     if config.method == "pissa" and config.rank > min(weight.shape):
@@ -55,7 +59,7 @@ def dense_weight(base, config):
 def linear_layers(model):
     """{dotted name: module} of all linear layers, dense or quantised, with or without adapters."""
     return {name: module for name, module in model.named_modules()
-            if hasattr(module, "in_features")}
+            if isinstance(module, (nn.Linear, QuantizedLinear))}
 
 
 def select_targets(model, target_modules):

@@ -85,8 +85,7 @@ def run(doc, argv, load_model, lora):
 def encode(chat, options):
     """The ids of each prompt, in the chat template unless there is none or --raw is given."""
     variables = chat.no_thinking() if options.no_thinking else {}
-    as_text = options.raw or chat.template is None
-    return [chat.encode_prompt(text if as_text else [{"role": "user", "content": text}],
+    return [chat.encode_prompt(text if options.raw else [{"role": "user", "content": text}],
                                **variables) for text in options.prompt or ()]
 
 

@@ -7,6 +7,7 @@ in `rope_parameters`. A version 4 that reads version 5's file silently falls bac
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 from common.errors import UserError, writing
@@ -111,3 +112,46 @@ def _scaling(rope):
     if rest.get("partial_rotary_factor") == 1:
         del rest["partial_rotary_factor"]
     return None if rest == {"rope_type": "default"} else rest
+
+
+def read_fields(cls, config, where=""):
+    """Those fields of dataclass `cls` that are numbers or flags, from the dict `config`, checked.
+
+    Raises ValueError if one is missing or has a wrong type, naming it with `where` before it.
+    """
+    values = {}
+    for field in fields(cls):
+        if field.type not in (int, float, bool):
+            continue
+        value = config.get(field.name, cls.__dict__.get(field.name))
+        if value is None:
+            raise ValueError(f"{where}{field.name} is missing")
+        if field.type is float and type(value) is int:
+            value = float(value)
+        if type(value) is not field.type or (field.type is not bool and value <= 0):
+            raise ValueError(
+                f"{where}{field.name}={value!r} is not a positive {field.type.__name__}")
+        values[field.name] = value
+    return values
+
+
+def model_fields(cls, config, not_supported):
+    """`read_fields` of a decoder's config, after refusing what its file does not compute:
+    quantised weights, attention that is not full, and each field of `not_supported` that has
+    another value than the neutral ones given there. Raises ValueError with the field's name."""
+    if config.get("quantization_config") is not None:
+        raise ValueError("quantization_config is there, so the weights are quantised: give the"
+                         " original model, or, if this is bitsandbytes NF4 (4 bits), train it"
+                         " with chapter-03/train.py and ask it with chapter-03/generate.py")
+    for name, neutral in not_supported.items():
+        if config.get(name, neutral[0]) not in neutral:
+            raise ValueError(f"{name}={config[name]!r} is not supported here")
+    values = read_fields(cls, config)
+    full = ["full_attention"] * values["num_hidden_layers"]
+    if config.get("layer_types") not in (None, full):
+        raise ValueError("layer_types other than full_attention are not supported here")
+    if values["num_attention_heads"] % values["num_key_value_heads"]:
+        raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
+    if values["head_dim"] % 2:
+        raise ValueError("head_dim is odd, and rotary embedding turns pairs")
+    return values

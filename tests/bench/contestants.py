@@ -81,7 +81,7 @@ def ours(chapter, kind, folder, dtype, shape=None, adapters=None):
                                  else (modeling.LlamaConfig, modeling.LlamaForCausalLM))
     config = config_class.from_dict(weights.read_config(folder))
     if kind == "qlora":
-        model = load("chapter-03/quantized_model.py").quantized_model(config, folder, dtype)
+        model = load("chapter-03/quantized_model.py").base_model(config, folder, dtype)
     else:
         model = model_class(config)
         weights.load_weights(model, folder)

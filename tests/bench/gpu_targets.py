@@ -339,7 +339,7 @@ def loading(options, figures):
         gc.collect()
         reset_peak_memory(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        read = load("chapter-03/quantized_model.py").quantized_model
+        read = load("chapter-03/quantized_model.py").base_model
         if device.type == "cuda":
             model = read(config, folder, dtype, device)
             peak = peak_memory_bytes(device) - before

@@ -43,8 +43,8 @@ def shapes_only(name, method, dtype=torch.bfloat16):
     source = weights.read_config(hub.resolve(name))
     config = modeling.LlamaConfig.from_dict(source)
     if method == "qlora":
-        model = load("chapter-03/quantized_model.py").quantized_model(
-            config, None, dtype, "meta", True, "shapes")
+        model = load("chapter-03/quantized_model.py").base_model(
+            config, None, dtype, "meta", "nf4-double", "shapes")
     else:
         with torch.device("meta"):
             model = modeling.LlamaForCausalLM(config)

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT / "chapter-03"), str(ROOT)]
 from lora import AdapterConfig, apply_adapter  # noqa: E402
 from loss import chunk_for  # noqa: E402
 from modeling_llama import LlamaConfig, LlamaForCausalLM  # noqa: E402
-from quantized_model import quantized_model  # noqa: E402
+from quantized_model import base_model  # noqa: E402
 
 from common.predict import parameters  # noqa: E402
 from common.predict_memory import memory  # noqa: E402
@@ -53,7 +53,7 @@ def build(name, kind):
     raw = {**read_config(ROOT / "common/architectures" / architecture), **changes}
     config = LlamaConfig.from_dict(raw)
     if kind == "QLoRA":
-        model = quantized_model(config, None, torch.bfloat16, "meta", True, "shapes")
+        model = base_model(config, None, torch.bfloat16, "meta", "nf4-double", "shapes")
     else:
         with torch.device("meta"):
             model = LlamaForCausalLM(config)

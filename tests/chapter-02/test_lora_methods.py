@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import load
 from torch import nn
 
+from common.adapters.targets import QuantizedLinear
 from common.errors import UserError
 
 llama = load("chapter-02/modeling_llama.py")
@@ -490,7 +491,7 @@ def test_adapters_on_adapters_are_refused():
         lora.apply_adapter(model, lora.AdapterConfig())
 
 
-class Quantised(nn.Module):
+class Quantised(QuantizedLinear):
     """Like chapter 3's NF4Linear to an adapter: its weight is computed, not a parameter."""
 
     def __init__(self, inputs, outputs):

@@ -60,7 +60,7 @@ def test_adapters_made_by_peft_merge_to_pefts_logits(name):
     base = str(GOLDENS / "peft" / about["cases"][name])
     model, _ = generate.load_model(base, "cpu", torch.float32)
     peft.load_adapter(model, GOLDENS / "peft" / name, folders.lora)
-    script.merge_into(model, torch.float32)
+    merging.merge_into(model, torch.float32, folders.lora)
     assert not list(folders.lora.adapter_modules(model))
     documents = [torch.tensor(ids) for ids in about["documents"]]
     pack = packing.packed_sequence_collate_fn([(ids, ids) for ids in documents])

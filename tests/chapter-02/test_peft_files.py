@@ -249,11 +249,11 @@ def test_pefts_copies_of_embedding_and_head_must_be_the_models(chapter, tmp_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pefts_copies_are_checked_on_a_base_of_four_bits(dtype, tmp_path):
     llama3, lora3 = load("chapter-03/modeling_llama.py"), load("chapter-03/lora.py")
-    quantized_model = load("chapter-03/quantized_model.py").quantized_model
+    base_model = load("chapter-03/quantized_model.py").base_model
 
     def load_into(folder):
         config = llama3.LlamaConfig.from_dict(weights.read_config(PEFT / "qwen3"))
-        peft.load_adapter(quantized_model(config, PEFT / "qwen3", dtype), folder, lora3)
+        peft.load_adapter(base_model(config, PEFT / "qwen3", dtype), folder, lora3)
 
     load_into(PEFT / "head")
     changed = copy_of("head", tmp_path, tensors=lambda tensors: {

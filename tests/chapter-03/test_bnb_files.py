@@ -8,7 +8,7 @@ import torch
 from helpers import GOLDENS, load
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError
+from common.errors import UserError, located
 from common.weights import iter_tensors, read_config
 
 bnb_files = load("chapter-03/bnb_files.py")
@@ -29,7 +29,8 @@ def on_meta(folder=GOLDEN / "dense"):
 
 
 def load_bnb(model, folder):
-    load_nf4(model, bnb_files.iter_bnb(folder), quantize=False)
+    with located(folder):
+        load_nf4(model, bnb_files.iter_bnb(folder), quantize=False)
 
 
 def logits(model):
@@ -122,9 +123,9 @@ def test_nothing_to_save():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"load_in_8bit": True, "load_in_4bit": False}, "int8"),
-    ({"bnb_4bit_quant_type": "fp4"}, "bitsandbytes fp4"),
-    ({"bnb_4bit_quant_storage": "bfloat16"}, "stored as bfloat16"),
+    ({"load_in_8bit": True, "load_in_4bit": False}, "load_in_8bit=True"),
+    ({"bnb_4bit_quant_type": "fp4"}, "quant_type='fp4'"),
+    ({"bnb_4bit_quant_storage": "bfloat16"}, "quant_storage='bfloat16'"),
     ({"quant_method": "gptq"}, "gptq"),
 ])
 def test_other_quantisations_are_refused_by_name(change, message):
@@ -162,9 +163,9 @@ def replace(part, tensor):
     (replace("SCB", torch.zeros(3)), "SCB is not a part of an NF4 weight"),
     (replace("quant_state.bitsandbytes__nf4", torch.zeros(3).byte()), "JSONDecodeError"),
     (state(blocksize=128), "blocks of 128"),
-    (state(dtype="int8"), "quant_state is malformed: .*int8"),
-    (state(shape="wide"), "quant_state is malformed"),
-    (state(nested_offset="much"), "quant_state is malformed"),
+    (state(dtype="int8"), "quant_state cannot be read here: .*int8"),
+    (state(shape="wide"), "quant_state cannot be read here"),
+    (state(nested_offset="much"), "quant_state cannot be read here"),
     (state(nested_offset=float("nan")), "nested_offset is not finite"),
     (state(shape=[32, 128]), "has shape"),
 ])

@@ -66,7 +66,7 @@ def test_qlora_trains_and_its_adapter_reloads_to_the_live_logits(run):
     assert (logits(model) - live).abs().max() <= 1e-5
     # On the weights that it was not trained on, or on scales that were not: another model.
     for other in ("none", "nf4"):
-        off = logits(loaded(None, folder / "final", trained_on=other)) - live
+        off = logits(loaded(None, folder / "final", base=other)) - live
         assert off.abs().max() > 1e-3
 
 
@@ -152,7 +152,7 @@ def test_quantising_anew_loses_a_small_change_and_is_refused(run, tmp_path, caps
     model = loaded(str(tmp_path / "out"))
     assert type(model.model.layers[0].mlp.up_proj) is nf4.NF4Linear
     # Measured here once more, from the two folders.
-    base = loaded("tiny", trained_on="nf4-double")
+    base = loaded("tiny", base="nf4-double")
     adapted = dict(merge.adapter_modules(loaded(None, adapter)))
     left = total = 0
     for name, module in adapted.items():
@@ -161,14 +161,14 @@ def test_quantising_anew_loses_a_small_change_and_is_refused(run, tmp_path, caps
         left, total = left + (delta * change).sum(), total + (delta * delta).sum()
     assert share == pytest.approx(100 * (left / total).item(), abs=0.06)
     report = merge.merge(str(resized(folder, tmp_path / "large", 0.3)), tmp_path / "large-out",
-                         dtype="nf4", requantizing=True)
+                         dtype="nf4", requantize=True)
     assert report["left"] > 0.8
 
 
 def test_a_folder_that_is_quantised_already_has_no_original(run, tmp_path):
     """Trained on bitsandbytes' layout, merged into it dequantised; the original has to be given."""
     folder, live = run
-    model = loaded("tiny", trained_on="nf4-double")
+    model = loaded("tiny", base="nf4-double")
     source = train.hub.resolve("tiny")
     config = train.weights.read_config(source)
     load("chapter-03/bnb_files.py").save_bnb(model, config, tmp_path / "bnb")

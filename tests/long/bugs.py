@@ -125,7 +125,7 @@ BUGS = [
         ("common/adapters/peft.py", "yield key, tensor",
          'yield key, tensor * (1 + ("lora_A" in key))')]),
     (22, "the head's change goes into the embedding too", [
-        ("chapter-02/merge.py", "module.base.weight.copy_(merged)",
+        ("common/adapters/merging.py", "module.base.weight.copy_(merged)",
          "module.base.weight.copy_(merged)\n        if name == \"lm_head\":\n"
          "            model.model.embed_tokens.weight.copy_(merged)")]),
     (22, "a tied head is adapted", [
@@ -137,7 +137,7 @@ BUGS = [
         ("chapter-02/lora.py", "return full_precision(self.base.weight) + full_tensor(B @ A)",
          "return full_precision(self.base.weight) + full_tensor(B @ A) / self.scale")]),
     (24, "the merged weight is not kept", [
-        ("chapter-02/merge.py", "module.base.weight.copy_(merged)\n", "pass\n")]),
+        ("common/adapters/merging.py", "module.base.weight.copy_(merged)\n", "pass\n")]),
     (25, "any name is followed", [
         ("common/files/tensors.py",
          'if name in ("", ".", "..") or "/" in name', 'if "/" in name and False')]),

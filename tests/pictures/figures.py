@@ -58,7 +58,7 @@ def runs():
         adapted = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config)).bfloat16()
     adapted = lora.apply_adapter(adapted, lora.AdapterConfig())
     third, own = load("chapter-03/modeling_llama.py"), load("chapter-03/lora.py")
-    small = load("chapter-03/quantized_model.py").quantized_model(
+    small = load("chapter-03/quantized_model.py").base_model(
         third.LlamaConfig.from_dict(config), source, torch.bfloat16, init="shapes")
     small = own.apply_adapter(small, own.AdapterConfig())
     chunked = options | {"chunk": 1024}
