@@ -87,12 +87,12 @@ def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained
         tensors = iter_tensors(source)
     with located(source):
         tensors = weights.own_tensors(tensors, config.tie_word_embeddings)
-        load_nf4(model, tensors, base == "nf4-double", dtype, device, quantize)
+        load_base(model, tensors, base == "nf4-double", dtype, device, quantize)
     model.compute_dtype = dtype
     return model
 
 
-def load_nf4(model, tensors, double_quant=False, dtype=None, device="cpu", quantize=True):
+def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quantize=True):
     """Fill a model built on the meta device from a stream of (name, tensor), and freeze it.
 
     The weights of the linear layers inside `layers` are quantised as they come, each layer becoming

@@ -27,7 +27,7 @@ def build(base="dense", method="full", seed=0, **changes):
         tensors = [(name, p.detach().clone()) for name, p in model.named_parameters()]
         with torch.device("meta"):
             model = llama.LlamaForCausalLM(config)
-        quantized_model.load_nf4(model, tensors)
+        quantized_model.load_base(model, tensors)
     if method != "full":
         lora.apply_adapter(model, lora.AdapterConfig(method=method, rank=4, alpha=8.0))
         for parameter in model.parameters():

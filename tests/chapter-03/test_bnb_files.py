@@ -13,7 +13,7 @@ from common.weights import iter_tensors, read_config
 
 bnb_files = load("chapter-03/bnb_files.py")
 nf4 = load("chapter-03/nf4.py")
-load_nf4 = load("chapter-03/quantized_model.py").load_nf4
+load_base = load("chapter-03/quantized_model.py").load_base
 modeling = load("chapter-01/modeling_qwen3.py")
 
 GOLDEN = GOLDENS / "bnb"
@@ -30,7 +30,7 @@ def on_meta(folder=GOLDEN / "dense"):
 
 def load_bnb(model, folder):
     with located(folder):
-        load_nf4(model, bnb_files.iter_bnb(folder), quantize=False)
+        load_base(model, bnb_files.iter_bnb(folder), quantize=False)
 
 
 def logits(model):
@@ -61,7 +61,7 @@ def test_reads_what_transformers_wrote(kind):
 def test_writes_what_transformers_wrote(kind, tmp_path):
     """From the dense checkpoint: tensor for tensor, the JSON of each weight byte for byte."""
     model = on_meta()
-    load_nf4(model, iter_tensors(GOLDEN / "dense"), kind == "double", KINDS[kind])
+    load_base(model, iter_tensors(GOLDEN / "dense"), kind == "double", KINDS[kind])
     bnb_files.save_bnb(model, read_config(GOLDEN / "dense"), tmp_path)
     same_tensors(tmp_path, GOLDEN / kind)
     found, expected = (

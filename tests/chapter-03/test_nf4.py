@@ -17,7 +17,7 @@ from torch._inductor.compile_fx import partition_fn
 from common.weights import own_tensors
 
 nf4 = load("chapter-03/nf4.py")
-load_nf4 = load("chapter-03/quantized_model.py").load_nf4
+load_base = load("chapter-03/quantized_model.py").load_base
 golden = load_file(GOLDENS / "bnb" / "tensors.safetensors")
 WEIGHTS = sorted(name.removesuffix(".weight") for name in golden if name.endswith(".weight"))
 CASES = [name for name in WEIGHTS if golden[f"{name}.weight"].numel() % nf4.BLOCK == 0]
@@ -261,7 +261,7 @@ def tensors(model, backwards=False):
 def test_load_quantises_the_decoders_linears_only(double, backwards):
     torch.manual_seed(0)
     dense, model = Model(), on_meta()
-    load_nf4(model, tensors(dense, backwards), double, dtype=torch.bfloat16)
+    load_base(model, tensors(dense, backwards), double, dtype=torch.bfloat16)
     for name, module in dense.named_modules():
         loaded = model.get_submodule(name)
         if isinstance(module, nn.Linear) and "layers" in name:
@@ -283,7 +283,7 @@ def test_load_a_tied_model():
     rest = [item for item in tensors(dense) if "embed" not in item[0]]
     for stream in (tensors(dense), [head, *tensors(dense)], [*rest, head]):
         model = on_meta(tied=True)
-        load_nf4(model, own_tensors(stream, tied=True))
+        load_base(model, own_tensors(stream, tied=True))
         assert torch.equal(model.model.embed_tokens.weight, embedding)
     with pytest.raises(ValueError, match="lm_head.weight differs"):
         list(own_tensors([("lm_head.weight", embedding + 1), *tensors(dense)], tied=True))
@@ -305,7 +305,7 @@ def test_load_a_tied_model():
 ])
 def test_load_names_what_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
-        load_nf4(on_meta(), change(list(tensors(Model()))))
+        load_base(on_meta(), change(list(tensors(Model()))))
 
 
 def test_loading_peak_is_the_model_and_two_tensors():
@@ -316,10 +316,10 @@ def test_loading_peak_is_the_model_and_two_tensors():
             yield name, torch.ones(shape, dtype=torch.bfloat16)
 
     model = on_meta(width=256, layers=6)
-    load_nf4(on_meta(width=256, layers=1), ((n, torch.ones(s)) for n, s in shapes.items()
+    load_base(on_meta(width=256, layers=1), ((n, torch.ones(s)) for n, s in shapes.items()
                                                     if "layers" not in n or "layers.0" in n))
     with LivePeak() as live:
-        load_nf4(model, stream())
+        load_base(model, stream())
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     largest = max(shape.numel() for shape in shapes.values()) * 2
     scratch = 16 * 256 * 512  # one piece of a weight; fixed, but larger than these small tensors
