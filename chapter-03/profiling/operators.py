@@ -150,7 +150,7 @@ class Recorder(TorchDispatchMode):
             inputs = inputs[1:]  # the old content is not read
         reads, writes = ({tensor.untyped_storage(): tensor.nbytes for tensor in tensors}
                          for tensors in (inputs, outputs))
-        if re.search("embedding$|gather|scatter|index", name):  # a row for each index, not the table
+        if re.search("embedding$|gather|scatter|index", name):  # a row for each, not the table
             rows = inputs[-1] if name.endswith("_") else outputs[0]
             reads, writes = ({tensor.untyped_storage(): rows.nbytes}
                              for tensor in (inputs[0], outputs[0]))
