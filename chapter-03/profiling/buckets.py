@@ -11,7 +11,7 @@ import time
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 BUCKETS = ("matrix products", "attention", "loss", "element-wise", "optimizer", "idle")
 
@@ -96,23 +96,21 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-def measure(step, device, trace=None, repeats=3):
+def measure(step, device, trace, repeats=3):
     """Run `step()` under the profiler: seconds by bucket, which add up to those of the step.
 
     The first run warms up; of the others, the one of median length counts. `trace` is a file for
     its timeline. On a CPU an operator's time excludes the operators that it calls; on CUDA it is
     that of its kernels, and idle is the rest of the step.
     """
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     measured = []
     for _ in range(repeats + 1):
-        with profile(activities=kinds) as profiler, region("step"):
+        with profile() as profiler, region("step"):
             step()
             wait(device)
         measured.append((sum_up(profiler.events(), device), profiler))
     times, profiler = sorted(measured[1:], key=lambda one: sum(one[0].values()))[repeats // 2]
-    if trace is not None:
-        profiler.export_chrome_trace(str(trace))
+    profiler.export_chrome_trace(str(trace))
     return times
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from buckets import seconds_of
 from common.errors import run_main
@@ -68,7 +68,6 @@ def main(argv=None):
     torch._dynamo.utils.counters.clear()
     torch._dynamo.config.recompile_limit = max(8, 2 * options.steps)
 
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     lists, shape = first_packs(training, data, options.steps)
     for number, examples in enumerate(lists, 1):
         if options.bug_2:
@@ -76,7 +75,7 @@ def main(argv=None):
         pack = to_device(packed_sequence_collate_fn(examples, shape), device)
         step = step_of(model, optimizer, pack, adapter, 1.0)
         last = number == options.steps
-        with profile(activities=kinds) if last else contextlib.nullcontext() as profiler:
+        with profile() if last else contextlib.nullcontext() as profiler:
             seconds = seconds_of(step, device)
         print(f"step {number}: {1e3 * seconds:8.1f} ms, "
               f"{len(pack['labels'])} tokens, compiled so far: "

@@ -24,7 +24,7 @@ import anatomy
 import operators
 from buckets import seconds_of
 from common import predict
-from common.errors import UserError, run_main
+from common.errors import UserError, one_line, run_main
 from common.files.json_files import write_whole
 from common.memory import readable_bytes
 from common.options import choose_device, option, read_flags
@@ -120,41 +120,6 @@ def climb(rung, options, device):
             "predicted_tokens_per_second": tokens[-1] / predicted, "seconds": seconds}
 
 
-def ladder(options, folder, device):
-    """Climb every rung, or take its row from ladder.json if it was measured before."""
-    file = folder / "ladder.json"
-    measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    rung, rows = {}, []
-    for number, (name, changes) in enumerate(RUNGS.items()):
-        if name == "compile" and not options.compile:
-            continue
-        rung |= changes
-        if number < list(RUNGS).index(options.first):
-            continue
-        conditions = {
-            "name": name, "rung": dict(rung), "size": options.size, "steps": options.steps,
-            "seed": options.seed, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-        row = next((row for row in measured if conditions.items() <= row.items()), None)
-        if row is None:
-            try:
-                row = conditions | climb(rung, options, device)
-            except torch.OutOfMemoryError:
-                row = conditions | {"missing": "out of memory"}
-            except UserError as error:
-                if name != "compile":
-                    raise
-                row = conditions | {"missing": str(error)}
-            gc.collect()
-            torch._dynamo.reset()
-        if name == "compile" and "missing" in row:
-            rung["compile"] = False
-        rows.append(row)
-        print(markdown(rows).splitlines()[-1], flush=True)
-        write_whole(folder / "ladder.md", f"{markdown(rows)}\n".encode())
-        write_whole(file, f"{json.dumps(rows, indent=1)}\n".encode())
-
-
 def markdown(rows):
     """The rows as a table: gains are over the last rung before it that was measured."""
     known = any(row.get("mfu") is not None for row in rows)
@@ -179,8 +144,35 @@ def main(argv=None):
     device = choose_device(options.device)
     folder = Path(options.out or Path("runs", "chapter-03-ladder", options.size))
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "ladder.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     print(markdown([]), flush=True)
-    ladder(options, folder, device)
+    rung, rows = {}, []
+    for number, (name, changes) in enumerate(RUNGS.items()):
+        if name == "compile" and not options.compile:
+            continue
+        rung |= changes
+        if number < list(RUNGS).index(options.first):
+            continue
+        row = {
+            "name": name, "rung": dict(rung), "size": options.size, "steps": options.steps,
+            "seed": options.seed, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+        known = next((old for old in before if row.items() <= old.items()), None)
+        if known is None:  # it was not measured before under these conditions
+            try:
+                row |= climb(rung, options, device)
+            except (torch.OutOfMemoryError, UserError) as error:  # or nothing can be compiled here
+                row["missing"] = one_line(error)
+            gc.collect()
+            torch._dynamo.reset()
+        rows.append(known or row)
+        if name == "compile" and "missing" in rows[-1]:
+            rung["compile"] = False
+        print(markdown(rows).splitlines()[-1], flush=True)
+        if known is None:
+            write_whole(folder / "ladder.md", f"{markdown(rows)}\n".encode())
+            write_whole(file, f"{json.dumps(rows, indent=1)}\n".encode())
     print(f"\n{folder}: ladder.md, ladder.json")
     return 0
 

@@ -18,7 +18,6 @@ import re
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -47,24 +46,21 @@ def ceilings(device, dtype):
             2 * size / duration(lambda: target.copy_(source), device))
 
 
-@functools.cache
-def attention(function, device, dtype, lengths, heads, kv_heads, head_dim):
-    """(forward, backward) seconds of attention in one layer, on documents of these lengths.
-
-    `function` is the model's: (q, k, v, cu_seqlens, max_seqlen) -> output.
-    """
-    q, k, v = (torch.randn(sum(lengths), n, head_dim, device=device).to(dtype).requires_grad_()
-               for n in (heads, kv_heads, kv_heads))
-    ends = F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
+def attention(model, pack):
+    """(forward, backward) seconds of attention in one layer of the model."""
+    config, labels = model.config, pack["labels"]
+    q, k, v = (torch.randn(len(labels), heads, config.head_dim, device=labels.device)
+               .to(model.compute_dtype).requires_grad_()
+               for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2))
 
     def forward():
-        return function(q, k, v, ends, max(lengths))
+        return model.model.layers[0].self_attn.attend(
+            q, k, v, pack["cu_seqlens"], pack["max_seqlen"])
 
     output = forward()
     grad = torch.ones_like(output)
-    backward = duration(
-        lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True), device)
-    return duration(forward, device), backward
+    return duration(forward, labels.device), duration(
+        lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True), labels.device)
 
 
 larger_than_caches = functools.cache(lambda: torch.ones(2**24))
@@ -211,15 +207,12 @@ def predict(model, pack, compiled=False, fused_optimizer=True):
     The first number is FLOPs and bytes divided by the two ceilings; the second adds up what every
     operator takes alone on its own shapes. For idle it is the cost of calling them.
     """
-    config, dtype, device = model.config, model.compute_dtype, pack["labels"].device
+    config, device = model.config, pack["labels"].device
     ops = record(model, pack, compiled)
-    lengths = tuple(length for length in pack["cu_seqlens"].diff().tolist() if length)
     width = config.num_attention_heads * config.head_dim
-    pairs = sum(length * length for length in lengths) / 2  # the causal half
-    forward, backward = attention(
-        model.model.layers[0].self_attn.attend, device, dtype, lengths,
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    peak, bandwidth = ceilings(device, dtype)
+    pairs = pack["cu_seqlens"].diff().double().square().sum().item() / 2  # the causal half
+    forward, backward = attention(model, pack)
+    peak, bandwidth = ceilings(device, model.compute_dtype)
     roofline, own = collections.Counter(), collections.Counter()
     for op in ops:
         if op.bucket == "attention":  # two products; in the backward five
