@@ -33,9 +33,9 @@ from packing import IGNORE, packed_sequence_collate_fn
 from profile_step import first_packs, set_up, step_of
 from train import Options, to_device
 
-HERE = Path(__file__).resolve().parent
 SIZES = {  # folder or name of the config, tokens of documents per step, longest document
-    "tiny": ("tiny", 256, 64), "mid": (HERE / "mid", 2048, 512), "0.6b": ("qwen3-0.6b", 8192, 2048)}
+    "tiny": ("tiny", 256, 64), "mid": (Path(__file__).with_name("mid"), 2048, 512),
+    "0.6b": ("qwen3-0.6b", 8192, 2048)}
 RUNGS = {  # what each changes; the first describes the naive loop
     "naive": {"packed": False, "dtype": "float32", "chunked": False, "blocks": False,
               "compile": False, "fused": False, "activation_checkpointing": "none",
@@ -142,7 +142,7 @@ def markdown(rows):
 def main(argv=None):
     options = LadderOptions(**read_flags(LadderOptions, __doc__.split("\n\n")[0], argv))
     device = choose_device(options.device)
-    folder = Path(options.out or Path("runs", "chapter-03-ladder", options.size))
+    folder = Path(options.out or f"runs/chapter-03-ladder/{options.size}")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "ladder.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []

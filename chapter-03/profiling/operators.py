@@ -1,13 +1,10 @@
 """The operators of a training step on shapes alone, and how long they will take on this device.
 
-The real model runs on tensors without numbers (PyTorch's fake tensors), and every operator,
-forward and backward, is recorded: how many FLOPs, how many bytes. Divided by what the device can
-do, that gives seconds, bucket by bucket (buckets.py), before a step runs.
-
-Two ceilings make a roofline: FLOPs per second in a large matrix product, and bytes per second in a
-large copy. No model reaches them. Its products have other shapes, and its other operators read
-tensors that may or may not be in the cache, in a dtype that the processor may have to convert. So
-each operator is also measured alone, on its own shapes, and the result is cached.
+A copy of the model runs on tensors without numbers (PyTorch's fake tensors), and every operator,
+forward and backward, is recorded: its FLOPs and bytes. Divided by two ceilings, the FLOPs per
+second of a large matrix product and the bytes per second of a large copy, they give its roofline.
+No model reaches it: its products have other shapes, its other operators read tensors that may or
+may not be in the cache. So each operator is also measured alone, on its own shapes.
 """
 
 import collections
@@ -187,15 +184,14 @@ def fused(ops, kinds=("element-wise",)):
     for kind, group in itertools.groupby(ops, key=lambda op: op.bucket):
         group = list(group)
         end += len(group)
-        if kind not in kinds:
-            result += group
-            continue
-        reads, made = {}, {}
-        for op in group:
-            reads.update({s: size for s, size in op.reads.items() if s not in made})
-            made.update(op.writes)
-        writes = {s: size for s, size in made.items() if last_use.get(s, end) >= end}
-        result.append(Op("fused", kind, None, 0, reads, writes))
+        if kind in kinds:
+            reads, made = {}, {}
+            for op in group:
+                reads |= {s: size for s, size in op.reads.items() if s not in made}
+                made |= op.writes
+            writes = {s: size for s, size in made.items() if last_use.get(s, end) >= end}
+            group = [Op("fused", kind, None, 0, reads, writes)]
+        result += group
     return result
 
 
