@@ -122,9 +122,8 @@ def climb(rung, options, device):
 
 def markdown(rows):
     """The rows as a table: gains are over the last rung before it that was measured."""
-    known = any(row.get("mfu") is not None for row in rows)
-    lines = ["| rung | tokens/s | gain | predicted gain | peak memory | "
-             + ("MFU |" if known else "GFLOP/s |"), "|---|---|---|---|---|---|"]
+    lines = ["| rung | tokens/s | gain | predicted gain | peak memory | GFLOP/s |",
+             "|---|---|---|---|---|---|"]
     before = None
     for row in rows:
         if "missing" in row:
@@ -132,9 +131,10 @@ def markdown(rows):
             continue
         gains = " | ".join("" if before is None else f"{row[key] / before[key]:.2f}" for key in
                            ("tokens_per_second", "predicted_tokens_per_second"))
-        work = f"{row['mfu']:.1%}" if known else f"{row['flops_per_second'] / 1e9:,.0f}"
+        mfu = "" if row["mfu"] is None else f" (MFU {row['mfu']:.1%})"
         lines.append(f"| {row['name']} | {row['tokens_per_second']:,.0f} | {gains} | "
-                     f"{readable_bytes(row['peak_memory_bytes'])} | {work} |")
+                     f"{readable_bytes(row['peak_memory_bytes'])} | "
+                     f"{row['flops_per_second'] / 1e9:,.0f}{mfu} |")
         before = row
     return "\n".join(lines)
 
