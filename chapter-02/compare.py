@@ -52,26 +52,24 @@ def run_one(folder, method, rate, seed, extra):
 def read_run(folder):
     """What one finished run measured, from its own files."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "grad_norm" in line]
-    losses = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
+
+    def column(name):
+        return [line[name] for line in lines if line.get(name) is not None]
+
     checkpoint = max(folder.glob("step-??????"), default=None)
-    if not losses or checkpoint is None:
+    if not column("eval_loss") or checkpoint is None:
         raise UserError(f"{folder}: no evaluation, or no checkpoint to count parameters in; leave"
                         " --eval-every and --save-every on")
-    headers = tensor_headers(checkpoint, "optimizer")
-    sizes = {name: math.prod(shape) for name, (shape, _, _) in headers.items()}
-    run = {
-        "loss": losses[-1],
-        "curve": [(line["step"], line["loss"]) for line in steps],
-        "trainable": sum(n for name, n in sizes.items() if name.endswith(".exp_avg")),
-        "optimizer_bytes": 4 * sum(sizes.values()),
-        "memory": max((line["peak_memory_bytes"] or 0) for line in steps),
-        "speed": statistics.median(line["tokens_per_second"] for line in steps),
-    }
-    scores = [line for line in lines if any(name.startswith("exact_match") for name in line)]
-    for when, line in zip(("before", "after"), scores[:1] + scores[-1:]):
-        run |= {f"{name}_{when}": share for name, share in line.items()
-                if name.startswith("exact_match")}
+    sizes = {name: math.prod(shape)
+             for name, (shape, _, _) in tensor_headers(checkpoint, "optimizer").items()}
+    run = {"loss": column("eval_loss")[-1],
+           "curve": [(line["step"], line["loss"]) for line in lines if "loss" in line],
+           "trainable": sum(n for name, n in sizes.items() if name.endswith(".exp_avg")),
+           "optimizer_bytes": 4 * sum(sizes.values()),
+           "memory": max(column("peak_memory_bytes"), default=0),
+           "speed": statistics.median(column("tokens_per_second"))}
+    for name in {name: None for line in lines for name in line if name.startswith("exact_match")}:
+        run[f"{name}_before"], run[f"{name}_after"] = column(name)[0], column(name)[-1]
     return run
 
 
@@ -98,47 +96,38 @@ def table(rows):
         mean, half = (row.get(f"exact_match_{name}_after{end}") for end in ("", "_spread"))
         return "-" if mean is None else f"{100 * mean:.0f} ± {100 * half:.0f} %"
 
-    cells = [["method", "best rate", "trainable", "optimizer state", "peak memory", "tokens/s",
-              "held-out loss", "new skills", "old skills"]]
-    cells += [[
-        row["method"], f"{row['rate']:g}{' (edge)' * row['edge_of_grid']}",
-        f"{row['trainable']:,}", readable_bytes(row["optimizer_bytes"]),
-        readable_bytes(row["memory"]), f"{row['speed']:,.0f}",
-        f"{row['loss']:.3f} ± {row['loss_spread']:.3f}", score(row, "new"), score(row, "base"),
-    ] for row in rows]
-    head, *lines = (f"| {' | '.join(line)} |" for line in cells)
-    return "\n".join((head, "|" + "---|" * len(cells[0]), *lines))
+    return "\n".join((
+        "| method | best rate | trainable | optimizer state | peak memory | tokens/s "
+        "| held-out loss | new skills | old skills |", "|" + "---|" * 9,
+        *(f"| {row['method']} | {row['rate']:g}{' (edge)' * row['edge_of_grid']} "
+          f"| {row['trainable']:,} | {readable_bytes(row['optimizer_bytes'])} "
+          f"| {readable_bytes(row['memory'])} | {row['speed']:,.0f} "
+          f"| {row['loss']:.3f} ± {row['loss_spread']:.3f} | {score(row, 'new')} "
+          f"| {score(row, 'base')} |" for row in rows)))
 
 
 def draw(rows, out):
     """Two pictures beside the table, where matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no pictures: pip install matplotlib for loss curves and the learning-rate sweep")
         return
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     for file, title, label, scale in (
             ("curves.svg", "training loss at the best rate", "step", "linear"),
             ("rates.svg", "held-out loss", "learning rate", "log")):
-        figure, axes = pyplot.subplots(figsize=(8, 5))
+        figure = Figure(figsize=(8, 5))
+        axes = figure.subplots()
         for row in rows:
             points = row["curve"] if file == "curves.svg" else sorted(row["loss_by_rate"].items())
             axes.plot(*zip(*points), label=row["method"], marker=None if "curve" in file else "o")
         axes.set(title=title, xlabel=label, ylabel="loss", xscale=scale, yscale="log")
         axes.legend()
         figure.savefig(out / file)
-        pyplot.close(figure)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    extra = argv[end + 1:]
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                        epilog="What stands after -- goes to train.py: -- --steps 160")
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS),
                         metavar="METHOD", help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="runs per learning rate (default: 3)")
@@ -146,7 +135,9 @@ def main(argv=None):
                         help="learning rates, as multiples of each method's usual one "
                         "(default: 1/3 1 3)")
     parser.add_argument("--out", default="runs/compare", help="default: runs/compare")
-    options = parser.parse_args(argv[:end])
+    parser.add_argument("extra", nargs="*", metavar="-- OPTIONS",
+                        help="what stands after -- goes to train.py: -- --steps 160")
+    options = parser.parse_args(argv)
     if options.seeds < 1 or min(options.factors) <= 0:
         raise UserError("--seeds must be 1 or more, and --factors above 0")
     out = Path(options.out)
@@ -154,14 +145,14 @@ def main(argv=None):
             for method in options.methods for factor in options.factors
             for seed in range(options.seeds)]
     plan_file = out / "plan.json"
-    if plan_file.is_file() and json.loads(plan_file.read_text()) != extra:
+    if plan_file.is_file() and json.loads(plan_file.read_text()) != options.extra:
         raise UserError(f"{out}: holds a comparison with other options after `--`; choose --out")
     out.mkdir(parents=True, exist_ok=True)
-    plan_file.write_text(json.dumps(extra))
+    plan_file.write_text(json.dumps(options.extra))
     results = {method: {} for method in options.methods}
     for method, rate, seed in tqdm(plan, unit="run"):
         folder = out / f"{method}-lr{rate:g}-seed{seed}"
-        run_one(folder, method, rate, seed, extra)
+        run_one(folder, method, rate, seed, options.extra)
         results[method].setdefault(rate, []).append(read_run(folder))
     rows = [summarise(method, runs) for method, runs in results.items()]
     text = table(rows)

@@ -247,7 +247,8 @@ class LlamaForCausalLM(nn.Module):
     A fresh model has random weights: every matrix is normal with standard deviation
     `initializer_range`, every norm is one, every bias zero. `compute_dtype` is the dtype of the
     activations and matrix products; set it after construction. So is `chunk`, the most tokens whose
-    logits exist at a time; `softmax` is the loss's softmax if it is compiled (see loss.py).
+    logits exist at a time (None: those of all, in the plain loss); `softmax` is the loss's softmax
+    if it is compiled (see loss.py).
     """
 
     def __init__(self, config):
@@ -276,7 +277,7 @@ class LlamaForCausalLM(nn.Module):
         if cache is not None:
             x = x[cu_seqlens[1:].long() - 1]
         plain_head = self.lm_head is None or isinstance(self.lm_head, Linear)
-        if labels is not None and plain_head:
+        if labels is not None and plain_head and self.chunk is not None:
             weight = (self.lm_head or self.model.embed_tokens).weight
             return chunked_cross_entropy(
                 x, weight, labels, self.chunk, labelled, self.softmax)

@@ -109,7 +109,7 @@ def test_reports_leave_few_small_files(tmp_path, monkeypatch, gpu, options):
     assert [row[-1] for row in rows] == ["met", "met"], figures
     assert "explained" in figures["profile"]["text"] and "| QLoRA |" in figures["ladder"]["text"]
     assert figures["profile"]["files"]["profile.json"]["tokens"] > 0
-    assert "10-QLoRA.json" in figures["ladder"]["files"]
+    assert figures["ladder"]["files"]["ladder.json"][-1]["name"] == "QLoRA"
     assert [file.name for file in tmp_path.iterdir()] == ["profile-trace.json.gz"]
 
 

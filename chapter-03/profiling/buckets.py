@@ -11,7 +11,7 @@ import time
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 BUCKETS = ("matrix products", "attention", "loss", "element-wise", "optimizer", "idle")
 
@@ -31,22 +31,14 @@ def region(name):
         open_regions.pop()
 
 
-def loss_of(model, pack, finish=None):
-    """The model's loss of a pack, or `finish(logits, labels)`, in the region "loss"; what comes
-    before the head is in a region "forward" within it."""
-    inputs, forward = dict(pack), contextlib.ExitStack()
-    begin = model.model.register_forward_pre_hook(
-        lambda *_: forward.enter_context(region("forward")))
-    end = model.model.register_forward_hook(lambda *_: forward.close(), always_call=True)
-    try:
-        with region("loss"):
-            if finish is None:
-                return model(**inputs)
-            labels = inputs.pop("labels")
-            return finish(model(**inputs), labels)
-    finally:
-        begin.remove()
-        end.remove()
+def loss_of(model, pack):
+    """The model's loss of a pack, in the region "loss"; what comes before the head is in a region
+    "forward" within it."""
+    with (region("loss"), contextlib.ExitStack() as forward,
+          model.model.register_forward_pre_hook(
+              lambda *_: forward.enter_context(region("forward"))),
+          model.model.register_forward_hook(lambda *_: forward.close())):
+        return model(**pack)
 
 
 def bucket(names, kernels=False):
@@ -104,23 +96,21 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-def measure(step, device, trace=None, repeats=3):
+def measure(step, device, trace, repeats=3):
     """Run `step()` under the profiler: seconds by bucket, which add up to those of the step.
 
     The first run warms up; of the others, the one of median length counts. `trace` is a file for
     its timeline. On a CPU an operator's time excludes the operators that it calls; on CUDA it is
     that of its kernels, and idle is the rest of the step.
     """
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     measured = []
     for _ in range(repeats + 1):
-        with profile(activities=kinds) as profiler, region("step"):
+        with profile() as profiler, region("step"):
             step()
             wait(device)
         measured.append((sum_up(profiler.events(), device), profiler))
     times, profiler = sorted(measured[1:], key=lambda one: sum(one[0].values()))[repeats // 2]
-    if trace is not None:
-        profiler.export_chrome_trace(str(trace))
+    profiler.export_chrome_trace(str(trace))
     return times
 
 
@@ -150,11 +140,3 @@ def explained(predicted, measured):
     rest = sum(abs(measured[name] - predicted[name][1]) for name in BUCKETS)
     return 1 - rest / sum(measured.values())
 
-
-def table(predicted, measured):
-    """Both side by side, as lines of text; all in milliseconds."""
-    rows = [(name, *predicted[name], measured[name]) for name in BUCKETS]
-    rows.append(("step", *(sum(column) for column in list(zip(*rows))[1:])))
-    return [f"{'milliseconds':<18}{'roofline':>12}{'alone':>12}{'measured':>12}{'rest':>12}"] + [
-        f"{name:<18}{1e3 * roofline:>12.1f}{1e3 * alone:>12.1f}{1e3 * seconds:>12.1f}"
-        f"{1e3 * (seconds - alone):>+12.1f}" for name, roofline, alone, seconds in rows]

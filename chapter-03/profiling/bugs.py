@@ -17,19 +17,15 @@ from pathlib import Path
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from buckets import seconds_of
-from common import hub, weights
-from common.data import encode
 from common.errors import run_main
 from common.files.checkpoint import new_run_folder
 from common.options import choose_device, option, read_flags
-from lora import AdapterConfig
-from modeling_llama import LlamaConfig, LlamaForCausalLM
-from packing import IGNORE, PackSampler, packed_sequence_collate_fn
-from profile_step import step_of
-from train import CHAPTER, to_device
+from packing import packed_sequence_collate_fn
+from profile_step import first_packs, set_up, step_of
+from train import CHAPTER, Options, to_device
 
 SHOWN = 12  # operators
 
@@ -55,42 +51,31 @@ def check_finite(layer, inputs, output):
         raise FloatingPointError("a layer gives values that are not finite")
 
 
-def packs(options, config, device):
-    """One pack for each step, as long as the documents make it, or all of the same length."""
-    data = encode.virtual(64 * options.steps, config.vocab_size, options.batch_tokens // 4, seed=0)
-    sampler = PackSampler(data.lengths, options.batch_tokens, seed=0)
-    for number in range(options.steps):
-        examples = [data[i] for i in sampler.pack(number)]
-        room = options.batch_tokens - sum(len(ids) for ids, _ in examples)
-        if options.bug_2:
-            examples = examples[number:]
-        elif room:
-            ids = torch.zeros(room, dtype=torch.int64)
-            examples.append((ids, torch.full_like(ids, IGNORE)))
-        yield to_device(packed_sequence_collate_fn(examples), device)
-
-
 def main(argv=None):
     options = BugOptions(**read_flags(BugOptions, __doc__.split("\n\n")[0], argv))
     device = choose_device(options.device)
-    torch.manual_seed(0)
-    config = LlamaConfig.from_dict(weights.read_config(hub.resolve("tiny")))
-    model = LlamaForCausalLM(config).to(device)
+    training = Options(
+        model="tiny", init="random", data=["virtual"], batch_tokens=options.batch_tokens,
+        max_seq_len=options.batch_tokens // 4, method="full", quantize="none", rank=16, alpha=32.0,
+        lr=1e-4, dtype="float32", device=device.type, compile=not options.bug_2)
+    model, optimizer, adapter, data = set_up(training)
     model.chunk = 16 if options.bug_3 else 1024
     for layer in model.model.layers:
         layer.mlp.compile(backend=options.backend, dynamic=False)
         if options.bug_1:
             layer.register_forward_hook(check_finite)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch._dynamo.config.recompile_limit = max(8, 2 * options.steps)
 
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    for number, pack in enumerate(packs(options, config, device), 1):
-        step = step_of(model, optimizer, pack, AdapterConfig(method="full"), 1.0)
+    lists, shape = first_packs(training, data, options.steps)
+    for number, examples in enumerate(lists, 1):
+        if options.bug_2:
+            examples = examples[number - 1:]
+        pack = to_device(packed_sequence_collate_fn(examples, shape), device)
+        step = step_of(model, optimizer, pack, adapter, 1.0)
         last = number == options.steps
-        with profile(activities=kinds) if last else contextlib.nullcontext() as profiler:
+        with profile() if last else contextlib.nullcontext() as profiler:
             seconds = seconds_of(step, device)
         print(f"step {number}: {1e3 * seconds:8.1f} ms, "
               f"{len(pack['labels'])} tokens, compiled so far: "

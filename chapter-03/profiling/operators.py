@@ -1,25 +1,21 @@
 """The operators of a training step on shapes alone, and how long they will take on this device.
 
-The real model runs on tensors without numbers (PyTorch's fake tensors), and every operator,
-forward and backward, is recorded: how many FLOPs, how many bytes. Divided by what the device can
-do, that gives seconds, bucket by bucket (buckets.py), before a step runs.
-
-Two ceilings make a roofline: FLOPs per second in a large matrix product, and bytes per second in a
-large copy. No model reaches them. Its products have other shapes, and its other operators read
-tensors that may or may not be in the cache, in a dtype that the processor may have to convert. So
-each operator is also measured alone, on its own shapes, and the result is cached.
+A copy of the model runs on tensors without numbers (PyTorch's fake tensors), and every operator,
+forward and backward, is recorded: its FLOPs and bytes. Divided by two ceilings, the FLOPs per
+second of a large matrix product and the bytes per second of a large copy, they give its roofline.
+No model reaches it: its products have other shapes, its other operators read tensors that may or
+may not be in the cache. So each operator is also measured alone, on its own shapes.
 """
 
 import collections
+import copy
 import functools
 import itertools
 import re
-import weakref
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -47,38 +43,21 @@ def ceilings(device, dtype):
             2 * size / duration(lambda: target.copy_(source), device))
 
 
-@functools.cache
-def small_operator(device):
-    """Seconds that Python, dispatch and autograd take for an operator on a single number."""
-    x = torch.ones(1, device=device, requires_grad=True)
-
-    def chain():
-        y = x
-        for _ in range(500):
-            y = y + 1
-        y.backward()
-
-    return duration(chain, device) / 1000
-
-
-@functools.cache
-def attention(function, device, dtype, lengths, heads, kv_heads, head_dim):
-    """(forward, backward) seconds of attention in one layer, on documents of these lengths.
-
-    `function` is the model's: (q, k, v, cu_seqlens, max_seqlen) -> output.
-    """
-    q, k, v = (torch.randn(sum(lengths), n, head_dim, device=device).to(dtype).requires_grad_()
-               for n in (heads, kv_heads, kv_heads))
-    ends = F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
+def attention(model, pack):
+    """(forward, backward) seconds of attention in one layer of the model."""
+    config, labels = model.config, pack["labels"]
+    q, k, v = (torch.randn(len(labels), heads, config.head_dim, device=labels.device)
+               .to(model.compute_dtype).requires_grad_()
+               for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2))
 
     def forward():
-        return function(q, k, v, ends, max(lengths))
+        return model.model.layers[0].self_attn.attend(
+            q, k, v, pack["cu_seqlens"], pack["max_seqlen"])
 
     output = forward()
     grad = torch.ones_like(output)
-    backward = duration(
-        lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True), device)
-    return duration(forward, device), backward
+    return duration(forward, labels.device), duration(
+        lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True), labels.device)
 
 
 larger_than_caches = functools.cache(lambda: torch.ones(2**24))
@@ -96,8 +75,7 @@ class Layout(NamedTuple):
         """A tensor like that, of random numbers, or of zeros if it holds integers."""
         size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride))
         numbers = torch.rand if self.dtype.is_floating_point else torch.zeros
-        flat = numbers(size * (0 not in self.shape), device=device).to(self.dtype)
-        return flat.as_strided(self.shape, self.stride)
+        return numbers(size, device=device).to(self.dtype).as_strided(self.shape, self.stride)
 
 
 @functools.cache
@@ -144,22 +122,32 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.ops, self.recent = [], collections.deque(maxlen=3)
+        self.ops = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         leaves, tree = tree_flatten((args, kwargs or {}))
+        touched = {storage for op in self.ops[-3:] for storage in (*op.reads, *op.writes)}
         layouts = tuple(Layout(tuple(leaf.shape), leaf.stride(), leaf.dtype,
-                               any(_storage(leaf) in touched for touched in self.recent))
+                               leaf.untyped_storage() in touched)
                         if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         result = function(*args, **(kwargs or {}))
         name = "::".join(str(function).split(".")[:2])
-        outputs = _tensors(result) or _tensors(args)[:1] * function._schema.is_mutable
-        if outputs and not function.is_view and not re.search("empty|detach|prim::", name):
-            node = torch._C._current_autograd_node()
-            names = [name, *([node.name()] if node else []), *reversed(open_regions)]
-            self.ops.append(_op(name, bucket(names), (function, layouts, tree), _tensors(leaves),
-                                outputs))
-            self.recent.append({**self.ops[-1].reads, **self.ops[-1].writes})
+        inputs = _tensors(leaves)
+        outputs = _tensors(result) or inputs[:1] * function._schema.is_mutable
+        if not outputs or function.is_view or re.search("empty|detach|prim::", name):
+            return result
+        node = torch._C._current_autograd_node()
+        kind = bucket([name, *([node.name()] if node else []), *reversed(open_regions)])
+        flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if kind == "matrix products" else 0
+        if re.search("::(copy_|fill_|zero_|zeros_like|ones_like)$", name):
+            inputs = inputs[1:]  # the old content is not read
+        reads, writes = ({tensor.untyped_storage(): tensor.nbytes for tensor in tensors}
+                         for tensors in (inputs, outputs))
+        if re.search("embedding$|gather|scatter|index", name):  # a row for each, not the table
+            rows = inputs[-1] if name.endswith("_") else outputs[0]
+            reads, writes = ({tensor.untyped_storage(): rows.nbytes}
+                             for tensor in (inputs[0], outputs[0]))
+        self.ops.append(Op(name, kind, (function, layouts, tree), flops, reads, writes))
         return result
 
 
@@ -167,104 +155,60 @@ def _tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-numbers, count = weakref.WeakKeyDictionary(), itertools.count()  # of storages
-
-
-def _storage(tensor):
-    """A number for its storage, whose address may be reused when it is gone."""
-    return numbers.setdefault(tensor.untyped_storage(), next(count))
-
-
-def _op(name, kind, call, inputs, outputs):
-    reads = {_storage(t): t.nbytes for t in inputs}
-    writes = {_storage(t): t.nbytes for t in outputs}
-    if re.search("embedding$|gather|scatter|index", name):  # a row for each index, not the table
-        rows = inputs[-1] if name.endswith("_") else outputs[0]
-        reads, writes = {next(count): rows.nbytes}, {_storage(outputs[0]): rows.nbytes}
-    elif re.search("::(copy_|fill_|zero_|zeros_like|ones_like)$", name):
-        reads.pop(_storage(inputs[0]))  # its old content is not read
-    flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if kind == "matrix products" else 0
-    return Op(name, kind, call, flops, reads, writes)
-
-
-def set_attention(model, function):
-    """Make all layers of the model attend by `function`; gives the one that they used before."""
-    attentions = [layer.self_attn for layer in model.model.layers]
-    before = attentions[0].attend
-    for each in attentions:
-        each.attend = function
-    return before
-
-
-def record(model, pack, finish=None, compiled=False):
+def record(model, pack, compiled=False):
     """The `Op`s of one forward and backward of `pack`, without computing anything; if the model
     will be `compiled`, those that `fused` gives.
 
-    `finish(logits, labels)` gives the loss if the model does not. Attention is two operators a
-    layer, one each way, on any device. Call it before `compile_model`.
+    Attention is two operators a layer, one each way, on any device. Call it before `compile_model`.
     """
-    def forward_and_backward():  # both on fake tensors, as checkpointing uses parameters twice
-        total = loss_of(model, inputs, finish)
-        with region("backward"):
-            (total / len(inputs["labels"])).backward()
-
-    whole = torch.nn.Module()
-    whole.model, whole.forward = model, forward_and_backward
     compile_loss = compiled and pack["labels"].device.type == "cuda"
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        model, pack = copy.deepcopy((model, pack))
     model.softmax = softmax_at_once_ if compile_loss else None
-    before = set_attention(model, lambda q, k, v, ends, longest: block_attention(q, k, v, ends))
-    try:
-        with FakeTensorMode() as mode, Recorder() as recorder:
-            fake = {name: mode.from_tensor(tensor)
-                    for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
-            inputs = {name: mode.from_tensor(value) if torch.is_tensor(value) else value
-                      for name, value in pack.items()}
-            recorder.ops.clear()
-            torch.func.functional_call(whole, fake, ())
-    finally:
-        model.softmax = None
-        set_attention(model, before)
+    for layer in model.model.layers:
+        layer.self_attn.attend = lambda q, k, v, ends, longest: block_attention(q, k, v, ends)
+    with fake, Recorder() as recorder:
+        total = loss_of(model, pack)
+        with region("backward"):
+            (total / len(pack["labels"])).backward()
     kinds = ("element-wise", "loss") if compile_loss else ("element-wise",)
     return fused(recorder.ops, kinds) if compiled else recorder.ops
 
 
 def fused(ops, kinds=("element-wise",)):
     """The same work with consecutive operators of one of these buckets joined in one kernel, as a
-    compiler does: input from outside is read once, and only what is used later is written."""
+    compiler does: input from outside is read once, and what is used only inside is not written."""
     last_use = {storage: i for i, op in enumerate(ops) for storage in op.reads}
     result, end = [], 0
     for kind, group in itertools.groupby(ops, key=lambda op: op.bucket):
         group = list(group)
         end += len(group)
-        if kind not in kinds:
-            result += group
-            continue
-        reads, made = {}, {}
-        for op in group:
-            reads.update({s: size for s, size in op.reads.items() if s not in made})
-            made.update(op.writes)
-        writes = {s: size for s, size in made.items()
-                  if end == len(ops) or last_use.get(s, 0) >= end}
-        result.append(Op("fused", kind, None, 0, reads, writes))
+        if kind in kinds:
+            reads, made = {}, {}
+            for op in group:
+                reads |= {s: size for s, size in op.reads.items() if s not in made}
+                made |= op.writes
+            writes = {s: size for s, size in made.items() if last_use.get(s, end) >= end}
+            group = [Op("fused", kind, None, 0, reads, writes)]
+        result += group
     return result
 
 
 # --- how long they will take ---
 
-def predict(model, pack, ops, device, fused_optimizer=True):
+def predict(model, pack, compiled=False, fused_optimizer=True):
     """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run.
 
     The first number is FLOPs and bytes divided by the two ceilings; the second adds up what every
-    operator takes alone on its own shapes, and the cost of calling it. `ops` are from `record`.
+    operator takes alone on its own shapes. For idle it is the cost of calling them.
     """
-    config, dtype = model.config, model.compute_dtype
-    lengths = tuple(length for length in pack["cu_seqlens"].diff().tolist() if length)
+    config, device = model.config, pack["labels"].device
+    ops = record(model, pack, compiled)
     width = config.num_attention_heads * config.head_dim
-    pairs = sum(length * length for length in lengths) / 2  # the causal half
-    forward, backward = attention(
-        model.model.layers[0].self_attn.attend, device, dtype, lengths,
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    peak, bandwidth = ceilings(device, dtype)
+    pairs = pack["cu_seqlens"].diff().double().square().sum().item() / 2  # the causal half
+    forward, backward = attention(model, pack)
+    peak, bandwidth = ceilings(device, model.compute_dtype)
     roofline, own = collections.Counter(), collections.Counter()
     for op in ops:
         if op.bucket == "attention":  # two products; in the backward five
@@ -278,7 +222,8 @@ def predict(model, pack, ops, device, fused_optimizer=True):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     roofline["optimizer"] = trained * (ADAMW_BYTES[fused_optimizer] + CLIP_BYTES) / bandwidth
     own["optimizer"] = roofline["optimizer"]
-    calls = len(ops) * small_operator(device)
+    number = torch.ones(1, device=device, requires_grad=True)
+    calls = len(ops) * duration(lambda: number + 1, device)  # of Python, dispatch and autograd
     # A GPU computes while Python calls, and is idle only if Python is the slower of the two.
     own["idle"] = calls if device.type == "cpu" else max(0.0, calls - own.total())
     return {name: (roofline[name], own[name]) for name in BUCKETS}

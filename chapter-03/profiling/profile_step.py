@@ -28,11 +28,11 @@ from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
 from common.files.checkpoint import new_run_folder
 from common.files.manifest import verify
-from common.memory import keep_freed
+from common.memory import keep_freed, readable_bytes
 from common.options import option, parse
-from common.ranks import start_ranks, stop_ranks, world_size
-from lora import AdapterConfig, after_step, before_step, optimizer_groups
+from common.ranks import world_size
 from compiling import compile_model
+from lora import AdapterConfig, after_step, before_step, optimizer_groups
 from modeling_llama import LlamaConfig
 from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from quantized_model import build, check_base, check_options
@@ -47,22 +47,37 @@ class ProfileOptions(Options):
                                 "allocation")
 
 
-def model_and_optimizer(options, adapter, source, config, device, fused):
-    """As in train.py, except that random weights are drawn on the device."""
+def set_up(options, fused=True):
+    """(model, optimizer, adapter, training data) as in train.py, except that random weights are
+    drawn on the device. `fused` is AdamW's."""
+    source, device = hub.resolve(options.model), torch.device(options.device)
+    verify(source)
+    with located(source / "config.json"):
+        config = LlamaConfig.from_dict(check_base(weights.read_config(source), options))
+    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
     torch.manual_seed(options.seed)
     model = build(config, options, adapter, device, source, draw_on=device).train()
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
-    return model, torch.optim.AdamW(
-        groups, lr=options.lr, betas=(0.9, 0.95), foreach=False, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), foreach=False,
+                                  fused=fused and device.type != "mps")
+    predict.fit_batch(options, model, model.chunk)
+    return model, optimizer, adapter, prepare.load(options, source, config, skills="new").train
 
 
-def step_of(model, optimizer, pack, adapter, clip, finish=None):
-    """A function that takes one optimizer step on `pack`, its parts in named regions. The loss is
-    the model's own, or `finish(logits, labels)`."""
+def first_packs(options, data, count):
+    """The documents of each of a run's first packs, and the `StaticShape` that fits all, if the
+    run is compiled."""
+    sampler = PackSampler(data.lengths, options.batch_tokens, options.seed)
+    shape = StaticShape.of((sampler, count)) if options.compile else None
+    return [[data[i] for i in sampler.pack(number)] for number in range(count)], shape
+
+
+def step_of(model, optimizer, pack, adapter, clip):
+    """A function that takes one optimizer step on `pack`, its parts in named regions."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step():
-        loss = buckets.loss_of(model, pack, finish)
+        loss = buckets.loss_of(model, pack)
         with buckets.region("backward"):
             (loss / max(1, len(pack["labelled"]))).backward()
         with buckets.region("optimizer"):
@@ -75,6 +90,15 @@ def step_of(model, optimizer, pack, adapter, clip, finish=None):
     return step
 
 
+def show(title, columns, rows, total, form):
+    """Print {name: numbers} and their sums, and in the last column how the last two differ."""
+    rows = {**rows, total: [sum(column) for column in zip(*rows.values())]}
+    print(f"\n{title:<18}" + "".join(f"{column:>12}" for column in columns))
+    for name, numbers in rows.items():
+        cells = map(form, (*numbers, numbers[-1] - numbers[-2]))
+        print(f"{name:<18}" + "".join(f"{cell:>12}" for cell in cells))
+
+
 def main(argv=None):
     # --- what a run would have ---
     options = parse(ProfileOptions, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
@@ -82,32 +106,21 @@ def main(argv=None):
         raise UserError("profile_step.py profiles one step on one device: leave out --dry-run, "
                         "--resume and torchrun")
     check_options(options)
-    device = start_ranks(options.device).device
+    device = torch.device(options.device)
     keep_freed(device)
-    source = hub.resolve(options.model)
-    verify(source)
-    with located(source / "config.json"):
-        config = LlamaConfig.from_dict(check_base(weights.read_config(source), options))
-    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
-    shapes = build(config, options, adapter)
-    predict.fit_batch(options, shapes, shapes.chunk)
-    data = prepare.load(options, source, config, skills="new").train
-    model, optimizer = model_and_optimizer(
-        options, adapter, source, config, device, fused=device.type != "mps")
-    sampler = PackSampler(data.lengths, options.batch_tokens, options.seed)
-    shape = StaticShape.of((sampler, sampler.packs_in(1))) if options.compile else None
-    pack = packed_sequence_collate_fn([data[i] for i in sampler.pack(0)], shape)
-    pack, tokens = to_device(pack, device), len(pack["labels"])
+    model, optimizer, adapter, data = set_up(options)
+    (examples,), shape = first_packs(options, data, 1)
+    pack = to_device(packed_sequence_collate_fn(examples, shape), device)
+    tokens = len(pack["labels"])
 
     # --- predicted ---
     prediction = predict.training(model, data.lengths, options, model.chunk)
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
-    ops = operators.record(model, pack, compiled=options.compile)
     peak, bandwidth = operators.ceilings(device, model.compute_dtype)
     print(f"\nceilings    {peak / 1e9:,.0f} GFLOP/s in a large {options.dtype} product, "
           f"{bandwidth / 1e9:.1f} GB/s in a large copy")
-    times = operators.predict(model, pack, ops, device)
+    times = operators.predict(model, pack, options.compile)
     total = sum(alone for _, alone in times.values())
     print(f"predicted   {1e3 * total:.1f} ms a step of {tokens} tokens, {tokens / total:,.0f} "
           "tokens a second")
@@ -124,17 +137,19 @@ def main(argv=None):
 
     # --- side by side ---
     share = buckets.explained(times, seconds)
-    rest = (1 - share) * sum(seconds.values())
-    print("", *buckets.table(times, seconds), sep="\n")
-    print(f"explained {share:.1%}: bucket by bucket {1e3 * rest:.1f} ms are not\n"
-          f"without the profiler a step takes {1e3 * plain:.1f} ms: {tokens / plain:,.0f} tokens a "
-          "second")
+    show("milliseconds", ("roofline", "alone", "measured", "rest"),
+         {name: (*times[name], seconds[name]) for name in seconds}, "step",
+         lambda number: f"{1e3 * number:.1f}")
+    print(f"explained {share:.1%}: bucket by bucket {1e3 * (1 - share) * sum(seconds.values()):.1f}"
+          f" ms are not\nwithout the profiler a step takes {1e3 * plain:.1f} ms: "
+          f"{tokens / plain:,.0f} tokens a second")
     mfu = prediction.mfu(tokens / plain)
     flops = prediction.flops["total"] * tokens / plain
     print(f"{flops / 1e9:,.0f} GFLOP/s, " + (
         f"MFU {mfu:.1%} ({prediction.mfu(tokens / plain, full=True):.1%} if attention counts S²)"
         if mfu is not None else "and no peak is known for this device, so no MFU"))
-    print("", *anatomy.table(memory, found), sep="\n")
+    show("memory", ("predicted", "measured", "difference"),
+         {name: (memory[name], found[name]) for name in found}, "peak", readable_bytes)
     (out / "profile.json").write_text(json.dumps({
         "torch": torch.__version__, "device": str(device), "options": vars(options),
         "tokens": tokens, "seconds": plain, "explained": share, "predicted": times,
@@ -142,10 +157,13 @@ def main(argv=None):
     print(f"\n{out / 'trace.json.gz'}: the timeline; open it at https://ui.perfetto.dev or in "
           "Chrome at chrome://tracing\n" + f"{out / 'profile.json'}: the figures above")
     if options.snapshot and device.type == "cuda":
-        anatomy.write_snapshot(step, out / "snapshot.pickle", device)
+        # PyTorch's record, a pickle that is not read here. Python's frames only: looking up the
+        # names of C++'s takes minutes.
+        torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python")
+        step()
+        torch.cuda.memory._dump_snapshot(str(out / "snapshot.pickle"))
         print(f"{out / 'snapshot.pickle'}: every allocation; drop it on "
               "https://pytorch.org/memory_viz (nothing is uploaded)")
-    stop_ranks()
     return 0
 
 
