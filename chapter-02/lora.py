@@ -110,14 +110,20 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         return self.add(self.base(x), self.drop(x), *self.factors())
 
+    @torch.no_grad()
     def merged(self):
-        """The one weight that does the same: W + s B A."""
+        """The one weight (out, in), float32, that does the same: W + s B A. Collective (FSDP2)."""
         A, B = self.factors()
         return full_precision(self.base.weight) + full_tensor(B @ A)
 
     def original(self):
         """The weight before it was adapted."""
         return full_precision(self.base.weight)
+
+    @torch.no_grad()
+    def delta(self):
+        """How the adapter changes the weight (out, in), float32; for Delta-LoRA only s B A."""
+        return self.merged() - self.original()
 
     def lr_ratio(self, name, config):
         """The learning rate of parameter `name`, relative to the run's."""
@@ -180,6 +186,7 @@ class DoRALinear(LoRALinear):
     def cost(self):
         return super().cost()._replace(keeps_output=True)  # before it is scaled, for m's gradient
 
+    @torch.no_grad()
     def merged(self):
         V = super().merged()
         norms = torch.linalg.vector_norm(V, dim=1).clamp_min(SMALLEST)
@@ -347,18 +354,6 @@ def apply_adapter(model, config):
 def adapter_modules(model):
     """Iterate over (dotted name, adapter layer)."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
-
-
-@torch.no_grad()
-def merged_weight(module):
-    """The weight (out, in), float32, that does what the layer does. Collective under FSDP2."""
-    return module.merged()
-
-
-@torch.no_grad()
-def delta_weight(module):
-    """How the adapter changes the weight (out, in), float32; for Delta-LoRA only s B A."""
-    return module.merged() - module.original()
 
 
 def state_names(model):

@@ -23,7 +23,7 @@ from common.adapters.peft import load_adapter
 from common.errors import UserError, run_main
 from bnb_files import is_bnb, save_bnb
 import lora
-from lora import adapter_modules, delta_weight, merged_weight
+from lora import adapter_modules
 from modeling_llama import Linear
 from nf4 import NF4Linear, dequantize_nf4, quantize_nf4
 from quantized_model import BASES, load_model
@@ -47,10 +47,10 @@ def quantize_anew(network, dtype, double_quant):
     """
     norms, left = {}, 0.0
     for name, module in list(adapter_modules(network.model)):  # without the head, which stays dense
-        base, delta = module.base, delta_weight(module)
+        base, delta = module.base, module.delta()
         if not isinstance(base, NF4Linear):
             base = NF4Linear(quantize_nf4(base.weight.to(dtype), double_quant), base.bias)
-        quantized = quantize_nf4(merged_weight(module).to(base.dtype), double_quant)
+        quantized = quantize_nf4(module.merged().to(base.dtype), double_quant)
         change = dequantize_nf4(quantized).float() - base.weight.float()
         norms[f"model.{name}"] = [x.double().square().sum().item() for x in (delta, change - delta)]
         left += (change * delta).double().sum().item()

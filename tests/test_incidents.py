@@ -325,7 +325,7 @@ def test_incident_23_merged_into_what_it_was_trained_on_it_is_the_same_model(met
     adapted = dict(lora.adapter_modules(quantised))
     with torch.no_grad():
         for name, module in adapted.items():
-            merged = lora.merged_weight(module)
+            merged = module.merged()
             delta = merged - module.base.weight.float()
             in_4_bit.get_submodule(name).weight.copy_(merged)
             in_16_bit.get_submodule(name).weight.add_(delta)

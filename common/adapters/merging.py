@@ -62,10 +62,10 @@ def merge_into(model, dtype, lora):
     layer's name, two squared Frobenius norms: of ΔW, and of what the rounding adds to it."""
     norms = {}
     for name, module in list(lora.adapter_modules(model)):
-        merged = lora.merged_weight(module)
+        merged = module.merged()
         error = merged.to(dtype).float() - merged  # also the error of ΔW, as W itself is exact
         norms[name] = [x.double().square().sum().item()
-                       for x in (lora.delta_weight(module), error)]
+                       for x in (module.delta(), error)]
         module.base.weight.copy_(merged)
         model.set_submodule(name, module.base)
     for parameter in model.parameters():

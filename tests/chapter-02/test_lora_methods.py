@@ -146,16 +146,16 @@ def test_one_merged_weight_does_the_same(method, shape):
     toy, _, original = make(method, shape)
     layer = toy.q_proj
     x = torch.randn(30, shape[0], dtype=torch.float64)
-    merged = lora.merged_weight(layer)
+    merged = layer.merged()
     close(F.linear(x, merged, layer.base.bias), toy(x), 1e-13)
-    close(original + lora.delta_weight(layer), merged, 1e-13)
+    close(original + layer.delta(), merged, 1e-13)
     assert not merged.requires_grad
-    assert lora.merged_weight(make(method, shape, torch.float32)[0].q_proj).dtype == torch.float32
+    assert make(method, shape, torch.float32)[0].q_proj.merged().dtype == torch.float32
 
 
 def test_a_merged_bfloat16_base_is_float32():
     layer = make("dora", SHAPES[1], torch.bfloat16)[0].q_proj
-    assert lora.merged_weight(layer).dtype == lora.delta_weight(layer).dtype == torch.float32
+    assert layer.merged().dtype == layer.delta().dtype == torch.float32
 
 
 # --- at the start nothing changes ---
@@ -240,7 +240,7 @@ def test_rslora_is_lora_with_a_larger_alpha():
 def test_dora_merged_rows_have_length_m_and_the_norm_is_a_constant_to_the_backward():
     toy, config, _ = make("dora", (12, 20, 4, False))
     layer = toy.q_proj
-    merged = lora.merged_weight(layer)
+    merged = layer.merged()
     assert torch.allclose(merged.norm(dim=1), layer.lora_magnitude_vector.abs(), rtol=1e-14)
     A, B = layer.factors()
     V = layer.base.weight + B @ A
@@ -305,7 +305,7 @@ def test_pissa_takes_the_largest_singular_values_out_of_the_base(inputs, outputs
         layer.lora_A.add_(torch.randn_like(layer.lora_A))
         B2 = torch.cat((layer.lora_B, -layer.initial_B), 1)
         A2 = torch.cat((layer.lora_A, layer.initial_A), 0)
-        assert (W + s * B2 @ A2 - lora.merged_weight(layer)).abs().max() < 1e-12
+        assert (W + s * B2 @ A2 - layer.merged()).abs().max() < 1e-12
 
 
 def test_pissa_is_the_same_every_time():
@@ -393,10 +393,10 @@ def test_dropout_where_the_method_allows_it(method):
     # The base sees x, the change that the adapter makes sees drop(x).
     torch.manual_seed(11)
     dropped = F.dropout(x, 0.5)
-    change = lora.merged_weight(layer) - layer.base.weight
+    change = layer.merged() - layer.base.weight
     close(first, F.linear(x, layer.base.weight, layer.base.bias) + dropped @ change.T, 1e-12)
     toy.eval()
-    close(toy(x), F.linear(x, lora.merged_weight(layer), layer.base.bias), 1e-12)
+    close(toy(x), F.linear(x, layer.merged(), layer.base.bias), 1e-12)
     toy.train()
     x.requires_grad_()
     toy(x).sum().backward()
@@ -524,7 +524,7 @@ def test_on_a_quantised_base(method):
         for parameter in toy.q_proj.parameters(recurse=False):
             parameter.add_(0.1 * torch.randn_like(parameter))
     # DoRA's norm sees the weight as far as it is known, in bfloat16.
-    close(x @ lora.merged_weight(toy.q_proj).T, toy(x), 1e-2 if method == "dora" else 1e-6)
+    close(x @ toy.q_proj.merged().T, toy(x), 1e-2 if method == "dora" else 1e-6)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -189,7 +189,7 @@ def test_lora_fa_never_moves_A_and_stays_in_its_rows(rank):
     for name, layer in lora.adapter_modules(model):
         A = layer.lora_A
         assert torch.equal(A, before[f"{name}.lora_A"])
-        change = lora.delta_weight(layer)
+        change = layer.delta()
         outside = change - change @ torch.linalg.pinv(A) @ A
         assert change.abs().max() > 0.01 and outside.abs().max() < 1e-13
 
@@ -207,7 +207,7 @@ def test_a_step_of_lora_fa_with_sgd_is_the_projected_step_of_the_weight(rank):
     for name, layer in lora.adapter_modules(model):
         gradient = twin.get_submodule(name).weight.grad
         expected = -0.3 * gradient @ torch.linalg.pinv(layer.lora_A) @ layer.lora_A
-        assert (lora.delta_weight(layer) - expected).abs().max() < 1e-14
+        assert (layer.delta() - expected).abs().max() < 1e-14
 
 
 # --- Delta-LoRA ---
@@ -245,7 +245,7 @@ def test_delta_lora_telescopes(first, rank):
         total = ratio * scale * (history[-1][name] - history[first][name])
         assert total.abs().max() > 0.01
         assert (layer.base.weight - originals[name] - total).abs().max() < 1e-13
-        change = lora.merged_weight(layer) - originals[name]
+        change = layer.merged() - originals[name]
         assert torch.linalg.matrix_rank(change, rtol=1e-9) == rank
 
 
@@ -257,8 +257,8 @@ def test_delta_lora_from_step_0_is_lora_with_a_larger_alpha():
     train(delta, config, adamw(delta, config, eps=1e-30), 60)
     train(plain, plain_config, adamw(plain, plain_config, eps=1e-30), 60)
     for (_, one), (_, other) in zip(lora.adapter_modules(delta), lora.adapter_modules(plain)):
-        assert lora.delta_weight(other).abs().max() > 0.1
-        assert (lora.merged_weight(one) - lora.merged_weight(other)).abs().max() < 1e-10
+        assert other.delta().abs().max() > 0.1
+        assert (one.merged() - other.merged()).abs().max() < 1e-10
 
 
 def test_delta_lora_keeps_small_steps():
@@ -342,7 +342,7 @@ def main(out, adapters):
             results[f"{method}.{name}"] = full_tensor(parameter).clone()
         if method != "vera":
             for name, layer in lora.adapter_modules(model):
-                results[f"{method}.{name}.merged"] = lora.merged_weight(layer)
+                results[f"{method}.{name}.merged"] = layer.merged()
         if method != "delta-lora":
             peft.save_adapter(model, config, f"{adapters}/{method}", "base", lora)
     if is_main():

@@ -96,7 +96,7 @@ def test_adapters_made_by_peft_merge_to_its_logits(case):
     peft.load_adapter(model, PEFT / case, lora)
     for name, layer in list(lora.adapter_modules(model)):
         parent, _, attribute = name.rpartition(".")
-        layer.base.weight.data.copy_(lora.merged_weight(layer))
+        layer.base.weight.data.copy_(layer.merged())
         setattr(model.get_submodule(parent), attribute, layer.base)
     same(logits_of(model), LOGITS[case])
 

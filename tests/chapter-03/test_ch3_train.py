@@ -133,7 +133,7 @@ def resized(folder, out, size):
     model, _ = quantized_model.load_model(None, "cpu", torch.float32, folder / "final")
     config = peft.load_adapter(model, folder / "final", train.lora)
     for _, module in merge.adapter_modules(model):
-        module.lora_B.data *= size * module.base.weight.norm() / merge.delta_weight(module).norm()
+        module.lora_B.data *= size * module.base.weight.norm() / module.delta().norm()
     peft.save_adapter(model, config, out, "tiny", train.lora, {"trained_on": "nf4-double"})
     return out
 
@@ -156,7 +156,7 @@ def test_quantising_anew_loses_a_small_change_and_is_refused(run, tmp_path, caps
     adapted = dict(merge.adapter_modules(loaded(None, adapter)))
     left = total = 0
     for name, module in adapted.items():
-        delta = merge.delta_weight(module).double()
+        delta = module.delta().double()
         change = model.get_submodule(name).weight.double() - base.get_submodule(name).weight
         left, total = left + (delta * change).sum(), total + (delta * delta).sum()
     assert share == pytest.approx(100 * (left / total).item(), abs=0.06)
