@@ -64,8 +64,7 @@ def merge_into(model, dtype, lora):
     for name, module in list(lora.adapter_modules(model)):
         merged = module.merged()
         error = merged.to(dtype).float() - merged  # also the error of ΔW, as W itself is exact
-        norms[name] = [x.double().square().sum().item()
-                       for x in (module.delta(), error)]
+        norms[name] = [x.double().square().sum().item() for x in (module.delta(), error)]
         module.base.weight.copy_(merged)
         model.set_submodule(name, module.base)
     for parameter in model.parameters():
