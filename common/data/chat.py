@@ -7,18 +7,16 @@ one.
 """
 
 import datetime
-import hashlib
 import re
 from typing import NamedTuple
 
 import numpy as np
 
-from common.data import masks, parts, turns
+from common.data import masks, parts
 from common.data.template import Refused, Template
-from common.data.tokenizer import call, complete, read_template, read_tokenizer
+from common.data.tokenizer import call, complete, read_tokenizer
 from common.errors import UserError, one_line
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
 JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"  # without a template
 
@@ -29,7 +27,7 @@ class Layout(NamedTuple):
     text: str
     spans: list | None    # trained (start, end) in characters, in order; None: all of it
     whole: bool           # the tokenizer adds its special tokens (BOS), as to any document
-    eos: bool | None      # append eos: trained or not; None: append nothing
+    eos: bool             # append eos, trained
     left_out: tuple = ()  # the parts of the record that the chat template does not write
     notes: tuple = ()     # other remarks on such examples
 
@@ -47,12 +45,8 @@ class Chat:
         Raises UserError if anything is wrong with them.
         """
         self = cls()
-        vars(self).update(read_tokenizer(folder))
+        vars(self).update(read_tokenizer(folder, template))
         self._given = template is not None
-        if self._given:
-            self.template, self.template_file = read_template(template), template
-            self.fingerprint = hashlib.sha256(
-                f"{self.fingerprint} {self.template}".encode()).hexdigest()
         source = JOINED if self.template is None else self.template
         self._compiled = Template(source, self.template_file)
         self._marks_generation = bool(re.search(r"{%[-+]?\s*generation\b", source))
@@ -60,16 +54,15 @@ class Chat:
         special = [token.content for token in added if token.special]
         named = [token.content for token in added  # say <think>, which means something to it
                  if token.content.strip() and token.content in source]
-        self._special = turns.any_of(special)
-        self._special_or_named = turns.any_of(special + named)
+        self._special = masks.any_of(special)
+        self._special_or_named = masks.any_of(special + named)
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
-        self._shapes = {}  # see `parts.find`
-        header, ending, ends = turns.learn(self.render, self._special, self._special_or_named)
+        header, ends = masks.learn(self.render, self._special, self._special_or_named)
         self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token) for token in ends}
-        stops = turns.any_of(map(self.tokenizer.id_to_token, self.stop_ids))
-        self._turns = turns.Turns(turns.any_of({header, header.partition("<think>")[0]}),
-                                  bool(self._special.search(header)), ending, stops, self._special)
+        stops = masks.any_of(map(self.tokenizer.id_to_token, self.stop_ids))
+        self._turns = masks.Turns(masks.any_of({header, header.partition("<think>")[0]}),
+                                  masks.run_of(stops), self._special)
         return self
 
     def save(self, folder):
@@ -85,7 +78,7 @@ class Chat:
         conversation that the template rejects.
         """
         text = self._render(_plain(messages), add_generation_prompt, **variables)
-        return parts.take_marks(text)[0] if self._marks_generation else text
+        return parts.take_marks(text)[0]
 
     def encode_messages(self, messages, **variables):
         """(ids, trained) of a conversation: lists of int and of bool, of equal length. Raises
@@ -145,31 +138,27 @@ class Chat:
         def render(messages, tools):
             return self._render(messages, tools=tools, **variables)
 
-        text = render(messages, tools)
-        if self._marks_generation:
-            text, generated = parts.take_marks(text)
-        found, where, all_marked = parts.find(messages, tools, text, render, self._shapes,
-                                              self._turns)
-        left_out = parts.left_out(messages, found, where, text, all_marked)
+        text, generated = parts.take_marks(render(messages, tools))
+        where, missing = parts.find(messages, tools, text, render)
+        left_out = parts.left_out(messages, missing)
 
-        own, eos = [], None
+        own, eos = [], False
         if untrained or not self._marks_generation:
             if where is None:
                 raise Refused("the chat template rewrites the assistant's words, so it is not "
                               "clear what to train on; mark them in the template with "
                               "{% generation %}")
-            own = masks.regions(where, found, text, self._turns)
+            own = self._turns.regions(where, text)
         if self._marks_generation:
-            dropped = [(start, end) for start, end, n, _ in own if n in untrained]
-            if len(dropped) < len(untrained):
+            off = [one for one in own if one[2] in untrained]
+            if len(off) < len(untrained):
                 raise Refused("a turn with the weight 0 in which the template writes nothing")
-            spans = [(start, end) for start, end, k in generated or ()
-                     if k == parts.GENERATED and start < end and not any(
-                         start < last and first < end for first, last in dropped)]
+            spans = [(start, end) for start, end, _ in generated or () if not any(
+                start < last and first < end for first, last, *_ in off)]
         else:
             spans = [(start, end) for start, end, n, _ in own if n not in untrained]
-            if own and own[-1][1] == len(text) and not own[-1][3]:
-                eos = own[-1][2] not in untrained  # no end-of-turn token: eos teaches it to stop
+            eos = any(end == len(text) and not ended and n not in untrained
+                      for _, end, n, ended in own)  # no end-of-turn token: eos teaches it to stop
         plain = self.template is None
         if plain:
             self._refuse_control_tokens(text)  # one may span two contents
@@ -181,11 +170,11 @@ class Chat:
         ids = np.array(getattr(encoding, "ids", encoding), dtype=np.int32)
         trained = np.ones(len(ids), dtype=bool)
         if layout.spans is not None:
-            trained = masks.inside(encoding, layout.spans)
-        if layout.eos is not None and self.eos_id is not None:
-            if not (len(ids) and ids[-1] == self.eos_id):
-                ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, False)
-            trained[-1] = layout.eos
+            trained = masks.tokens_in(layout.spans, encoding.offsets)
+        if layout.eos and self.eos_id is not None:
+            if self.eos_id not in ids[-1:]:
+                ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, True)
+            trained[-1] = True
         return ids, trained
 
     def _render(self, messages, add_generation_prompt=False, **variables):
@@ -204,7 +193,7 @@ class Chat:
             return Layout(text, None, True, True)
         spans, bos = self._turns.own(text), self.special_tokens.get("bos_token")
         notes = () if spans else ("without the header of an assistant's turn: trained whole",)
-        return Layout(text, spans or None, not (bos and text.startswith(bos)), None, (), notes)
+        return Layout(text, spans or None, not (bos and text.startswith(bos)), False, (), notes)
 
     def _notes(self, messages):
         """Remarks on what a user might not expect in the data."""
@@ -229,9 +218,9 @@ class Chat:
             raise Refused("several turns, or a tool call, and this model has no chat template to "
                           "tell them apart: give one with --chat-template FILE")
         for message in messages:
-            if message.get("role") not in ROLES:
+            if message.get("role") not in parts.ROLES:
                 raise Refused(f"role {one_line(repr(message.get('role')))} is not one of "
-                              + ", ".join(ROLES))
+                              + ", ".join(parts.ROLES))
             if not isinstance(message.get("content", ""), str):
                 raise Refused(f"the content of a {message['role']} message is not text")
         try:

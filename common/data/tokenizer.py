@@ -17,12 +17,17 @@ LARGEST = 2**28  # bytes of a file
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a token
 
 
-def read_tokenizer(folder):
-    """The tokenizer files of a folder as a dict; only tokenizer.json must be there."""
+def read_tokenizer(folder, template=None):
+    """The tokenizer files of a folder as a dict; only tokenizer.json must be there. `template` is
+    a file that takes the place of chat_template.jinja."""
     folder = Path(folder)
-    raw = {name: read_bytes(folder / name, LARGEST)
-           for name in ("tokenizer.json", "chat_template.jinja", *SETTINGS)
-           if os.path.exists(folder / name)}
+    files = {name: folder / name for name in ("tokenizer.json", "chat_template.jinja", *SETTINGS)}
+    if template is not None:
+        files["chat_template.jinja"] = Path(template)
+        if not os.path.exists(template):
+            raise UserError(f"{template}: no such file; --chat-template is a file with a Jinja "
+                            "template, which --resume wants again")
+    raw = {name: read_bytes(file, LARGEST) for name, file in files.items() if file.exists()}
     if "tokenizer.json" not in raw:
         raise UserError(f"{folder}: no tokenizer.json; a folder with a fast tokenizer is needed "
                         "(a lone tokenizer.model is not read)")
@@ -43,8 +48,11 @@ def read_tokenizer(folder):
                         f"list of ids, not {one_line(stops)}")
     template, where = config.get("chat_template"), folder / "tokenizer_config.json"
     if "chat_template.jinja" in raw:
-        where = folder / "chat_template.jinja"
-        template = read_template(where)
+        where = files["chat_template.jinja"]
+        try:
+            template = raw["chat_template.jinja"].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 (byte {error.start})") from None
     elif isinstance(template, list):
         template = next((one.get("template") for one in template if isinstance(one, dict)
                          and one.get("name") == "default"), template)
@@ -117,17 +125,6 @@ def _token(value):
     if isinstance(value, str):
         return AddedToken(value, special=True)
     return AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if flag in value})
-
-
-def read_template(file):
-    """The text of a chat template's file."""
-    if not os.path.exists(file):
-        raise UserError(f"{file}: no such file; --chat-template is a file with a Jinja template, "
-                        "which --resume wants again")
-    try:
-        return read_bytes(file).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start})") from None
 
 
 def complete(folder, template, stop_ids):

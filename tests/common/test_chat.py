@@ -1,4 +1,4 @@
-"""common/data/chat.py and what it rests on (parts, turns, masks, template, tokenizer).
+"""common/data/chat.py and what it rests on (parts, masks, template, tokenizer).
 
 Goldens: what transformers renders, tokenises and, where the template marks {% generation %},
 masks (tests/goldens/make_chat.py). Everything else is worked out by hand below.
@@ -171,10 +171,10 @@ def test_nothing_that_a_template_drops_is_dropped_silently(tmp_path):
 def test_tokens_at_the_edge_of_a_span_and_trimmed_offsets():
     spans = [(2, 5), (7, 9)]
     offsets = [(0, 2), (1, 3), (3, 5), (5, 5), (5, 7), (6, 8), (8, 9), (9, 9), (9, 10), (0, 0)]
-    assert masks._inside(offsets, spans).tolist() == [
+    assert masks.tokens_in(spans, offsets).tolist() == [
         False, True, True, True, False, True, True, True, False, False]
-    assert masks._inside(offsets, []).tolist() == [False] * 10
-    assert masks._inside([], spans).shape == (0,)
+    assert masks.tokens_in([], offsets).tolist() == [False] * 10
+    assert masks.tokens_in(spans, []).shape == (0,)
 
 
 def test_all_to_the_end_of_the_turn_is_trained_even_if_the_words_end_in_a_tag(chats, tmp_path):
@@ -264,7 +264,7 @@ def test_arguments_without_end_are_refused(chats):
 
 
 def test_words_that_a_template_drops_at_times_are_missed_each_time(tmp_path):
-    """What was learned of one conversation does not hide that the next, alike, is not written."""
+    """That one conversation is written whole does not hide that the next, alike, is not."""
     source = CHATML.replace("{{ m.content }}", "{{ m.content if 'a' in m.content }}")
     chat = Chat.load(folder_with(tmp_path / "t", source))
     for answer, dropped in (("am", ()), ("in", ("words of the assistant",)), ("am", ()),
@@ -272,8 +272,7 @@ def test_words_that_a_template_drops_at_times_are_missed_each_time(tmp_path):
         assert chat.layout({"messages": talk("a", answer)}).left_out == dropped
 
 
-def test_what_was_learned_is_tried_and_not_believed(tmp_path):
-    """Of conversations of one shape, the template writes one otherwise."""
+def test_what_a_template_adds_to_the_words_is_part_of_the_answer(tmp_path):
     source = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ ' (' ~ m.name ~ ')' if m.name }}")
     chat = Chat.load(folder_with(tmp_path / "t", source))
     for name in ("", "Ann", "", "Bob"):
@@ -426,19 +425,6 @@ def test_thinking_is_switched_off_where_the_template_can(chats):
     assert whole[:len(prompt)] == prompt and trained[len(prompt) - 1]  # what is asked is trained
     with pytest.raises(UserError, match="--no-thinking: this model's chat template cannot"):
         chats["llama3"].no_thinking()
-
-
-def test_tokens_inside_by_characters_and_by_offsets_are_the_same(chats):
-    rng = np.random.default_rng(0)
-    words = ["a", " the", "\n\n", " ", "é", "日本", "👩‍👩‍👧", "e\u0301", "<|im_end|>", "<think>", "\t"]
-    for chat in (chats["qwen3"], chats["llama3"]):  # the second trims its offsets
-        for _ in range(300):
-            text = "".join(words[i] for i in rng.integers(0, len(words), 20))
-            encoding = chat.tokenise([text], whole=True)[0]
-            edges = sorted(rng.choice(len(text), 4, replace=False).tolist())
-            spans = [(edges[0], edges[1]), (edges[2], edges[3])]
-            assert masks.inside(encoding, spans).tolist() == masks._inside(
-                encoding.offsets, spans).tolist(), (text, spans)
 
 
 # --- control tokens in text ---
