@@ -38,7 +38,7 @@ def read_tokenizer(folder, template=None):
 
     config, mapped, ids, generation = (read_json(folder / name) if name in raw else {}
                                        for name in SETTINGS)
-    special_tokens = call(f"{folder}: its added tokens cannot be read", _add_tokens, tokenizer,
+    special_tokens = call(f"{folder}: its added tokens cannot be read", _name_tokens, tokenizer,
                           config, mapped, ids, folder)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     eos_id = vocabulary.get(special_tokens.get("eos_token"))
@@ -70,53 +70,40 @@ def read_tokenizer(folder, template=None):
         "fingerprint": hashlib.sha256(repr(sorted(raw.items())).encode()).hexdigest()}
 
 
-def _add_tokens(tokenizer, config, mapped, ids, folder):
-    """Add the tokens that tokenizer.json lacks; gives {"eos_token": text, ...}.
+def _name_tokens(tokenizer, config, mapped, ids, folder):
+    """Give the tokens of tokenizer.json the flags that transformers gives them, which makes those
+    with a name special; gives {"eos_token": text, ...}.
 
-    Ids and flags are those that transformers gives them: tokenizer_config.json's
-    added_tokens_decoder states both, and its flags win over tokenizer.json's; without it
-    added_tokens.json states ids, and special_tokens_map.json wins over tokenizer_config.json.
-    A token with a name becomes special. Raises UserError for a name whose token no file states,
-    and for a token that does not get the stated id.
+    tokenizer_config.json's added_tokens_decoder wins over tokenizer.json, and stands alone; without
+    it special_tokens_map.json wins over tokenizer_config.json. Raises UserError for a token that
+    tokenizer.json lacks: transformers would add it.
     """
     decoder = config.get("added_tokens_decoder")
     if decoder is not None:
-        mapped = {}
+        mapped, ids = {}, {}
     named = {name: _token(value) for name, value in (config | mapped).items()
              if name.endswith("_token") and isinstance(value, (str, dict))}
-    lists = [settings.get(key) or [] for settings in (config, mapped)
-             for key in ("extra_special_tokens", "additional_special_tokens")]
     extra = []
-    for tokens in lists:
-        if isinstance(tokens, dict):
-            named |= {name: _token(value) for name, value in tokens.items()}
-        else:
-            extra += map(_token, tokens)
-
+    for settings in (config, mapped):
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            tokens = settings.get(key) or []
+            if isinstance(tokens, dict):
+                named |= {name: _token(value) for name, value in tokens.items()}
+            else:
+                extra += map(_token, tokens)
     names = {token.content for token in named.values()}
-    before, own = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
-    if decoder is None:
-        special = names.union(token for token in (*lists[0], *lists[1]) if isinstance(token, str))
-        stated = {int(id): AddedToken(content, special=content in special)
-                  for content, id in ids.items()}
-        adding = stated | own
-    else:
-        adding = stated = {int(id): _token(dict(token)) for id, token in decoder.items()}
-    adding = [adding[id] for id in sorted(adding)]
-    known = {token.content for token in (*own.values(), *adding)}
-    adding += [token for token in (*named.values(), *extra) if token.content not in known]
-    lacking = sorted({token.content for token in adding} - known - before.keys())
+    tokens = {token.content: token for token in (  # the last of the same text counts
+        *map(AddedToken, ids), *extra, *named.values(),
+        *tokenizer.get_added_tokens_decoder().values(),
+        *(_token(dict(token)) for token in (decoder or {}).values()))}
+    lacking = sorted(tokens.keys() - tokenizer.get_vocab().keys())
     if lacking:
-        raise UserError(f"{folder}: tokenizer_config.json or special_tokens_map.json names "
-                        f"{one_line(lacking)}, not in tokenizer.json; save the tokenizer anew with "
-                        "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
-    for token in adding:
+        raise UserError(f"{folder}: tokenizer.json lacks {one_line(lacking)} of added_tokens.json, "
+                        "special_tokens_map.json or tokenizer_config.json; save the tokenizer anew "
+                        "with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+    for token in tokens.values():
         token.special = token.special or token.content in names
-    tokenizer.add_tokens(adding)
-    for id, token in stated.items():
-        if token.content not in before and tokenizer.token_to_id(token.content) != id:
-            raise UserError(f"{folder}: {one_line(repr(token.content))} is said to be token {id}, "
-                            "which does not fit tokenizer.json: are they of the same model?")
+    tokenizer.add_tokens([*tokens.values()])
     return {name: token.content for name, token in named.items()}
 
 

@@ -548,7 +548,7 @@ def test_loop_variables_and_controls():
     ("tokenizer_config.json", b"[1]", "must hold a JSON object"),
     ("tokenizer_config.json", b"[" * 100_000, "not valid JSON"),
     ("tokenizer_config.json", b'{"eos_token": "<none>"}',
-     "names .'<none>'., not in tokenizer.json; save the tokenizer anew"),
+     "tokenizer.json lacks .'<none>'. of .*; save the tokenizer anew"),
     ("tokenizer_config.json", b'{"chat_template": {"a": 1}}', "chat_template must be text"),
     ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 7}]}', "text"),
     ("special_tokens_map.json", b"nope", "not valid JSON"),
@@ -585,10 +585,11 @@ def test_flipped_bytes_in_any_file_give_a_tokenizer_or_one_line(tmp_path):
         (folder / name).write_bytes(whole)
 
 
-# --- tokens that tokenizer.json lacks ---
+# --- what the files beside tokenizer.json say of its tokens ---
 
 # What the other files say, and all added tokens as transformers 5.23 then has them: their ids and
-# flags (special, lstrip, rstrip, normalized). It was also compared with 5000 random folders.
+# flags (special, lstrip, rstrip, normalized). tokenizer.json has the tokens of `ADDED`, and those
+# behind the files of each case, normalized ("n") or not.
 ADDED = {"<s>": (256, "s"), "</s>": (257, "s"), "<think>": (258, "")}
 LATER = {
     "added_tokens_decoder stands alone, and its flags win": ({
@@ -601,6 +602,7 @@ LATER = {
                 "258": {"content": "<think>", "lstrip": True, "normalized": False}}},
         "special_tokens_map.json": {"unk_token": "<not read>"},
         "added_tokens.json": {"<not read>": 7}},
+        {"<a>": "", "<b b>": "", "[PAD]": "n"},
         {"<think>": (258, "l"), "<a>": (259, "sl"), "<b b>": (260, "rn"), "[PAD]": (261, "s")},
         [256, 259, 260, 260, 261, 258],
         {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]", "audio_token": "<a>"}),
@@ -611,6 +613,7 @@ LATER = {
             "unk_token": {"content": "<unk>", "rstrip": True, "normalized": False},
             "additional_special_tokens": ["<x>"]},
         "added_tokens.json": {"<tool>": 260, "<pad>": 259, "<x>": 262, "<unk>": 261}},
+        {"<pad>": "", "<tool>": "n", "<unk>": "", "<x>": "n"},
         {"<pad>": (259, "s"), "<tool>": (260, "n"), "<unk>": (261, "s"), "<x>": (262, "n")},
         [256, 258, 259, 260, 261, 262],
         {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}),
@@ -620,6 +623,7 @@ LATER = {
                 "__type": "AddedToken", "content": "{", "rstrip": True, "lstrip": False,
                 "normalized": False},
             "additional_special_tokens": ["<think>", "}"]}},
+        {},
         {"{": (90, "sr"), "}": (92, "s")},
         [256, 258],
         {"bos_token": "<s>", "eos_token": "</s>", "mask_token": "{"}),
@@ -630,16 +634,19 @@ LATER = {
         "special_tokens_map.json": {
             "additional_special_tokens": ["<x>"], "eos_token": "<s>"},
         "added_tokens.json": {"<sound>": 259, "<x>": 260}},
-        {"<think>": (258, "s"), "<sound>": (259, "s"), "<x>": (260, "n")},
+        {"<sound>": "", "<x>": "n"},
+        {"<think>": (258, "s"), "<sound>": (259, ""), "<x>": (260, "n")},
         [256, 258, 260, 259],
         {"eos_token": "<s>", "image_token": "<think>"}),
 }
 
 
-def folder_of_files(path, files):
-    """A folder with the tokens of ADDED, a tokenizer that writes all small, and these files."""
+def folder_of_files(path, files, more={}):
+    """A folder with the tokens of ADDED and `more`, a tokenizer that writes all small, and these
+    files."""
     folder_with(path, added=("<think>",))
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(token, normalized=bool(n)) for token, n in more.items()])
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save(str(path / "tokenizer.json"))
     for name, content in files.items():
@@ -649,8 +656,8 @@ def folder_of_files(path, files):
 
 @pytest.mark.parametrize("case", LATER)
 def test_tokens_beside_tokenizer_json_are_those_of_transformers(tmp_path, case):
-    files, added, ids, named = LATER[case]
-    chat = Chat.load(folder_of_files(tmp_path / "t", files))
+    files, more, added, ids, named = LATER[case]
+    chat = Chat.load(folder_of_files(tmp_path / "t", files, more))
     found = {token.content: (id, "".join(flag for flag, is_set in (
         ("s", token.special), ("l", token.lstrip), ("r", token.rstrip), ("n", token.normalized))
         if is_set)) for id, token in chat.tokenizer.get_added_tokens_decoder().items()}
@@ -667,20 +674,20 @@ def test_tokens_beside_tokenizer_json_are_those_of_transformers(tmp_path, case):
 
 
 @pytest.mark.parametrize("files, message", [
-    ({"tokenizer_config.json": {"added_tokens_decoder": {"300": {"content": "<a>"}}}},
-     "'<a>' is said to be token 300, which does not fit tokenizer.json"),
-    ({"added_tokens.json": {"<a>": 260}}, "'<a>' is said to be token 260, which does not fit"),
-    ({"added_tokens.json": {"<a>": 258}}, "'<a>' is said to be token 258, which does not fit"),
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"259": {"content": "<a>"}}}},
+     r"tokenizer.json lacks \['<a>'\] of added_tokens.json, "),
+    ({"added_tokens.json": {"<a>": 259}}, "tokenizer.json lacks .'<a>'. of added_tokens.json"),
     ({"tokenizer_config.json": {"pad_token": "[PAD]", "added_tokens_decoder": {}}},
-     r"names \['\[PAD\]'\], not in tokenizer.json; .* AutoTokenizer"),
-    ({"special_tokens_map.json": {"unk_token": {"content": "<unk>"}}}, "names .'<unk>'., .* anew"),
-    ({"tokenizer_config.json": {"extra_special_tokens": ["<x>", "<y>"]}}, "names .'<x>', '<y>'., "),
+     r"tokenizer.json lacks \['\[PAD\]'\] of .* anew .* AutoTokenizer"),
+    ({"special_tokens_map.json": {"unk_token": {"content": "<unk>"}}}, "lacks .'<unk>'. of"),
+    ({"tokenizer_config.json": {"extra_special_tokens": ["<x>", "<y>"]}}, "lacks .'<x>', '<y>'. "),
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "<a>"}}}}, "lacks .'<a>"),
+    ({"added_tokens.json": {"<b>": "x"}}, "lacks .'<b>'. of"),
     *(({name: content}, "added tokens cannot be read") for name, content in (
-        ("added_tokens.json", {"<a>": "x"}), ("added_tokens.json", {"<a>": None}),
         ("added_tokens.json", {"\ud800": 259}),
         ("special_tokens_map.json", {"extra_special_tokens": 3}),
         *(("tokenizer_config.json", config) for config in (
-            {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"x": {"content": "<a>"}}},
+            {"added_tokens_decoder": [1]},
             {"added_tokens_decoder": {"259": "<a>"}}, {"added_tokens_decoder": {"259": {}}},
             {"added_tokens_decoder": {"259": {"content": "<a>", "lstrip": "x"}}},
             {"pad_token": "\ud800"}, {"extra_special_tokens": [3]},
@@ -702,9 +709,9 @@ def test_a_token_that_tokenizer_json_has_keeps_its_id(tmp_path):
 
 
 def test_byte_order_marks_in_the_tokenizers_files(tmp_path):
-    files = {**LATER["added_tokens.json, then special_tokens_map.json, which wins"][0],
-             "generation_config.json": {"eos_token_id": [257, 9]}}
-    folder = folder_of_files(tmp_path / "t", files)
+    files, more, *_ = LATER["added_tokens.json, then special_tokens_map.json, which wins"]
+    files = {**files, "generation_config.json": {"eos_token_id": [257, 9]}}
+    folder = folder_of_files(tmp_path / "t", files, more)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
 
     def read():
