@@ -116,9 +116,6 @@ class Turns(NamedTuple):
                     start = spans[-1][1]  # two messages in one turn
             # The model writes all before the end: </think>, what closes a call.
             stop = self.stops.search(text, end, after)
-            special = self.special.search(text, end, after)
-            if special and (calls or not text[end:special.start()].strip()):
-                stop = stop or special
             if stop:
                 end = stop.end()
             elif calls and after < len(text):
@@ -126,9 +123,6 @@ class Turns(NamedTuple):
                               "ends; mark it in the template with {% generation %}")
             elif calls or not text[end:].replace("</think>", "").strip():
                 end = len(text)
-            else:
-                trail = last.text[len(last.text.rstrip()):]
-                end += len(trail) * text.startswith(trail, end)
             spans.append((start, end, message, bool(stop)))
         return spans
 
