@@ -58,11 +58,10 @@ class Chat:
         self._special_or_named = masks.any_of(special + named)
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
-        header, ends = masks.learn(self.render, self._special, self._special_or_named)
+        self._header, ends = masks.learn(self.render, self._special, self._special_or_named)
         self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token) for token in ends}
         stops = masks.any_of(map(self.tokenizer.id_to_token, self.stop_ids))
-        self._turns = masks.Turns(masks.any_of({header, header.partition("<think>")[0]}),
-                                  masks.run_of(stops), self._special)
+        self._stops = re.compile(f"(?:{stops.pattern})+")
         return self
 
     def save(self, folder):
@@ -148,7 +147,7 @@ class Chat:
                 raise Refused("the chat template rewrites the assistant's words, so it is not "
                               "clear what to train on; mark them in the template with "
                               "{% generation %}")
-            own = self._turns.regions(where, text)
+            own = masks.regions(where, text, self._header, self._stops)
         if self._marks_generation:
             off = [one for one in own if one[2] in untrained]
             if len(off) < len(untrained):
@@ -191,7 +190,9 @@ class Chat:
             self._refuse_control_tokens(text, advice="; if the text is a conversation already "
                                         "rendered, give it as messages, or say --rendered")
             return Layout(text, None, True, True)
-        spans, bos = self._turns.own(text), self.special_tokens.get("bos_token")
+        turn = rf"(?:{self._header.pattern})((?s:.*?)(?:{self._stops.pattern}|\Z))"
+        spans = [match.span(1) for match in re.finditer(turn, text)]
+        bos = self.special_tokens.get("bos_token")
         notes = () if spans else ("without the header of an assistant's turn: trained whole",)
         return Layout(text, spans or None, not (bos and text.startswith(bos)), False, (), notes)
 

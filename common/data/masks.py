@@ -7,7 +7,6 @@ ends, through the end-of-turn token. Both are learned from the chat template.
 import os
 import re
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +18,8 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{
     "id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": WORD}}}]}
 TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {
     "type": "object", "properties": {"x": {"type": "string"}}}}}
+_UNCLEAR = ("the chat template does not show where the turn of a tool call {}; mark it in the "
+           "template with {{% generation %}}")
 _TAGS = re.compile(r"</?think>(\s|</?think>)*\Z")  # before the first part of a content
 
 
@@ -28,13 +29,9 @@ def any_of(texts):
                       or "(?!)")
 
 
-def run_of(pattern):
-    """A pattern that matches one or more of `pattern`, one directly after another."""
-    return re.compile(f"(?:{pattern.pattern})+")
-
-
 def learn(render, special, named):
-    """(what a generation prompt adds, the tokens that end a turn), from three small conversations.
+    """(a pattern of what a generation prompt adds, say "<|im_start|>assistant\\n", the tokens that
+    end a turn), learned from three small conversations.
 
     `render` is that of a Chat, `special` a pattern of the tokenizer's special tokens, `named` of
     these and of the added tokens that the template mentions. What the template refuses or does not
@@ -55,7 +52,7 @@ def learn(render, special, named):
                              for prompt in (False, True))
             header = "".join(after[len(os.path.commonprefix([before, after])):])
             text = tail([*first, USER, {"role": "assistant", "content": WORD}])
-            run = run_of(special).search(text)  # a second one may follow directly
+            run = re.search(f"(?:{special.pattern})+", text)  # a second one may follow directly
             ends = tokens(run.group() if run else text)
             text = tail([*first, USER, CALL], tools=[TOOL])
             last = tokens(text)[-1:]
@@ -65,66 +62,52 @@ def learn(render, special, named):
             pass
         if header:
             break
-    return header, ends
+    return any_of({header, header.partition("<think>")[0]}), ends
 
 
-class Turns(NamedTuple):
-    """How a template begins and ends what the assistant writes."""
+def regions(where, text, header, stops):
+    """[(start, end, message, ended)] of what the assistant writes in `text`, a rendering in which
+    the parts of the conversation are `where` (see `parts.find`); `ended` says whether it ends with
+    one of the `stops`.
 
-    header: re.Pattern   # what a generation prompt adds, say "<|im_start|>assistant\n"
-    stops: re.Pattern    # the tokens that end a turn
-    special: re.Pattern  # all special tokens
-
-    def own(self, text):
-        """[(start, end)] of all that follows a header, to the end of the turn."""
-        turn = rf"(?:{self.header.pattern})((?s:.*?)(?:{self.stops.pattern}|\Z))"
-        return [match.span(1) for match in re.finditer(turn, text)]
-
-    def regions(self, where, text):
-        """[(start, end, message, ended)] of what the assistant writes in `text`, a rendering in
-        which the parts of the conversation are `where` (see `parts.find`); `ended` says whether
-        it ends with an end-of-turn token.
-
-        A region begins after the header, so what the template inserts before the words (Qwen3's
-        empty think block) is part of it; without a header it begins with the first of the words.
-        Raises Refused if it is not clear what to train on.
-        """
-        groups = [(owner, [*places]) for owner, places in groupby(where, lambda place: (
-            place[2].message if place[2].kind in OWN else None))]
-        floors = [0, *(places[-1][1] for _, places in groups)]
-        begins = [*(places[0][0] for _, places in groups), len(text)]
-        spans = []
-        for (message, places), floor, after in zip(groups, floors, begins[1:]):
-            if message is None:
-                continue
-            if any(message == one[2] for one in spans):
-                raise Refused("the chat template changes the order of the messages")
-            (start, _, first), (_, end, last) = places[0], places[-1]
-            calls = any(part.kind == "call" for *_, part in places)
-            headers = [*self.header.finditer(text, floor, start)]
-            if headers:
-                start = headers[-1].end()
-            elif first.kind == "call":
-                raise Refused("the chat template does not show where the turn of a tool call "
-                              "begins; mark it in the template with {% generation %}")
-            else:
-                lead = len(first.text) - len(first.text.lstrip())  # white space belongs to it
-                start -= lead * text.endswith(first.text[:lead], floor, start)
-                tags = _TAGS.search(text, floor, start)
-                start = tags.start() if tags else start
-                if spans and floor <= spans[-1][1] and not text[floor:start].strip():
-                    start = spans[-1][1]  # two messages in one turn
-            # The model writes all before the end: </think>, what closes a call.
-            stop = self.stops.search(text, end, after)
-            if stop:
-                end = stop.end()
-            elif calls and after < len(text):
-                raise Refused("the chat template does not show where the turn of a tool call "
-                              "ends; mark it in the template with {% generation %}")
-            elif calls or not text[end:].replace("</think>", "").strip():
-                end = len(text)
-            spans.append((start, end, message, bool(stop)))
-        return spans
+    A region begins after the `header`, so what the template inserts before the words (Qwen3's
+    empty think block) is part of it; without a header it begins with the first of the words.
+    Raises Refused if it is not clear what to train on.
+    """
+    groups = [(owner, [*places]) for owner, places in groupby(where, lambda place: (
+        place[2].message if place[2].kind in OWN else None))]
+    floors = [0, *(places[-1][1] for _, places in groups)]
+    begins = [*(places[0][0] for _, places in groups), len(text)]
+    spans = []
+    for (message, places), floor, after in zip(groups, floors, begins[1:]):
+        if message is None:
+            continue
+        if any(message == one[2] for one in spans):
+            raise Refused("the chat template changes the order of the messages")
+        (start, _, first), (_, end, _) = places[0], places[-1]
+        calls = any(part.kind == "call" for *_, part in places)
+        headers = [*header.finditer(text, floor, start)]
+        if headers:
+            start = headers[-1].end()
+        elif first.kind == "call":
+            raise Refused(_UNCLEAR.format("begins"))
+        else:
+            lead = len(first.text) - len(first.text.lstrip())  # white space belongs to it
+            start -= lead * text.endswith(first.text[:lead], floor, start)
+            tags = _TAGS.search(text, floor, start)
+            start = tags.start() if tags else start
+            if spans and floor <= spans[-1][1] and not text[floor:start].strip():
+                start = spans[-1][1]  # two messages in one turn
+        # The model writes all before the end: </think>, what closes a call.
+        stop = stops.search(text, end, after)
+        if stop:
+            end = stop.end()
+        elif calls and after < len(text):
+            raise Refused(_UNCLEAR.format("ends"))
+        elif calls or not text[end:].replace("</think>", "").strip():
+            end = len(text)
+        spans.append((start, end, message, bool(stop)))
+    return spans
 
 
 def tokens_in(spans, offsets):
