@@ -1,9 +1,7 @@
 """tokenizer.json and the checkpoint's own chat template: text to token ids, and which to train on.
 
-The model is trained on what it must write itself: the assistant's turn after its header, the
-end-of-turn token included. `common/data/masks.py` finds that in the rendered text, and the
-tokenizer's offsets map it to tokens. Text that spells a control token is refused: it would become
-one.
+The model is trained on what it must write itself (see `masks`). Text that spells a control token is
+refused: it would become one.
 """
 
 import datetime
@@ -13,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from common.data import masks, parts
-from common.data.template import Refused, Template
+from common.data.template import Refused, compiled
 from common.data.tokenizer import call, complete, read_tokenizer
 from common.errors import UserError, one_line
 
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
+ODD = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")  # no characters, and our marks
 JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"  # without a template
 
 
@@ -48,7 +47,7 @@ class Chat:
         vars(self).update(read_tokenizer(folder, template))
         self._given = template is not None
         source = JOINED if self.template is None else self.template
-        self._compiled = Template(source, self.template_file)
+        self._write = compiled(source, self.template_file)
         self._marks_generation = bool(re.search(r"{%[-+]?\s*generation\b", source))
         added = self.tokenizer.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
@@ -177,7 +176,7 @@ class Chat:
         return ids, trained
 
     def _render(self, messages, add_generation_prompt=False, **variables):
-        return self._compiled.render({
+        return self._write({
             "messages": messages, "tools": None, "documents": None,
             "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables})
 
@@ -210,28 +209,22 @@ class Chat:
         return tuple(notes)
 
     def _check(self, messages, variables):
-        """Refuse what is not a conversation, or has control tokens or private-use characters."""
+        """Refuse what says nothing, needs a template, or holds what no text may hold."""
         if not any(value for one in messages for name, value in one.items() if name != "role"):
             raise Refused("empty")
-        roles = [message.get("role") for message in messages]
+        roles = [message["role"] for message in messages]
         if self.template is None and (max(roles.count("user"), roles.count("assistant")) > 1
                                       or any(one.get("tool_calls") for one in messages)):
             raise Refused("several turns, or a tool call, and this model has no chat template to "
                           "tell them apart: give one with --chat-template FILE")
-        for message in messages:
-            if message.get("role") not in parts.ROLES:
-                raise Refused(f"role {one_line(repr(message.get('role')))} is not one of "
-                              + ", ".join(parts.ROLES))
-            if not isinstance(message.get("content", ""), str):
-                raise Refused(f"the content of a {message['role']} message is not text")
         try:
             for value in (*messages, variables):
                 for text in _strings(value):
-                    self._refuse_control_tokens(text, value.get("role") == "user", chat=True)
+                    self._refuse_control_tokens(text, value.get("role") == "user")
         except RecursionError:
             raise Refused("its values are nested too deeply") from None
 
-    def _refuse_control_tokens(self, text, named=False, chat=False, advice=""):
+    def _refuse_control_tokens(self, text, named=False, advice=""):
         """Special tokens are control tokens. In a user's text (`named`), so are the added tokens
         that the template names: an assistant may write <think>, a user must not."""
         pattern = self._special_or_named if named else self._special
@@ -240,20 +233,14 @@ class Chat:
             found = pattern.search(self._normalizer.normalize_str(text))
         if found:
             raise Refused(f"its text spells the control token {one_line(found.group())}{advice}")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise Refused("its text holds half of a surrogate pair (\\ud800 to "
-                              "\\udfff)") from None
-            if chat and parts.PRIVATE_USE.search(text):
-                raise Refused("its text holds private-use characters (U+100000 and beyond)")
+        odd = None if text.isascii() else ODD.search(text)
+        if odd:
+            raise Refused(f"its text holds {ascii(odd.group())}, half of a surrogate pair or a "
+                          "private-use character")
 
 
 def _plain(messages):
     """The messages without None and our "train"; thoughts under every name that templates use."""
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise Refused("a conversation must be a list of {\"role\", \"content\"}")
     plain = []
     for message in messages:
         message = {key: value for key, value in message.items()
