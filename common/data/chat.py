@@ -5,6 +5,7 @@ refused: it would become one.
 """
 
 import datetime
+import json
 import re
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ import numpy as np
 
 from common.data import masks, parts
 from common.data.template import Refused, compiled
-from common.data.tokenizer import call, complete, read_tokenizer
-from common.errors import UserError, one_line
+from common.data.tokenizer import as_list, call, read_tokenizer
+from common.errors import UserError, one_line, writing
+from common.files.json_files import read_json
 
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
 ODD = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")  # no characters, and our marks
@@ -64,9 +66,21 @@ class Chat:
         return self
 
     def save(self, folder):
-        """Add to the copies of the tokenizer's files in `folder` what they lack: the chat template
-        that was given, and the tokens at which an answer ends."""
-        complete(folder, self.template if self._given else None, self.stop_ids)
+        """Add to the copies of the tokenizer's files in `folder`, a Path, what they lack: the chat
+        template that was given, and the tokens at which other programs must stop."""
+        file, config = folder / "generation_config.json", folder / "config.json"
+        settings = read_json(file) if file.exists() else {}
+        if not file.exists() and config.exists():  # what transformers would take in its absence
+            settings = {name: id for name, id in read_json(config).items() if id is not None
+                        and name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        stops = as_list(settings.get("eos_token_id"))
+        missing = sorted(self.stop_ids.difference(stops))
+        with writing(folder):
+            if self._given:
+                (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+            if missing:
+                settings["eos_token_id"] = [*stops, *missing]
+                file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def render(self, messages, add_generation_prompt=False, **variables):
         """The conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.

@@ -33,7 +33,6 @@ from common.ranks import is_main, say
 IGNORE = -100  # the label of a token that is not trained
 BATCH, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at once
 PIECE = 2**16  # characters: a longer text is tokenised in pieces, in parallel
-KINDS = 1000  # the most reasons to leave something out that are counted separately
 TOKEN = np.dtype([("id", np.int32), ("trained", bool)])
 DOCUMENT = np.dtype([(name, np.int64) for name in (
     "start", "length", "trained", "record", "digest")])  # see `Encoded`
@@ -92,7 +91,6 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     def note(reason, where, by_template=False):
         if by_template and strict:
             raise UserError(f"{where}: {reason} (--strict-template)")
-        reason = reason if reason in reasons or len(reasons) < KINDS else "skipped, other reasons"
         count, first = reasons.get(reason, (0, where))
         reasons[reason] = count + 1, first
 

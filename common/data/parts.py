@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from common.data.template import OPENED, Refused
 
-PRIVATE_USE = re.compile("([\U00100000-\U0010ffff])")  # plane 16: the marks; refused in texts
+_MARK = re.compile("[\U00100000-\U0010ffff]")  # plane 16 is for private use; refused in texts
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what templates call them
 OWN = ("words", "thoughts", "call", "arguments")  # kinds of parts that the assistant writes
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -94,20 +94,17 @@ def marked(messages, tools, kinds):
 def take_marks(text):
     """(the text without marks, [(start, end, k)] of what was between those of part k, or None if
     marks are missing)."""
-    plain, found, opened, length, whole = [], [], [], 0, True
-    for n, piece in enumerate(PRIVATE_USE.split(text)):
-        if n % 2 == 0:
-            plain.append(piece)
-            length += len(piece)
-            continue
-        k, closing = divmod(ord(piece) - _FIRST, 2)
+    found, opened, whole = [], [], True
+    for n, mark in enumerate(_MARK.finditer(text)):
+        k, closing = divmod(ord(mark.group()) - _FIRST, 2)
+        place = mark.start() - n  # without the marks before it
         if not closing:
-            opened.append((k, length))
-        elif not opened or opened[-1][0] != k:
-            whole = False
+            opened.append((k, place))
+        elif opened and opened[-1][0] == k:
+            found.append((opened.pop()[1], place, k))
         else:
-            found.append((opened.pop()[1], length, k))
-    return "".join(plain), found if whole and not opened else None
+            whole = False
+    return _MARK.sub("", text), found if whole and not opened else None
 
 
 def find(messages, tools, text, render):

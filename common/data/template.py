@@ -6,6 +6,7 @@ and from changing its arguments; an error in it becomes one line.
 
 import datetime
 import json
+from functools import partial
 
 import jinja2
 from jinja2 import nodes
@@ -40,12 +41,6 @@ def _raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Unlike jinja2's own, with no HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
-
-
 def compiled(source, where):
     """A function that gives the text for the variables of a chat template, a dict.
 
@@ -55,7 +50,7 @@ def compiled(source, where):
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # no HTML escapes
     environment.globals.update(
         raise_exception=_raise_exception,
         strftime_now=lambda format: datetime.datetime.now().strftime(format))

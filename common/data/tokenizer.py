@@ -2,13 +2,12 @@
 
 import codecs
 import hashlib
-import json
 import os
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from common.errors import UserError, one_line, writing
+from common.errors import UserError, one_line
 from common.files.json_files import read_bytes, read_json
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -42,7 +41,7 @@ def read_tokenizer(folder, template=None):
                           config, mapped, ids, folder)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     eos_id = vocabulary.get(special_tokens.get("eos_token"))
-    stops = _as_list(generation.get("eos_token_id"))
+    stops = as_list(generation.get("eos_token_id"))
     if not all(type(stop) is int and 0 <= stop < 2**31 for stop in stops):
         raise UserError(f"{folder / 'generation_config.json'}: eos_token_id must be an id or a "
                         f"list of ids, not {one_line(stops)}")
@@ -114,27 +113,7 @@ def _token(value):
     return AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if flag in value})
 
 
-def complete(folder, template, stop_ids):
-    """Write a chat template (None: it has its own) into `folder`, a Path, and those `stop_ids` that
-    its generation_config.json lacks: without them the model would not stop in other programs."""
-    if template is not None:
-        with writing(folder / "chat_template.jinja"):
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    file, config = folder / "generation_config.json", folder / "config.json"
-    settings = read_json(file) if file.exists() else {}
-    if not file.exists() and config.exists():  # what transformers would take in its absence
-        settings = {name: id for name, id in read_json(config).items() if id is not None
-                    and name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    stops = _as_list(settings.get("eos_token_id"))
-    missing = sorted(stop_ids.difference(stops))
-    if missing:
-        settings["eos_token_id"] = [*stops, *missing]
-        with writing(file):
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n",
-                            encoding="utf-8")
-
-
-def _as_list(ids):
+def as_list(ids):
     """generation_config.json's eos_token_id, an id, a list of them or null, as a list."""
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
