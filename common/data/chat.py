@@ -7,6 +7,7 @@ refused: it would become one.
 import datetime
 import json
 import re
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -89,8 +90,8 @@ class Chat:
         enable_thinking...). Without a template the contents are joined. Raises Refused for a
         conversation that the template rejects.
         """
-        text = self._render(_plain(messages), add_generation_prompt, **variables)
-        return parts.take_marks(text)[0]
+        return parts.take_marks(self._render(
+            _plain(messages), add_generation_prompt=add_generation_prompt, **variables))[0]
 
     def encode_messages(self, messages, **variables):
         """(ids, trained) of a conversation: lists of int and of bool, of equal length. Raises
@@ -139,17 +140,11 @@ class Chat:
         if "text" in record:
             return self._text(record["text"], record.get("rendered"))
         messages = _plain(record["messages"])
-        untrained = {n for n, message in enumerate(record["messages"])
-                     if message.get("train") is False}
-        variables = {key: value for key, value in record.items()
-                     if key not in ("messages", "where")}
+        untrained = {n for n, one in enumerate(record["messages"]) if one.get("train") is False}
+        variables = {key: record[key] for key in record if key not in ("messages", "where")}
         self._check(messages, variables)
-        variables["strftime_now"] = fixed_date
         tools = variables.pop("tools", None)
-
-        def render(messages, tools):
-            return self._render(messages, tools=tools, **variables)
-
+        render = partial(self._render, **variables, strftime_now=fixed_date)
         text, generated = parts.take_marks(render(messages, tools))
         where, missing = parts.find(messages, tools, text, render)
         left_out = parts.left_out(messages, missing)
@@ -189,9 +184,9 @@ class Chat:
             trained[-1] = True
         return ids, trained
 
-    def _render(self, messages, add_generation_prompt=False, **variables):
+    def _render(self, messages, tools=None, add_generation_prompt=False, **variables):
         return self._write({
-            "messages": messages, "tools": None, "documents": None,
+            "messages": messages, "tools": tools, "documents": None,
             "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables})
 
     def _text(self, text, rendered):

@@ -13,7 +13,8 @@ import numpy as np
 from common.data.parts import OWN
 from common.data.template import Refused
 
-USER, WORD = {"role": "user", "content": "?"}, "Yes."
+WORD = "Yes."
+USER, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": WORD}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{
     "id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": WORD}}}]}
 TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {
@@ -37,11 +38,6 @@ def learn(render, special, named):
     these and of the added tokens that the template mentions. What the template refuses or does not
     show is left empty.
     """
-    def tail(messages, **variables):
-        """What follows WORD."""
-        _, word, after = render(messages, **variables).rpartition(WORD)
-        return after if word else ""
-
     def tokens(text):
         return special.findall(text) or named.findall(text)[-1:]
 
@@ -51,10 +47,10 @@ def learn(render, special, named):
             before, after = (atoms.findall(render([*first, USER], prompt))
                              for prompt in (False, True))
             header = "".join(after[len(os.path.commonprefix([before, after])):])
-            text = tail([*first, USER, {"role": "assistant", "content": WORD}])
+            text = render([*first, USER, ANSWER]).partition(WORD)[2]
             run = re.search(f"(?:{special.pattern})+", text)  # a second one may follow directly
             ends = tokens(run.group() if run else text)
-            text = tail([*first, USER, CALL], tools=[TOOL])
+            text = render([*first, USER, CALL], tools=[TOOL]).partition(WORD)[2]
             last = tokens(text)[-1:]
             if last and not (ends and ends[0] in text) and text.rstrip().endswith(last[0]):
                 ends += last  # a call ends differently: with the last token
@@ -82,8 +78,6 @@ def regions(where, text, header, stops):
     for (message, places), floor, after in zip(groups, floors, begins[1:]):
         if message is None:
             continue
-        if any(message == one[2] for one in spans):
-            raise Refused("the chat template changes the order of the messages")
         (start, _, first), (_, end, _) = places[0], places[-1]
         calls = any(part.kind == "call" for *_, part in places)
         headers = [*header.finditer(text, floor, start)]
