@@ -98,8 +98,8 @@ def _name_tokens(tokenizer, config, mapped, ids, folder):
     lacking = sorted(tokens.keys() - tokenizer.get_vocab().keys())
     if lacking:
         raise UserError(f"{folder}: tokenizer.json lacks {one_line(lacking)} of added_tokens.json, "
-                        "special_tokens_map.json or tokenizer_config.json; save the tokenizer anew: "
-                        "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+                        "special_tokens_map.json or tokenizer_config.json; save it anew with "
+                        "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
     for token in tokens.values():
         token.special = token.special or token.content in names
     tokenizer.add_tokens([*tokens.values()])

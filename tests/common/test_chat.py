@@ -546,7 +546,7 @@ def test_loop_variables_and_controls():
     ("tokenizer_config.json", b"[1]", "must hold a JSON object"),
     ("tokenizer_config.json", b"[" * 100_000, "not valid JSON"),
     ("tokenizer_config.json", b'{"eos_token": "<none>"}',
-     "tokenizer.json lacks .'<none>'. of .*; save the tokenizer anew"),
+     "tokenizer.json lacks .'<none>'. of .*; save it anew"),
     ("tokenizer_config.json", b'{"chat_template": {"a": 1}}', "chat_template must be text"),
     ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 7}]}', "text"),
     ("special_tokens_map.json", b"nope", "not valid JSON"),
