@@ -113,9 +113,8 @@ class Chat:
 
     def no_thinking(self):
         """The variables with which the template switches thinking off; UserError if it cannot."""
-        asked = [{"role": "user", "content": "?"}]
-        if self.render(asked, True, enable_thinking=False) == (
-                self.render(asked, True, enable_thinking=True)):
+        on, off = (self.render([masks.USER], True, enable_thinking=one) for one in (True, False))
+        if on == off:
             raise UserError("--no-thinking: this model's chat template cannot switch it off (it "
                             "does not know enable_thinking)")
         return {"enable_thinking": False}
