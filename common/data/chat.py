@@ -1,25 +1,25 @@
 """tokenizer.json and the checkpoint's own chat template: text to token ids, and which to train on.
 
-The model is trained on what it must write itself: the assistant's turn after its header, the
-end-of-turn token included. `common/data/masks.py` finds that in the rendered text, and the
-tokenizer's offsets map it to tokens. Text that spells a control token is refused: it would become
-one.
+The model is trained on what it must write itself (see `masks`). Text that spells a control token is
+refused: it would become one.
 """
 
 import datetime
-import hashlib
+import json
 import re
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from common.data import masks, parts, turns
-from common.data.template import Refused, Template
-from common.data.tokenizer import call, complete, read_template, read_tokenizer
-from common.errors import UserError, one_line
+from common.data import masks, parts
+from common.data.template import Refused, compiled
+from common.data.tokenizer import as_list, call, read_tokenizer
+from common.errors import UserError, one_line, writing
+from common.files.json_files import read_json
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
+ODD = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")  # no characters, and our marks
 JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"  # without a template
 
 
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     text: str
     spans: list | None    # trained (start, end) in characters, in order; None: all of it
     whole: bool           # the tokenizer adds its special tokens (BOS), as to any document
-    eos: bool | None      # append eos: trained or not; None: append nothing
+    eos: bool             # append eos, trained
     left_out: tuple = ()  # the parts of the record that the chat template does not write
     notes: tuple = ()     # other remarks on such examples
 
@@ -47,35 +47,41 @@ class Chat:
         Raises UserError if anything is wrong with them.
         """
         self = cls()
-        vars(self).update(read_tokenizer(folder))
+        vars(self).update(read_tokenizer(folder, template))
         self._given = template is not None
-        if self._given:
-            self.template, self.template_file = read_template(template), template
-            self.fingerprint = hashlib.sha256(
-                f"{self.fingerprint} {self.template}".encode()).hexdigest()
         source = JOINED if self.template is None else self.template
-        self._compiled = Template(source, self.template_file)
+        self._write = compiled(source, self.template_file)
         self._marks_generation = bool(re.search(r"{%[-+]?\s*generation\b", source))
         added = self.tokenizer.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         named = [token.content for token in added  # say <think>, which means something to it
                  if token.content.strip() and token.content in source]
-        self._special = turns.any_of(special)
-        self._special_or_named = turns.any_of(special + named)
+        self._special = masks.any_of(special)
+        self._special_or_named = masks.any_of(special + named)
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
-        self._shapes = {}  # see `parts.find`
-        header, ending, ends = turns.learn(self.render, self._special, self._special_or_named)
+        self._header, ends = masks.learn(self.render, self._special, self._special_or_named)
         self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token) for token in ends}
-        stops = turns.any_of(map(self.tokenizer.id_to_token, self.stop_ids))
-        self._turns = turns.Turns(turns.any_of({header, header.partition("<think>")[0]}),
-                                  bool(self._special.search(header)), ending, stops, self._special)
+        stops = masks.any_of(map(self.tokenizer.id_to_token, self.stop_ids))
+        self._stops = re.compile(f"(?:{stops.pattern})+")
         return self
 
     def save(self, folder):
-        """Add to the copies of the tokenizer's files in `folder` what they lack: the chat template
-        that was given, and the tokens at which an answer ends."""
-        complete(folder, self.template if self._given else None, self.stop_ids)
+        """Add to the copies of the tokenizer's files in `folder`, a Path, what they lack: the chat
+        template that was given, and the tokens at which other programs must stop."""
+        file, config = folder / "generation_config.json", folder / "config.json"
+        settings = read_json(file) if file.exists() else {}
+        if not file.exists() and config.exists():  # what transformers would take in its absence
+            settings = {name: id for name, id in read_json(config).items() if id is not None
+                        and name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        stops = as_list(settings.get("eos_token_id"))
+        missing = sorted(self.stop_ids.difference(stops))
+        with writing(folder):
+            if self._given:
+                (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+            if missing:
+                settings["eos_token_id"] = [*stops, *missing]
+                file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def render(self, messages, add_generation_prompt=False, **variables):
         """The conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.
@@ -84,8 +90,8 @@ class Chat:
         enable_thinking...). Without a template the contents are joined. Raises Refused for a
         conversation that the template rejects.
         """
-        text = self._render(_plain(messages), add_generation_prompt, **variables)
-        return parts.take_marks(text)[0] if self._marks_generation else text
+        return parts.take_marks(self._render(
+            _plain(messages), add_generation_prompt=add_generation_prompt, **variables))[0]
 
     def encode_messages(self, messages, **variables):
         """(ids, trained) of a conversation: lists of int and of bool, of equal length. Raises
@@ -107,9 +113,8 @@ class Chat:
 
     def no_thinking(self):
         """The variables with which the template switches thinking off; UserError if it cannot."""
-        asked = [{"role": "user", "content": "?"}]
-        if self.render(asked, True, enable_thinking=False) == (
-                self.render(asked, True, enable_thinking=True)):
+        on, off = (self.render([masks.USER], True, enable_thinking=one) for one in (True, False))
+        if on == off:
             raise UserError("--no-thinking: this model's chat template cannot switch it off (it "
                             "does not know enable_thinking)")
         return {"enable_thinking": False}
@@ -134,42 +139,32 @@ class Chat:
         if "text" in record:
             return self._text(record["text"], record.get("rendered"))
         messages = _plain(record["messages"])
-        untrained = {n for n, message in enumerate(record["messages"])
-                     if message.get("train") is False}
-        variables = {key: value for key, value in record.items()
-                     if key not in ("messages", "where")}
+        untrained = {n for n, one in enumerate(record["messages"]) if one.get("train") is False}
+        variables = {key: record[key] for key in record if key not in ("messages", "where")}
         self._check(messages, variables)
-        variables["strftime_now"] = fixed_date
         tools = variables.pop("tools", None)
+        render = partial(self._render, **variables, strftime_now=fixed_date)
+        text, generated = parts.take_marks(render(messages, tools))
+        where, missing = parts.find(messages, tools, text, render)
+        left_out = parts.left_out(messages, missing)
 
-        def render(messages, tools):
-            return self._render(messages, tools=tools, **variables)
-
-        text = render(messages, tools)
-        if self._marks_generation:
-            text, generated = parts.take_marks(text)
-        found, where, all_marked = parts.find(messages, tools, text, render, self._shapes,
-                                              self._turns)
-        left_out = parts.left_out(messages, found, where, text, all_marked)
-
-        own, eos = [], None
+        own, eos = [], False
         if untrained or not self._marks_generation:
             if where is None:
                 raise Refused("the chat template rewrites the assistant's words, so it is not "
                               "clear what to train on; mark them in the template with "
                               "{% generation %}")
-            own = masks.regions(where, found, text, self._turns)
+            own = masks.regions(where, text, self._header, self._stops)
         if self._marks_generation:
-            dropped = [(start, end) for start, end, n, _ in own if n in untrained]
-            if len(dropped) < len(untrained):
+            off = [one for one in own if one[2] in untrained]
+            if len(off) < len(untrained):
                 raise Refused("a turn with the weight 0 in which the template writes nothing")
-            spans = [(start, end) for start, end, k in generated or ()
-                     if k == parts.GENERATED and start < end and not any(
-                         start < last and first < end for first, last in dropped)]
+            spans = [(start, end) for start, end, _ in generated or () if not any(
+                start < last and first < end for first, last, *_ in off)]
         else:
             spans = [(start, end) for start, end, n, _ in own if n not in untrained]
-            if own and own[-1][1] == len(text) and not own[-1][3]:
-                eos = own[-1][2] not in untrained  # no end-of-turn token: eos teaches it to stop
+            eos = any(end == len(text) and not ended and n not in untrained
+                      for _, end, n, ended in own)  # no end-of-turn token: eos teaches it to stop
         plain = self.template is None
         if plain:
             self._refuse_control_tokens(text)  # one may span two contents
@@ -181,16 +176,16 @@ class Chat:
         ids = np.array(getattr(encoding, "ids", encoding), dtype=np.int32)
         trained = np.ones(len(ids), dtype=bool)
         if layout.spans is not None:
-            trained = masks.inside(encoding, layout.spans)
-        if layout.eos is not None and self.eos_id is not None:
-            if not (len(ids) and ids[-1] == self.eos_id):
-                ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, False)
-            trained[-1] = layout.eos
+            trained = masks.tokens_in(layout.spans, encoding.offsets)
+        if layout.eos and self.eos_id is not None:
+            if self.eos_id not in ids[-1:]:
+                ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, True)
+            trained[-1] = True
         return ids, trained
 
-    def _render(self, messages, add_generation_prompt=False, **variables):
-        return self._compiled.render({
-            "messages": messages, "tools": None, "documents": None,
+    def _render(self, messages, tools=None, add_generation_prompt=False, **variables):
+        return self._write({
+            "messages": messages, "tools": tools, "documents": None,
             "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables})
 
     def _text(self, text, rendered):
@@ -202,9 +197,11 @@ class Chat:
             self._refuse_control_tokens(text, advice="; if the text is a conversation already "
                                         "rendered, give it as messages, or say --rendered")
             return Layout(text, None, True, True)
-        spans, bos = self._turns.own(text), self.special_tokens.get("bos_token")
+        turn = rf"(?:{self._header.pattern})((?s:.*?)(?:{self._stops.pattern}|\Z))"
+        spans = [match.span(1) for match in re.finditer(turn, text)]
+        bos = self.special_tokens.get("bos_token")
         notes = () if spans else ("without the header of an assistant's turn: trained whole",)
-        return Layout(text, spans or None, not (bos and text.startswith(bos)), None, (), notes)
+        return Layout(text, spans or None, not (bos and text.startswith(bos)), False, (), notes)
 
     def _notes(self, messages):
         """Remarks on what a user might not expect in the data."""
@@ -220,28 +217,22 @@ class Chat:
         return tuple(notes)
 
     def _check(self, messages, variables):
-        """Refuse what is not a conversation, or has control tokens or private-use characters."""
+        """Refuse what says nothing, needs a template, or holds what no text may hold."""
         if not any(value for one in messages for name, value in one.items() if name != "role"):
             raise Refused("empty")
-        roles = [message.get("role") for message in messages]
+        roles = [message["role"] for message in messages]
         if self.template is None and (max(roles.count("user"), roles.count("assistant")) > 1
                                       or any(one.get("tool_calls") for one in messages)):
             raise Refused("several turns, or a tool call, and this model has no chat template to "
                           "tell them apart: give one with --chat-template FILE")
-        for message in messages:
-            if message.get("role") not in ROLES:
-                raise Refused(f"role {one_line(repr(message.get('role')))} is not one of "
-                              + ", ".join(ROLES))
-            if not isinstance(message.get("content", ""), str):
-                raise Refused(f"the content of a {message['role']} message is not text")
         try:
             for value in (*messages, variables):
                 for text in _strings(value):
-                    self._refuse_control_tokens(text, value.get("role") == "user", chat=True)
+                    self._refuse_control_tokens(text, value.get("role") == "user")
         except RecursionError:
             raise Refused("its values are nested too deeply") from None
 
-    def _refuse_control_tokens(self, text, named=False, chat=False, advice=""):
+    def _refuse_control_tokens(self, text, named=False, advice=""):
         """Special tokens are control tokens. In a user's text (`named`), so are the added tokens
         that the template names: an assistant may write <think>, a user must not."""
         pattern = self._special_or_named if named else self._special
@@ -250,20 +241,14 @@ class Chat:
             found = pattern.search(self._normalizer.normalize_str(text))
         if found:
             raise Refused(f"its text spells the control token {one_line(found.group())}{advice}")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise Refused("its text holds half of a surrogate pair (\\ud800 to "
-                              "\\udfff)") from None
-            if chat and parts.PRIVATE_USE.search(text):
-                raise Refused("its text holds private-use characters (U+100000 and beyond)")
+        odd = None if text.isascii() else ODD.search(text)
+        if odd:
+            raise Refused(f"its text holds {ascii(odd.group())}, half of a surrogate pair or a "
+                          "private-use character")
 
 
 def _plain(messages):
     """The messages without None and our "train"; thoughts under every name that templates use."""
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise Refused("a conversation must be a list of {\"role\", \"content\"}")
     plain = []
     for message in messages:
         message = {key: value for key, value in message.items()

@@ -33,7 +33,6 @@ from common.ranks import is_main, say
 IGNORE = -100  # the label of a token that is not trained
 BATCH, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at once
 PIECE = 2**16  # characters: a longer text is tokenised in pieces, in parallel
-KINDS = 1000  # the most reasons to leave something out that are counted separately
 TOKEN = np.dtype([("id", np.int32), ("trained", bool)])
 DOCUMENT = np.dtype([(name, np.int64) for name in (
     "start", "length", "trained", "record", "digest")])  # see `Encoded`
@@ -92,7 +91,6 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     def note(reason, where, by_template=False):
         if by_template and strict:
             raise UserError(f"{where}: {reason} (--strict-template)")
-        reason = reason if reason in reasons or len(reasons) < KINDS else "skipped, other reasons"
         count, first = reasons.get(reason, (0, where))
         reasons[reason] = count + 1, first
 
@@ -150,42 +148,39 @@ def _chunks(records):
 
 def _tokenise(chunk, chat, note):
     """(number, place, record, layout, ids, trained) of all records that can be used."""
-    kept, texts = [], {True: [], False: []}  # by `Layout.whole`
+    kept = []
     for number, where, record in chunk:
         try:
             if "refused" in record:
                 raise Refused(record["refused"])
-            layout = chat.layout(record)
+            kept.append((number, where, record, chat.layout(record)))
         except Refused as error:
             note(f"skipped, {error}", where, isinstance(error, LeftOut))
-            continue
-        long = layout.spans is None and len(layout.text) > PIECE
-        kept.append((number, where, record, layout, long))
-        if not long:
-            texts[layout.whole].append(layout.text)
     # Tokenizers are fast on many texts at once, in parallel.
-    encodings = {whole: iter(chat.tokenise(some, whole)) for whole, some in texts.items()}
-    for *one, layout, long in kept:
-        encoding = _long(layout.text, chat) if long else next(encodings[layout.whole])
-        yield (*one, layout, *chat.finish(layout, encoding))
+    for (whole, long), group in itertools.groupby(kept, lambda one: (
+            one[-1].whole, one[-1].spans is None and len(one[-1].text) > PIECE)):
+        group = list(group)
+        texts = [layout.text for *_, layout in group]
+        encodings = (_long(text, whole, chat) for text in texts) if long else (
+            chat.tokenise(texts, whole))
+        for one, encoding in zip(group, encodings):
+            yield (*one, *chat.finish(one[-1], encoding))
 
 
-def _long(text, chat):
+def _long(text, whole, chat):
     """The ids of a long text, tokenised in pieces if this tokenizer never looks across the line
     ends between them; otherwise all at once, which takes more memory."""
+    def tokenised(pieces):
+        batches = [pieces[:1]] + [pieces[n:n + 16] for n in range(1, len(pieces), 16)]
+        return np.concatenate([np.array(one.ids, np.int32) for n, batch in enumerate(batches)
+                               for one in chat.tokenise(batch, whole and n == 0)])
+
+    pieces = re.findall(rf"(?s:.{{{PIECE},}}?)\n(?=\w)|(?s:.+)", text)
     for probe in ("a\nb", "It ends.\nNext", "1\n2", ":\n\nx", " \nA"):
         at = probe.rindex("\n") + 1
-        pieces = [chat.tokenise([probe[:at]], True)[0].ids, chat.tokenise([probe[at:]])[0].ids]
-        if sum(pieces, []) != chat.tokenise([probe], True)[0].ids:
-            return chat.tokenise([text], True)[0].ids
-    cuts = [0]
-    while line_end := re.compile(r"\n(?=\w)").search(text, cuts[-1] + PIECE):
-        cuts.append(line_end.end())
-    pieces = [text[start:end] for start, end in zip(cuts, cuts[1:] + [len(text)])]
-    ids = [np.array(chat.tokenise(pieces[:1], True)[0].ids, np.int32)]
-    for n in range(1, len(pieces), 16):
-        ids += [np.array(one.ids, np.int32) for one in chat.tokenise(pieces[n:n + 16])]
-    return np.concatenate(ids)
+        if not np.array_equal(tokenised([probe[:at], probe[at:]]), tokenised([probe])):
+            pieces = [text]
+    return tokenised(pieces)
 
 
 def _documents(where, record, length, max_length, too_long, note):
@@ -225,9 +220,13 @@ def cached(make, key, files=(), title="data"):
             for left_over in path.parent.glob("new-*"):  # by a process that was killed
                 if time.time() - left_over.stat().st_mtime > 24 * 3600:
                     shutil.rmtree(left_over)
-        found = _read(path)
-        if found is not None:
-            return found.announce(title)
+        try:
+            if path.is_dir():
+                notes = manifest.verify(path)["extra"]["notes"]
+                tokens, documents = path / "tokens", np.fromfile(path / "documents", DOCUMENT)
+                return Encoded(np.memmap(tokens, TOKEN, "r"), documents, notes).announce(title)
+        except (UserError, LookupError):
+            print(f"{path}: damaged; the data are tokenised again", file=sys.stderr)
         try:
             new = stack.enter_context(tempfile.TemporaryDirectory(prefix="new-", dir=path.parent))
         except OSError as error:
@@ -242,19 +241,6 @@ def cached(make, key, files=(), title="data"):
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(new, path)
         return made
-
-
-def _read(path):
-    """The `Encoded` that is kept there, its tokens mapped; None if there is no usable one."""
-    if not path.is_dir():
-        return None
-    try:
-        notes = manifest.verify(path)["extra"]["notes"]
-        tokens = np.memmap(path / "tokens", TOKEN, "r")
-        return Encoded(tokens, np.fromfile(path / "documents", DOCUMENT), notes)
-    except (UserError, LookupError):
-        print(f"{path}: damaged; the data are tokenised again", file=sys.stderr)
-        return None
 
 
 def virtual(count, vocab_size, max_length, seed):

@@ -1,97 +1,118 @@
 """Which characters of a rendered conversation, and which tokens, the model must learn to write.
 
 That is what the assistant writes: everything from the end of its turn's header, where a prompt
-ends, through the end-of-turn token.
+ends, through the end-of-turn token. Both are learned from the chat template.
 """
 
-import bisect
+import os
 import re
-from itertools import pairwise
+from itertools import groupby
 
 import numpy as np
 
 from common.data.parts import OWN
 from common.data.template import Refused
 
+WORD = "Yes."
+USER, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": WORD}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{
+    "id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": WORD}}}]}
+TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {
+    "type": "object", "properties": {"x": {"type": "string"}}}}}
+_UNCLEAR = ("the chat template does not show where the turn of a tool call {}; mark it in the "
+           "template with {{% generation %}}")
 _TAGS = re.compile(r"</?think>(\s|</?think>)*\Z")  # before the first part of a content
 
 
-def inside(encoding, spans):
-    """Which tokens of a `tokenizers.Encoding` lie in the spans, at least in part: bool array (T,).
+def any_of(texts):
+    """A pattern that matches any of the texts, the longest first; with no texts, nothing."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True)))
+                      or "(?!)")
 
-    The spans, (start, end) in characters, are in order and do not overlap.
+
+def learn(render, special, named):
+    """(a pattern of what a generation prompt adds, say "<|im_start|>assistant\\n", the tokens that
+    end a turn), learned from three small conversations.
+
+    `render` is that of a Chat, `special` a pattern of the tokenizer's special tokens, `named` of
+    these and of the added tokens that the template mentions. What the template refuses or does not
+    show is left empty.
     """
-    trained = np.zeros(len(encoding), dtype=bool)
-    for start, end in spans:
-        first, after = encoding.char_to_token(start), encoding.char_to_token(end)
-        if first is None or after is None:  # no token has this character: look at all of them
-            return _inside(encoding.offsets, spans)
-        trained[first:after + (encoding.token_to_chars(after)[0] < end)] = True
-    return trained
+    def tokens(text):
+        return special.findall(text) or named.findall(text)[-1:]
+
+    header, ends, atoms = "", [], re.compile(f"{special.pattern}|(?s:.)")
+    for first in ([], [{"role": "system", "content": "?"}]):  # some insist on a system message
+        try:
+            before, after = (atoms.findall(render([*first, USER], prompt))
+                             for prompt in (False, True))
+            header = "".join(after[len(os.path.commonprefix([before, after])):])
+            text = render([*first, USER, ANSWER]).partition(WORD)[2]
+            run = re.search(f"(?:{special.pattern})+", text)  # a second one may follow directly
+            ends = tokens(run.group() if run else text)
+            text = render([*first, USER, CALL], tools=[TOOL]).partition(WORD)[2]
+            last = tokens(text)[-1:]
+            if last and not (ends and ends[0] in text) and text.rstrip().endswith(last[0]):
+                ends += last  # a call ends differently: with the last token
+        except Refused:
+            pass
+        if header:
+            break
+    return any_of({header, header.partition("<think>")[0]}), ends
 
 
-def _inside(offsets, spans):
-    """`inside` for the tokens' (start, end) in characters.
+def regions(where, text, header, stops):
+    """[(start, end, message, ended)] of what the assistant writes in `text`, a rendering in which
+    the parts of the conversation are `where` (see `parts.find`); `ended` says whether it ends with
+    one of the `stops`.
 
-    A tokenizer may trim white space off its offsets: a token with no characters left counts as the
-    character before its end.
+    A region begins after the `header`, so what the template inserts before the words (Qwen3's
+    empty think block) is part of it; without a header it begins with the first of the words.
+    Raises Refused if it is not clear what to train on.
     """
-    if not spans or not offsets:
-        return np.zeros(len(offsets), dtype=bool)
-    start, end = np.array(offsets, dtype=np.int64).T
-    opens, closes = np.array(spans, dtype=np.int64).T
-    nearest = np.searchsorted(opens, end) - 1  # the last span that begins before the token's end
-    closing = closes[np.maximum(nearest, 0)]
-    return (nearest >= 0) & np.where(start == end, end <= closing, start < closing)
-
-
-def regions(where, found, text, turns):
-    """[(start, end, message, ended)] of what the assistant writes in `text`, the plain rendering;
-    `ended` says whether it ends with an end-of-turn token.
-
-    `where` are the places of the parts `found`, `turns` the template's `Turns`. A region begins
-    after the header, so what the template inserts before the words (Qwen3's empty think block)
-    is part of it; without a header it begins with the first of the words. Raises Refused if it is
-    not clear what to train on.
-    """
+    groups = [(owner, [*places]) for owner, places in groupby(where, lambda place: (
+        place[2].message if place[2].kind in OWN else None))]
+    floors = [0, *(places[-1][1] for _, places in groups)]
+    begins = [*(places[0][0] for _, places in groups), len(text)]
     spans = []
-    for (_, floor, _), (start, end, k) in pairwise([(0, 0, None), *where]):
-        message, kind, words = found[k]
-        if kind not in OWN:
+    for (message, places), floor, after in zip(groups, floors, begins[1:]):
+        if message is None:
             continue
-        lead = len(words) - len(words.lstrip())
-        kept = text.startswith(words, start - lead)  # with the white space at its edges
-        end = start - lead + len(words) if kept else end
-        if spans and spans[-1][2] == message:
-            spans[-1][1] = end
-            continue
-        headers = [*turns.header.finditer(text, floor, start)]
+        (start, _, first), (_, end, _) = places[0], places[-1]
+        calls = any(part.kind == "call" for *_, part in places)
+        headers = [*header.finditer(text, floor, start)]
         if headers:
             start = headers[-1].end()
-        elif kind == "call":
-            raise Refused("the chat template does not show where the turn of a tool call begins; "
-                          "mark it in the template with {% generation %}")
+        elif first.kind == "call":
+            raise Refused(_UNCLEAR.format("begins"))
         else:
-            tags = _TAGS.search(text, floor, start - kept * lead)
-            start = tags.start() if tags else start - kept * lead
+            lead = len(first.text) - len(first.text.lstrip())  # white space belongs to it
+            start -= lead * text.endswith(first.text[:lead], floor, start)
+            tags = _TAGS.search(text, floor, start)
+            start = tags.start() if tags else start
             if spans and floor <= spans[-1][1] and not text[floor:start].strip():
                 start = spans[-1][1]  # two messages in one turn
-        spans.append([start, end, message])
-    calls = {part.message for part in found if part.kind == "call"}
-    begins = [start for start, _, _ in where] + [len(text)]
-    ended = []
-    for start, end, message in spans:
-        after = begins[min(bisect.bisect_left(begins, end), len(where))]
-        special = turns.special.search(text, end, after)
-        stop = turns.end(text, end, after)  # the model writes all before it: </think>, a call's end
-        if not stop and special and (message in calls or not text[end:special.start()].strip()):
-            stop = special.end()
-        elif not stop and message in calls and after < len(text):
-            raise Refused("the chat template does not show where the turn of a tool call ends; "
-                          "mark it in the template with {% generation %}")
-        elif not stop and (message in calls or not text[end:].replace("</think>", "").strip()):
+        # The model writes all before the end: </think>, what closes a call.
+        stop = stops.search(text, end, after)
+        if stop:
+            end = stop.end()
+        elif calls and after < len(text):
+            raise Refused(_UNCLEAR.format("ends"))
+        elif calls or not text[end:].replace("</think>", "").strip():
             end = len(text)
-        ended.append((start, stop or end, message, bool(stop)))
-    if any(before[1] > after[0] for before, after in zip(ended, ended[1:])):
-        raise Refused("the chat template changes the order of the messages")
-    return ended
+        spans.append((start, end, message, bool(stop)))
+    return spans
+
+
+def tokens_in(spans, offsets):
+    """Which tokens lie in the spans, (start, end) in characters, at least in part: bool array (T,).
+
+    `offsets` are the tokens' own (start, end). A tokenizer may trim white space off them: a token
+    with no characters left counts as the character before its end.
+    """
+    start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = np.zeros(end.max(initial=0) + 1, dtype=np.int64)
+    for first, last in spans:
+        inside[first + 1:last + 1] = 1
+    before = inside.cumsum()  # how many of the characters before each place are in a span
+    return before[end] > before[np.where(start == end, np.maximum(end - 1, 0), start)]

@@ -7,20 +7,21 @@ every part is found in its place, or known to be left out by the template. Compa
 growing prefixes, the obvious way, fails: Qwen3's template drops the thoughts of earlier turns.
 """
 
-import bisect
 import json
 import re
-from itertools import chain
 from typing import NamedTuple
 
 from common.data.template import OPENED, Refused
 
-PRIVATE_USE = re.compile("([\U00100000-\U0010ffff])")  # plane 16: the marks; refused in texts
+_MARK = re.compile("[\U00100000-\U0010ffff]")  # plane 16 is for private use; refused in texts
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what templates call them
 OWN = ("words", "thoughts", "call", "arguments")  # kinds of parts that the assistant writes
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIRST = 0x100000  # part k lies between the marks _FIRST + 2k and _FIRST + 2k + 1
 GENERATED = (ord(OPENED) - _FIRST) // 2  # the part that {% generation %}'s marks stand for
 _THINK = re.compile("(</?think>)")
+_NAMES = {"words": "words of the assistant", "thoughts": "the reasoning of the last turn",
+          "tool": "a tool's answer", "tools": "the tools"}
 
 
 class LeftOut(Refused):
@@ -29,13 +30,13 @@ class LeftOut(Refused):
 
 class Part(NamedTuple):
     message: int | None  # its place in the conversation; None: it is a tool's name
-    kind: str            # one of OWN, "tools", or the message's role
+    kind: str            # one of OWN, "keys", "tools" (a name), or the message's role
     text: str
 
 
-def marked(messages, tools, kinds=None):
+def marked(messages, tools, kinds):
     """(the `Part`s of a conversation, messages, tools), the last two with marks around all parts of
-    these kinds (None: all kinds) that are not blank; white space at the edges stays outside.
+    these kinds that are not blank; white space at the edges stays outside.
 
     An assistant's content is cut at <think> and </think>, which a template may look for.
     """
@@ -44,16 +45,16 @@ def marked(messages, tools, kinds=None):
     def mark(text, message, kind):
         k, words = len(found), text.strip()
         found.append(Part(message, kind, text))
-        if not words or kinds is not None and kind not in kinds:
+        if not words or kind not in kinds:
             return text
-        before, words, after = text.partition(words)
-        return f"{before}{chr(_FIRST + 2 * k)}{words}{chr(_FIRST + 2 * k + 1)}{after}"
+        return text.replace(words, f"{chr(_FIRST + 2 * k)}{words}{chr(_FIRST + 2 * k + 1)}", 1)
 
     def mark_strings(value, message):  # of the arguments of a call
         if isinstance(value, str):
             return mark(value, message, "arguments")
-        if isinstance(value, dict):
-            return {key: mark_strings(one, message) for key, one in value.items()}
+        if isinstance(value, dict):  # its keys are only looked for: templates sort by them
+            return {mark(key, message, "keys"): mark_strings(one, message)
+                    for key, one in value.items()}
         return [mark_strings(one, message) for one in value] if isinstance(value, list) else value
 
     def mark_name(value, message, kind):  # of a call or a tool
@@ -92,39 +93,28 @@ def marked(messages, tools, kinds=None):
 
 def take_marks(text):
     """(the text without marks, [(start, end, k)] of what was between those of part k, or None if
-    marks are missing). If marks of one part are nested, the outer ones count."""
-    plain, found, opened, length, whole = [], [], [], 0, True
-    for n, piece in enumerate(PRIVATE_USE.split(text)):
-        if n % 2 == 0:
-            plain.append(piece)
-            length += len(piece)
-            continue
-        k, closing = divmod(ord(piece) - _FIRST, 2)
+    marks are missing)."""
+    found, opened, whole = [], [], True
+    for n, mark in enumerate(_MARK.finditer(text)):
+        k, closing = divmod(ord(mark.group()) - _FIRST, 2)
+        place = mark.start() - n  # without the marks before it
         if not closing:
-            opened.append((k, length))
-        elif not opened or opened[-1][0] != k:
-            whole = False
+            opened.append((k, place))
+        elif opened and opened[-1][0] == k:
+            found.append((opened.pop()[1], place, k))
         else:
-            _, start = opened.pop()
-            if all(outer != k for outer, _ in opened):
-                found.append((start, length, k))
-    return "".join(plain), found if whole and not opened else None
+            whole = False
+    return _MARK.sub("", text), found if whole and not opened else None
 
 
-def find(messages, tools, text, render, shapes, turns):
-    """(parts, their places in `text` or None, whether all kinds of parts were looked for).
+def find(messages, tools, text, render):
+    """([(start, end, Part)], the parts in their places, or None if the assistant's are not written
+    as they are; [Part], those that are not written).
 
-    text    the rendering of the conversation; render(messages, tools) makes others
-    shapes  a dict for this template, filled here: for the shape of a conversation, the thoughts
-            that it drops, if it writes all else; the next of that shape is not rendered twice
-    turns   the template's `Turns`
+    `text` is the rendering of the conversation; render(messages, tools) makes others.
     """
-    for kinds in (None, OWN):
+    for kinds in ((*OWN, *ROLES, "tools"), OWN):
         found, *copies = marked(messages, tools, kinds)
-        shape = (*((one["role"], "reasoning_content" in one) for one in messages),
-                 *dict.fromkeys((*part[:2], bool(part.text.strip())) for part in found))
-        if shape in shapes and (where := _search(found, shapes[shape], text, turns)) is not None:
-            return found, where, True
         try:
             plain, where = take_marks(render(*copies))
         except Refused:  # by the template, which the marks disturb
@@ -132,80 +122,35 @@ def find(messages, tools, text, render, shapes, turns):
         if where is None or plain != text:
             continue
         where = [place for place in where if place[2] != GENERATED]
-        placed = {k for _, _, k in where}
         own = [k for _, _, k in where if found[k].kind in OWN]
-        if len(own) > len(set(own)):
-            continue  # it writes the words twice: which of them is the answer?
-        dropped = {part[:2] for k, part in enumerate(found)
-                   if part.text.strip() and k not in placed}
-        if kinds is None and {kind for _, kind in dropped} <= {"thoughts"} and not any(
-                found[k][:2] in dropped for k in placed):
-            if len(shapes) > 1000:
-                shapes.clear()
-            shapes[shape] = dropped
-        return found, where, kinds is None
-    return found, None, False
-
-
-def _search(found, dropped, text, turns):
-    """The places of all parts but the `dropped`, {(message, kind)}; None unless they follow one
-    another, each in its own turn.
-
-    Turns are recognised by their tokens, which no part can contain: so this needs no marks.
-    """
-    spans = turns.own(text)
-    owners = list(dict.fromkeys(part.message for part in found if part.kind in OWN))
-    if len(spans) != len(owners) or not turns.sure:
-        return None
-    edges = [0, *chain(*spans), len(text)]  # before, in, between... the assistant's turns
-    where, at = [], 0
-    for k, (message, kind, words) in enumerate(found):
-        words = words.strip()
-        if not words or (message, kind) in dropped:
-            continue
-        begin, end = 0, len(text)
-        if kind != "tools":
-            slot = 2 * bisect.bisect_left(owners, message) + (kind in OWN)
-            begin, end = max(at, edges[slot]), edges[slot + 1]
-        start = text.find(words, begin, end)
-        if start < 0:  # as JSON writes it
-            words = json.dumps(words, ensure_ascii=False)[1:-1]
-            start = text.find(words, begin, end)
-        if start < 0:
-            return None
-        if kind == "tools":
-            where.append((0, 0, k))
-        else:
-            at = start + len(words)
-            where.append((start, at, k))
-    return sorted(where)
-
-
-def left_out(messages, found, where, text, all_marked):
-    """What the record says and its rendering does not, in words for people. `found`, `where` and
-    `all_marked` are from `find`. Thoughts of earlier turns, which templates drop by design, do not
-    count. Raises LeftOut for a tool call: what remains would be misleading."""
+        if len(own) == len(set(own)):  # else it writes the words twice: which are the answer?
+            break
+    else:
+        where, kinds = None, ()
     placed = {k for _, _, k in where or ()}
+    missing = [part for k, part in enumerate(found) if not (
+        k in placed if part.kind in kinds else _is_in(part.text, text)) and part.text.strip()]
+    return where and [(start, end, found[k]) for start, end, k in where], missing
+
+
+def _is_in(words, text):
+    """Whether the text has the words, maybe as JSON writes them."""
+    words = words.strip()
+    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
+
+
+def left_out(messages, missing):
+    """What the record says and its rendering does not, in words for people; `missing` is from
+    `find`. Thoughts of earlier turns, which templates drop by design, do not count. Raises LeftOut
+    for a tool call: what remains would be misleading."""
     asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
     names = []
-    for k, (message, kind, words) in enumerate(found):
-        looked_for = all_marked or where is not None and kind in OWN
-        if not words.strip() or (k in placed if looked_for else words.strip() in text):
-            continue
-        if kind in ("call", "arguments"):
+    for message, kind, _ in missing:
+        if kind in ("call", "arguments", "keys"):
             what = "a tool call" if kind == "call" else "the arguments of a tool call"
             raise LeftOut(f"the chat template leaves out {what}")
         if kind == "words" and messages[message].get("tool_calls"):
             names.append("the words beside a tool call")
         elif kind != "thoughts" or message > asked:
-            names.append({"thoughts": "the reasoning of the last turn", "tool": "a tool's answer",
-                          "words": "words of the assistant", "tools": "the tools"}
-                         .get(kind, f"the {kind} message"))
-    for message in messages:  # numbers and the like cannot be marked: their keys must be there
-        for call in message.get("tool_calls") or ():
-            given = (call.get("function") or call).get("arguments")
-            if isinstance(given, dict) and not all(
-                    key in text or json.dumps(key, ensure_ascii=False)[1:-1] in text
-                    for key in given):
-                raise LeftOut("the chat template leaves out the arguments of a tool call")
+            names.append(_NAMES.get(kind, f"the {kind} message"))
     return tuple(dict.fromkeys(names))

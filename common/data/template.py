@@ -6,6 +6,7 @@ and from changing its arguments; an error in it becomes one line.
 
 import datetime
 import json
+from functools import partial
 
 import jinja2
 from jinja2 import nodes
@@ -40,51 +41,41 @@ def _raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Unlike jinja2's own, with no HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
+def compiled(source, where):
+    """A function that gives the text for the variables of a chat template, a dict.
 
-
-class Template:
-    """A chat template, compiled, with the filters and functions that transformers gives to it.
-
-    `where` names its file in messages. Raises UserError for one that does not compile.
+    `where` names the template's file in messages. Raises UserError for one that does not compile.
+    The function raises Refused if the template itself fails or objects (`raise_exception`, a role
+    or a key that it does not know), and UserError if it writes more than LONGEST characters.
     """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # no HTML escapes
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=lambda format: datetime.datetime.now().strftime(format))
+    del environment.globals["lipsum"]  # random text
+    try:
+        template = environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{where}: chat template, line {error.lineno}: {one_line(error)}") from None
+    except Exception as error:  # of Python's compiler, say for a thousand brackets
+        raise UserError(f"{where}: chat template failed: {one_line(error)}") from None
+    template.globals = dict(environment.globals)  # jinja2's ChainMap is slow to copy
 
-    def __init__(self, source, where):
-        self.where = where
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True,
-            extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = _tojson
-        environment.globals.update(
-            raise_exception=_raise_exception,
-            strftime_now=lambda format: datetime.datetime.now().strftime(format))
-        del environment.globals["lipsum"]  # random text
-        try:
-            self.compiled = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{where}: chat template, line {error.lineno}: "
-                            f"{one_line(error)}") from None
-        except Exception as error:  # of Python's compiler, say for a thousand brackets
-            raise UserError(f"{where}: chat template failed: {one_line(error)}") from None
-        self.compiled.globals = dict(environment.globals)  # jinja2's ChainMap is slow to copy
-
-    def render(self, variables):
-        """The text for `variables`, a dict. Raises Refused if the template itself fails or objects
-        (`raise_exception`, a role or a key that it does not know), and UserError if it writes more
-        than LONGEST characters."""
+    def write(variables):
         pieces, length = [], 0
         try:
-            for piece in self.compiled.generate(variables):
+            for piece in template.generate(variables):
                 pieces.append(piece)
                 length += len(piece)
                 if length > LONGEST:
                     break
         except Exception as error:  # a template can raise anything that Python's operators can
-            raise Refused(f"{self.where}: chat template failed: {one_line(error)}") from None
+            raise Refused(f"{where}: chat template failed: {one_line(error)}") from None
         if length > LONGEST:
-            raise UserError(f"{self.where}: chat template stopped: it writes more than "
-                            f"{LONGEST:,} characters")
+            raise UserError(f"{where}: chat template stopped: it writes more than {LONGEST:,} "
+                            "characters")
         return "".join(pieces)
+
+    return write

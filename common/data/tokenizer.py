@@ -2,13 +2,12 @@
 
 import codecs
 import hashlib
-import json
 import os
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from common.errors import UserError, one_line, writing
+from common.errors import UserError, one_line
 from common.files.json_files import read_bytes, read_json
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -17,12 +16,17 @@ LARGEST = 2**28  # bytes of a file
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a token
 
 
-def read_tokenizer(folder):
-    """The tokenizer files of a folder as a dict; only tokenizer.json must be there."""
+def read_tokenizer(folder, template=None):
+    """The tokenizer files of a folder as a dict; only tokenizer.json must be there. `template` is
+    a file that takes the place of chat_template.jinja."""
     folder = Path(folder)
-    raw = {name: read_bytes(folder / name, LARGEST)
-           for name in ("tokenizer.json", "chat_template.jinja", *SETTINGS)
-           if os.path.exists(folder / name)}
+    files = {name: folder / name for name in ("tokenizer.json", "chat_template.jinja", *SETTINGS)}
+    if template is not None:
+        files["chat_template.jinja"] = Path(template)
+        if not os.path.exists(template):
+            raise UserError(f"{template}: no such file; --chat-template is a file with a Jinja "
+                            "template, which --resume wants again")
+    raw = {name: read_bytes(file, LARGEST) for name, file in files.items() if file.exists()}
     if "tokenizer.json" not in raw:
         raise UserError(f"{folder}: no tokenizer.json; a folder with a fast tokenizer is needed "
                         "(a lone tokenizer.model is not read)")
@@ -33,18 +37,21 @@ def read_tokenizer(folder):
 
     config, mapped, ids, generation = (read_json(folder / name) if name in raw else {}
                                        for name in SETTINGS)
-    special_tokens = call(f"{folder}: its added tokens cannot be read", _add_tokens, tokenizer,
+    special_tokens = call(f"{folder}: its added tokens cannot be read", _name_tokens, tokenizer,
                           config, mapped, ids, folder)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     eos_id = vocabulary.get(special_tokens.get("eos_token"))
-    stops = _as_list(generation.get("eos_token_id"))
+    stops = as_list(generation.get("eos_token_id"))
     if not all(type(stop) is int and 0 <= stop < 2**31 for stop in stops):
         raise UserError(f"{folder / 'generation_config.json'}: eos_token_id must be an id or a "
                         f"list of ids, not {one_line(stops)}")
     template, where = config.get("chat_template"), folder / "tokenizer_config.json"
     if "chat_template.jinja" in raw:
-        where = folder / "chat_template.jinja"
-        template = read_template(where)
+        where = files["chat_template.jinja"]
+        try:
+            template = raw["chat_template.jinja"].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 (byte {error.start})") from None
     elif isinstance(template, list):
         template = next((one.get("template") for one in template if isinstance(one, dict)
                          and one.get("name") == "default"), template)
@@ -62,53 +69,40 @@ def read_tokenizer(folder):
         "fingerprint": hashlib.sha256(repr(sorted(raw.items())).encode()).hexdigest()}
 
 
-def _add_tokens(tokenizer, config, mapped, ids, folder):
-    """Add the tokens that tokenizer.json lacks; gives {"eos_token": text, ...}.
+def _name_tokens(tokenizer, config, mapped, ids, folder):
+    """Give the tokens of tokenizer.json the flags that transformers gives them, which makes those
+    with a name special; gives {"eos_token": text, ...}.
 
-    Ids and flags are those that transformers gives them: tokenizer_config.json's
-    added_tokens_decoder states both, and its flags win over tokenizer.json's; without it
-    added_tokens.json states ids, and special_tokens_map.json wins over tokenizer_config.json.
-    A token with a name becomes special. Raises UserError for a name whose token no file states,
-    and for a token that does not get the stated id.
+    tokenizer_config.json's added_tokens_decoder wins over tokenizer.json, and stands alone; without
+    it special_tokens_map.json wins over tokenizer_config.json. Raises UserError for a token that
+    tokenizer.json lacks: transformers would add it.
     """
     decoder = config.get("added_tokens_decoder")
     if decoder is not None:
-        mapped = {}
+        mapped, ids = {}, {}
     named = {name: _token(value) for name, value in (config | mapped).items()
              if name.endswith("_token") and isinstance(value, (str, dict))}
-    lists = [settings.get(key) or [] for settings in (config, mapped)
-             for key in ("extra_special_tokens", "additional_special_tokens")]
     extra = []
-    for tokens in lists:
-        if isinstance(tokens, dict):
-            named |= {name: _token(value) for name, value in tokens.items()}
-        else:
-            extra += map(_token, tokens)
-
+    for settings in (config, mapped):
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            tokens = settings.get(key) or []
+            if isinstance(tokens, dict):
+                named |= {name: _token(value) for name, value in tokens.items()}
+            else:
+                extra += map(_token, tokens)
     names = {token.content for token in named.values()}
-    before, own = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
-    if decoder is None:
-        special = names.union(token for token in (*lists[0], *lists[1]) if isinstance(token, str))
-        stated = {int(id): AddedToken(content, special=content in special)
-                  for content, id in ids.items()}
-        adding = stated | own
-    else:
-        adding = stated = {int(id): _token(dict(token)) for id, token in decoder.items()}
-    adding = [adding[id] for id in sorted(adding)]
-    known = {token.content for token in (*own.values(), *adding)}
-    adding += [token for token in (*named.values(), *extra) if token.content not in known]
-    lacking = sorted({token.content for token in adding} - known - before.keys())
+    tokens = {token.content: token for token in (  # the last of the same text counts
+        *map(AddedToken, ids), *extra, *named.values(),
+        *tokenizer.get_added_tokens_decoder().values(),
+        *(_token(dict(token)) for token in (decoder or {}).values()))}
+    lacking = sorted(tokens.keys() - tokenizer.get_vocab().keys())
     if lacking:
-        raise UserError(f"{folder}: tokenizer_config.json or special_tokens_map.json names "
-                        f"{one_line(lacking)}, not in tokenizer.json; save the tokenizer anew with "
+        raise UserError(f"{folder}: tokenizer.json lacks {one_line(lacking)} of added_tokens.json, "
+                        "special_tokens_map.json or tokenizer_config.json; save it anew with "
                         "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
-    for token in adding:
+    for token in tokens.values():
         token.special = token.special or token.content in names
-    tokenizer.add_tokens(adding)
-    for id, token in stated.items():
-        if token.content not in before and tokenizer.token_to_id(token.content) != id:
-            raise UserError(f"{folder}: {one_line(repr(token.content))} is said to be token {id}, "
-                            "which does not fit tokenizer.json: are they of the same model?")
+    tokenizer.add_tokens([*tokens.values()])
     return {name: token.content for name, token in named.items()}
 
 
@@ -119,38 +113,7 @@ def _token(value):
     return AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if flag in value})
 
 
-def read_template(file):
-    """The text of a chat template's file."""
-    if not os.path.exists(file):
-        raise UserError(f"{file}: no such file; --chat-template is a file with a Jinja template, "
-                        "which --resume wants again")
-    try:
-        return read_bytes(file).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start})") from None
-
-
-def complete(folder, template, stop_ids):
-    """Write a chat template (None: it has its own) into `folder`, a Path, and those `stop_ids` that
-    its generation_config.json lacks: without them the model would not stop in other programs."""
-    if template is not None:
-        with writing(folder / "chat_template.jinja"):
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    file, config = folder / "generation_config.json", folder / "config.json"
-    settings = read_json(file) if file.exists() else {}
-    if not file.exists() and config.exists():  # what transformers would take in its absence
-        settings = {name: id for name, id in read_json(config).items() if id is not None
-                    and name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    stops = _as_list(settings.get("eos_token_id"))
-    missing = sorted(stop_ids.difference(stops))
-    if missing:
-        settings["eos_token_id"] = [*stops, *missing]
-        with writing(file):
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n",
-                            encoding="utf-8")
-
-
-def _as_list(ids):
+def as_list(ids):
     """generation_config.json's eos_token_id, an id, a list of them or null, as a list."""
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 

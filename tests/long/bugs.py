@@ -64,8 +64,7 @@ BUGS = [
         ("common/data/chat.py", "self.tokenise([layout.text], layout.whole)",
          "self.tokenise([layout.text], True)")]),
     (11, "the end of the turn is not trained", [
-        ("common/data/masks.py", "ended.append((start, stop or end, message, bool(stop)))",
-         "ended.append((start, end, message, bool(stop)))")]),
+        ("common/data/masks.py", "end = stop.end()", "end = end")]),
     (12, "the schedule begins anew", [
         (CH1, "lr = learning_rate(step, total_steps, options)",
          "lr = learning_rate(spikes.seen + 1, total_steps, options)")]),

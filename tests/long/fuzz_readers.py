@@ -318,22 +318,31 @@ def read_state(folder, names):
         (step / "manifest.json").write_bytes(whole)
 
 
-def prepare_cache(folder):
+def cached(folder):
     def make(file):
         made = encode.virtual(3, 100, 20, 0)
         file.write(made.tokens.tobytes())
         return made
 
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "home")}):
-        encode.cached(make, "fuzz")
+        found = encode.cached(make, "fuzz")
     (kept,) = folder.glob("home/*/*/*/")
+    return found, kept
+
+
+def prepare_cache(folder):
+    _, kept = cached(folder)
     return copy(kept, folder, *(path.name for path in kept.iterdir()))
 
 
 def read_cache(folder, names):
-    """What is kept, or, where it is damaged, nothing."""
-    found = encode._read(folder)
-    for i in range(len(found) if found is not None else 0):
+    """What is kept, or, where it is damaged, what is made again."""
+    _, kept = cached(folder)
+    for name in names:
+        (kept / name).unlink()
+    copy(folder, kept, *(name for name in names if (folder / name).is_file()))
+    found, _ = cached(folder)
+    for i in range(len(found)):
         found[i]
 
 
