@@ -19,7 +19,8 @@ from common.errors import UserError, one_line, writing
 from common.files.json_files import read_json
 
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
-ODD = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")  # no characters, and our marks
+HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs: not characters
+HALVES_AND_MARKS = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")
 JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"  # without a template
 
 
@@ -228,11 +229,12 @@ class Chat:
         try:
             for value in (*messages, variables):
                 for text in _strings(value):
-                    self._refuse_control_tokens(text, value.get("role") == "user")
+                    self._refuse_control_tokens(text, value.get("role") == "user",
+                                                odd=HALVES_AND_MARKS)
         except RecursionError:
             raise Refused("its values are nested too deeply") from None
 
-    def _refuse_control_tokens(self, text, named=False, advice=""):
+    def _refuse_control_tokens(self, text, named=False, advice="", odd=HALVES):
         """Special tokens are control tokens. In a user's text (`named`), so are the added tokens
         that the template names: an assistant may write <think>, a user must not."""
         pattern = self._special_or_named if named else self._special
@@ -241,9 +243,9 @@ class Chat:
             found = pattern.search(self._normalizer.normalize_str(text))
         if found:
             raise Refused(f"its text spells the control token {one_line(found.group())}{advice}")
-        odd = None if text.isascii() else ODD.search(text)
-        if odd:
-            raise Refused(f"its text holds {ascii(odd.group())}, half of a surrogate pair or a "
+        found = None if text.isascii() else odd.search(text)
+        if found:
+            raise Refused(f"its text holds {ascii(found.group())}, half of a surrogate pair or a "
                           "private-use character")
 
 

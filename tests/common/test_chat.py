@@ -473,6 +473,7 @@ def test_text_that_cannot_be_encoded_or_marked_is_refused(chats):
         for mark in ("\U00100000", "\U0010fff0", "\U0010fff1"):
             with pytest.raises(Refused, match="private-use"):
                 chats[name].encode_messages(talk("a", "b" + mark))
+    assert encode_text(chats["qwen3"], "a\U00100000")  # nothing is marked in a plain text
     assert said(chats["qwen3"], talk("a", "\ue000\U000f0001")) == [
         EMPTY + "\ue000\U000f0001<|im_end|>"]
 
