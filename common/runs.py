@@ -10,8 +10,7 @@ from pathlib import Path
 
 from common import weights
 from common.files.checkpoint import prune, step_folder
-from common.files.commit import commit
-from common.files.manifest import MARK
+from common.files.manifest import MARK, commit
 from common.files.state import save_state
 from common.ranks import is_main, say, stop_ranks
 

@@ -71,7 +71,7 @@ def test_incident_19_a_disk_that_fills_up_at_any_size_of_any_file(sweep, tmp_pat
         code, line = within(["--resume", run], lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
         assert code == 2 and "File too large" in line and "\n" not in line, (limit, line)
-        assert not list(run.glob("*.tmp*")) or "step-" not in line, (limit, line)
+        assert not list(run.glob("*.bareloop-tmp*")) or "step-" not in line, (limit, line)
         assert verify(whole)["extra"]["step"] == 4, limit
         if "step-" in line or "final" in line:
             assert "needed" in line and "free" in line and "intact" in line, (limit, line)

@@ -12,13 +12,16 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 from common.errors import UserError, run_main
-from common.files.commit import in_run, remove
-from common.files.manifest import CheckpointError, MANIFEST, recover, seal, sibling, verify
+from common.files.manifest import (
+    CheckpointError, MANIFEST, OLD, TMP, recover, seal, sibling, verify)
 from common.ranks import on_main
+
+OF_A_RUN = r"train_config\.json|metrics\.jsonl|(step-\d{6,}|final)(\..*)?"  # names in its folder
 
 
 def new_run_folder(chapter, out=None):
@@ -31,21 +34,20 @@ def new_run_folder(chapter, out=None):
     folder = Path(out or f"runs/{chapter}")
 
     def make():
-        if out is not None and _is_run(folder):
-            raise UserError(f"{out}: a run is there already: go on with it by --resume {out}, or"
-                            " choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if out is not None:
-                return 0
-            taken = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-            for number in itertools.count(max(taken, default=0) + 1):
+            names = os.listdir(folder)
+            taken = [int(name) for name in names if name.isdecimal()]
+            for number in itertools.count(max(taken, default=0) + 1) if out is None else ():
                 with contextlib.suppress(FileExistsError):  # another run was faster
                     (folder / f"{number:03d}").mkdir()
                     return number
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another place"
                             " with --out") from error
+        if any(re.fullmatch(OF_A_RUN, name) for name in names):
+            raise UserError(f"{out}: a run is there already: go on with it by --resume {out}, or"
+                            " choose another --out")
 
     number = on_main(make)
     return folder / f"{number:03d}" if number else folder
@@ -54,11 +56,6 @@ def new_run_folder(chapter, out=None):
 def step_folder(run, step):
     """Where a run keeps the checkpoint of this step."""
     return Path(run) / f"step-{step:06d}"
-
-
-def _is_run(folder):
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return any(name in ("train_config.json", "metrics.jsonl") or in_run(name) for name in names)
 
 
 def _steps(run):
@@ -70,9 +67,15 @@ def _steps(run):
 def latest(run):
     """The newest whole step-N/ of a run folder, or None; reports on stderr which it had to skip."""
     def find():
-        for old in Path(run).glob("*.replaced"):
+        for old in Path(run).glob(f"*{OLD}"):
             recover(old.with_suffix(""))
-        return next((int(folder.name[5:]) for folder in _steps(run) if _is_whole(folder)), -1)
+        steps = _steps(run)
+        for folder in steps:
+            if _is_whole(folder):
+                return int(folder.name[5:])
+        if steps:
+            print(f"{run}: no whole checkpoint is left: from the beginning", file=sys.stderr)
+        return -1
 
     step = on_main(find)
     return None if step < 0 else step_folder(run, step)
@@ -87,10 +90,10 @@ def prune(run, keep, best=None):
             if whole < max(keep, 1):
                 whole += _is_whole(folder)
             elif best is None or folder.name != best.name:
-                leftover = sibling(folder, ".tmp")  # in case the deletion is interrupted
+                leftover = sibling(folder, TMP)  # in case the deletion is interrupted
                 try:
                     os.rename(folder, leftover)
-                    remove(leftover)
+                    shutil.rmtree(leftover)
                 except OSError as error:  # not a reason to end a run
                     print(f"{folder}: old, but cannot be deleted: {error}", file=sys.stderr)
 

@@ -1,33 +1,152 @@
-"""manifest.json: the size and SHA-256 of every file of a folder that we wrote.
+"""Folders that appear at once and whole, and in which later damage is noticed.
 
-Neither safetensors nor JSON notices a flipped byte inside a number. A folder written by
-`common.files.commit` therefore has a manifest, which holds a hash of its own content too. The
-headers of its safetensors say so (`MARK`), so that a lost manifest is noticed as well. A folder
-from elsewhere has neither, and passes.
+`commit` writes `name.bareloop-tmp/`, flushes every file, writes manifest.json last, flushes the
+folder, renames it to `name/` and flushes the parent. A folder that had the name is
+`name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back. Whatever
+else an interrupted commit leaves behind, the next one removes.
+
+manifest.json has the size and SHA-256 of every file, as neither safetensors nor JSON notices a
+flipped byte inside a number, and a hash of its own content. The headers of the safetensors beside
+it say so (`MARK`), so a lost manifest is noticed too. A folder from elsewhere has neither, and
+passes.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
+import platform
+import shutil
 import sys
 import time
 from pathlib import Path
 
+import safetensors
+import torch
+
 from common.errors import UserError, writing
-from common.files.json_files import write_whole
+from common.files.json_files import read_bytes, write_whole
 from common.files.tensors import open_file
+from common.memory import readable_bytes
+from common.ranks import is_main, on_all_ranks, on_main, world_size
 
 MANIFEST = "manifest.json"
 MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
+TMP, OLD = ".bareloop-tmp", ".bareloop-old"  # nobody else's names: what has them may be deleted
 LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
-LARGEST = 16 * 2**20  # no manifest of ours comes near; a larger file is not read into memory
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
 _known = {}  # (device, inode, size, time) of a file -> its fingerprint
 
 
 class CheckpointError(UserError):
     """A folder that is damaged, incomplete, or does not fit the model."""
+
+
+# --- written ---
+
+def commit(folder, write, extra=None, bytes_needed=0):
+    """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
+
+    `extra` (JSON, say the step) goes into the manifest. An existing `folder` is replaced; after an
+    interruption the old or the new one is there. Raises UserError if space (`bytes_needed`) or
+    permission is missing, or if what is there is not ours: then nothing half-written stays, and
+    what was there before does. All ranks call `write`, which may gather tensors; rank 0's files
+    count.
+    """
+    folder = Path(os.path.abspath(folder))
+    tmp, full = sibling(folder, TMP), ""
+    try:
+        with writing(folder):
+            on_main(lambda: _prepare(folder, tmp, bytes_needed))
+            on_all_ranks(lambda: write(tmp))
+            on_main(lambda: _publish(folder, tmp, extra or {}))
+    except BaseException as error:
+        if not is_main():
+            raise
+        # By its text, as safetensors' own error has no number.
+        if tmp.is_dir() and any(text in str(error) for text in FULL):
+            written = sum(path.stat().st_size for path in tmp.iterdir())
+            full = (f"{error}: {readable_bytes(written)} written of at least"
+                    f" {readable_bytes(max(bytes_needed, written))} needed,"
+                    f" {readable_bytes(shutil.disk_usage(tmp).free)} free; what was saved before is"
+                    " intact: free some space or lower --keep, then go on with --resume")
+        shutil.rmtree(tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):  # then `verify` does it
+            recover(folder)
+        if full:
+            raise UserError(full) from error
+        raise
+
+
+def _prepare(folder, tmp, bytes_needed):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    for path in sorted(folder.parent.iterdir()):
+        both_steps = path.name[:5] == folder.name[:5] == "step-"
+        if path.suffix in (TMP, OLD) and (both_steps or path.stem == folder.name):
+            print(f"{path}: half-written or replaced, and left over: deleted", file=sys.stderr)
+            shutil.rmtree(path)
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
+        raise UserError(f"{folder}: is there and not ours to replace: choose another name")
+    free = shutil.disk_usage(folder.parent).free
+    if free < bytes_needed:
+        raise UserError(
+            f"{folder.parent}: not enough disk space: {readable_bytes(bytes_needed)} needed,"
+            f" {readable_bytes(free)} free; free some, lower --keep, or choose another --out")
+    tmp.mkdir()
+
+
+def _publish(folder, tmp, extra):
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "safetensors": safetensors.__version__}
+    files = {path.name: fingerprint(path, flush=True) for path in sorted(tmp.iterdir())}
+    extra = {"world_size": world_size(), "versions": versions, **extra}
+    write_whole(tmp / MANIFEST, encoded(files, extra))
+    _flush_names(tmp)
+    if folder.exists():
+        os.rename(folder, sibling(folder, OLD))
+    os.rename(tmp, folder)
+    _flush_names(folder.parent)
+    shutil.rmtree(sibling(folder, OLD), ignore_errors=True)
+
+
+def _flush_names(folder):
+    """Flush the names of the files in `folder` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def recover(folder):
+    """Put `folder` back if a commit was interrupted between its two renames."""
+    old = sibling(folder, OLD)
+    if old.exists() and not os.path.lexists(folder):
+        os.rename(old, folder)
+        print(f"{folder}: put back after a replacement that was cut short", file=sys.stderr)
+
+
+def sibling(folder, suffix):
+    """`runs/x/final` and ".bareloop-tmp" give `/…/runs/x/final.bareloop-tmp`."""
+    return Path(os.path.abspath(folder) + suffix)
+
+
+def seal(folder):
+    """Write the manifest of `folder` anew, after an edit by hand; gives the number of files.
+
+    Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
+    """
+    folder = Path(folder)
+    for path in folder.glob("*.safetensors"):
+        with open_file(path):
+            pass
+    with writing(folder / MANIFEST):
+        files = {path.name: fingerprint(path) for path in folder.iterdir()
+                 if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".new")}
+        before = read_manifest(folder) or {"extra": {}}
+        write_whole(folder / MANIFEST, encoded(files, before["extra"]))
+    return len(files)
 
 
 # --- checked ---
@@ -40,83 +159,57 @@ def verify(folder):
     the file, for anything missing, changed or added. An interrupted replacement is repaired first.
     """
     folder = Path(folder)
-    recover(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
     try:
-        manifest = read_manifest(folder)
-        if manifest is None and not is_ours(folder):
+        recover(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        if not is_ours(folder):
             return {}
+        manifest = read_manifest(folder)
         problem = _problem(folder, manifest)
-        if problem:
-            raise CheckpointError(
-                f"{problem}; copy the folder again, or use another one; if you changed it yourself,"
-                f" seal it: python -m common.files.checkpoint seal {folder}")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    if problem:
+        raise CheckpointError(
+            f"{problem}; copy the folder again, or use another one; if you changed it yourself,"
+            f" seal it: python -m common.files.checkpoint seal {folder}")
     return manifest
 
 
 def _problem(folder, manifest):
     """The first file of `folder` that is not as `manifest` says, and why; "" if all are."""
     if manifest is None:
-        lost = not (folder / MANIFEST).exists()
-        return f"{folder / MANIFEST}: {'missing' if lost else 'damaged'}"
+        return f"{folder / MANIFEST}: missing or damaged"
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for name, expected in manifest["files"].items():
-        if Path(name).name != name or not (folder / name).is_file():
+        if name not in there:
             return f"{folder / name}: missing"
         if fingerprint(folder / name) != expected:
             return f"{folder / name}: its content has changed"
-    for path in sorted(folder.iterdir()):
-        if path.suffix in LOADABLE and path.name not in (MANIFEST, *manifest["files"]):
-            return f"{path}: was not there when the folder was written"
+    for name in sorted(there - manifest["files"].keys() - {MANIFEST}):
+        if name.endswith(LOADABLE):
+            return f"{folder / name}: was not there when the folder was written"
     return ""
 
 
-def recover(folder):
-    """Put `folder` back if a commit was interrupted between its two renames."""
-    folder = Path(os.path.abspath(folder))
-    old = sibling(folder, ".replaced")
-    if not folder.exists() and is_ours(old):
-        os.rename(old, folder)
-        print(f"{folder}: put back after a replacement that was cut short", file=sys.stderr)
-
-
-def sibling(folder, suffix):
-    """`runs/x/final` and ".tmp" give `runs/x/final.tmp`."""
-    return folder.with_name(folder.name + suffix)
-
-
 def is_ours(folder):
-    """True if a manifest.json of ours, whole, damaged or still empty, or a mark in the header of a
-    safetensors file says that we wrote this folder."""
-    text = _text(folder)
-    if text is not None and (not text or b'"bareloop"' in text):
-        return True
+    """True if we wrote this folder, as a whole manifest or the mark in a header says."""
     for path in folder.glob("*.safetensors"):
-        with contextlib.suppress(UserError):  # loading such a file will report what is wrong
-            with open_file(path) as tensors:
-                if "bareloop" in (tensors.metadata() or {}):
-                    return True
-    return False
+        with contextlib.suppress(UserError), open_file(path) as tensors:
+            if "bareloop" in (tensors.metadata() or {}):
+                return True
+    return read_manifest(folder) is not None
 
-
-# --- read and written ---
 
 def read_manifest(folder):
     """The manifest of `folder` if it is undamaged, else None. The other files are not looked at."""
-    text = _text(folder)
     try:
+        text = read_bytes(folder / MANIFEST)
         manifest = json.loads(text)
         whole = encoded(manifest["files"], manifest["extra"]) == text
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (UserError, ValueError, RecursionError, KeyError, TypeError):
         return None
     return manifest if whole and isinstance(manifest["files"], dict) else None
-
-
-def _text(folder):
-    path = folder / MANIFEST
-    return path.read_bytes() if path.is_file() and path.stat().st_size <= LARGEST else None
 
 
 def encoded(files, extra):
@@ -147,20 +240,3 @@ def fingerprint(path, flush=False):
     if time.time() - stat.st_mtime > 2:  # a file just written may change with its time unchanged
         _known[key] = found
     return found
-
-
-def seal(folder):
-    """Write the manifest of `folder` anew, after an edit by hand; gives the number of files.
-
-    Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
-    """
-    folder = Path(folder)
-    for path in folder.glob("*.safetensors"):
-        with open_file(path):
-            pass
-    with writing(folder / MANIFEST):
-        files = {path.name: fingerprint(path) for path in folder.iterdir()
-                 if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".new")}
-        before = read_manifest(folder) or {"extra": {}}
-        write_whole(folder / MANIFEST, encoded(files, before["extra"]))
-    return len(files)

@@ -20,9 +20,8 @@ from common.data import encode, readers
 from common.data.chat import Chat
 from common.errors import UserError, located
 from common.files import checkpoint, manifest, state
-from common.files.commit import commit
 from common.files.config import write_config
-from common.files.manifest import seal, verify
+from common.files.manifest import commit, seal, verify
 from common.options import TrainOptions, parse, save_options
 
 CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
