@@ -59,9 +59,21 @@ def step_folder(run, step):
 
 
 def _steps(run):
-    """Every step-N/ of the run, whole or not, newest first."""
-    steps = [int(name[5:]) for name in os.listdir(run) if re.fullmatch("step-[0-9]{6,12}", name)]
-    return [step_folder(run, step) for step in sorted(steps, reverse=True)]
+    """The N of every step-N/ of the run, whole or not, newest first."""
+    names = [name for name in os.listdir(run) if re.fullmatch("step-[0-9]{6,12}", name)]
+    return sorted((int(name[5:]) for name in names), reverse=True)
+
+
+def _whole_steps(run):
+    """The same of the whole ones; reports on stderr which it had to skip."""
+    for step in _steps(run):
+        folder = step_folder(run, step)
+        try:
+            if not verify(folder):
+                raise CheckpointError(f"{folder}: no {MANIFEST}")
+            yield step
+        except CheckpointError as error:
+            print(f"skipped a damaged checkpoint: {error}", file=sys.stderr)
 
 
 def latest(run):
@@ -69,27 +81,23 @@ def latest(run):
     def find():
         for old in Path(run).glob(f"*{OLD}"):
             recover(old.with_suffix(""))
-        steps = _steps(run)
-        for folder in steps:
-            if _is_whole(folder):
-                return int(folder.name[5:])
-        if steps:
+        step = next(_whole_steps(run), -1)
+        if step < 0 and _steps(run):
             print(f"{run}: no whole checkpoint is left: from the beginning", file=sys.stderr)
-        return -1
+        return step
 
     step = on_main(find)
     return None if step < 0 else step_folder(run, step)
 
 
 def prune(run, keep, best=None):
-    """Delete the step folders older than the newest `keep` (at least 1) whole ones, except `best`.
+    """Delete the steps older than the newest `keep` (at least 1) whole ones, except step `best`.
     Damaged ones do not count. Call it after a commit."""
     def delete():
-        whole = 0
-        for folder in _steps(run):
-            if whole < max(keep, 1):
-                whole += _is_whole(folder)
-            elif best is None or folder.name != best.name:
+        oldest = next(itertools.islice(_whole_steps(run), max(keep, 1) - 1, None), 0)
+        for step in _steps(run):
+            if step < oldest and step != best:
+                folder = step_folder(run, step)
                 leftover = sibling(folder, TMP)  # in case the deletion is interrupted
                 try:
                     os.rename(folder, leftover)
@@ -98,16 +106,6 @@ def prune(run, keep, best=None):
                     print(f"{folder}: old, but cannot be deleted: {error}", file=sys.stderr)
 
     on_main(delete)
-
-
-def _is_whole(folder):
-    try:
-        if verify(folder):
-            return True
-        print(f"skipped {folder}: it has no {MANIFEST}", file=sys.stderr)
-    except CheckpointError as error:
-        print(f"skipped a damaged checkpoint: {error}", file=sys.stderr)
-    return False
 
 
 def main():

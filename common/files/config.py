@@ -38,7 +38,57 @@ def read_config(path):
         raise UserError(f"{path}: " + (
             "an adapter, not a model: it goes with --adapter, or merge it first" if adapter else
             "no config.json here, so this is not a model folder"))
-    return _normalise(read_json(file), file)
+    config = read_json(file)
+    layers, width, heads = (config.get(key) for key in (
+        "num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if type(layers) is int and layers > MOST_LAYERS:
+        raise UserError(f"{file}: num_hidden_layers must be at most {MOST_LAYERS}")
+    if not isinstance(config.get("model_type", ""), str):
+        raise UserError(f"{file}: model_type={config['model_type']!r} is not text")
+    config["rope_theta"], config["rope_scaling"] = _rope(config, file)
+    for key, value in {**config, **(config["rope_scaling"] or {})}.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{file}: {key} is {value}, not a number")
+
+    family = _FAMILIES.get(config.get("model_type"), {})
+    if "max_position_embeddings" in family:
+        config.setdefault("max_position_embeddings", family["max_position_embeddings"])
+    if type(width) is type(heads) is int and heads > 0:
+        groups = config.setdefault(
+            "num_key_value_heads", min(heads, family.get("num_key_value_heads", heads)))
+        config["num_key_value_heads"] = heads if groups is None else groups
+        if config.get("head_dim") is None:
+            if "head_dim" not in family and width % heads:
+                raise UserError(f"{file}: no head_dim, and hidden_size {width} is not a multiple of"
+                                f" num_attention_heads {heads}")
+            config["head_dim"] = family.get("head_dim", width // heads)
+    return config
+
+
+def _rope(config, file):
+    """(theta, scaling) from either dialect, or from both if they agree; takes `rope_parameters`
+    out of `config`."""
+    thetas, scalings = [config.get("rope_theta")], []
+    for rope in (config.pop("rope_parameters", None), config.get("rope_scaling")):
+        if rope is not None and not isinstance(rope, dict):
+            raise UserError(f"{file}: rope_scaling must be null or an object, not {rope!r}")
+        if any(isinstance(value, dict) for value in (rope or {}).values()):
+            raise UserError(f"{file}: rope_parameters that differ between layers are not supported")
+        if rope:
+            scaling = {"rope_type": rope.get("type", "default"), **rope}
+            thetas.append(scaling.pop("rope_theta", None))
+            scaling.pop("type", None)
+            if scaling.get("partial_rotary_factor") == 1:
+                del scaling["partial_rotary_factor"]
+            scalings.append(None if scaling == {"rope_type": "default"} else scaling)
+    thetas = [theta for theta in thetas if theta is not None] or [10000.0]
+    scalings = scalings or [None]
+    for name, values in (("rope_theta", thetas), ("RoPE scaling", scalings)):
+        if any(value != values[0] for value in values):  # edited in one dialect only
+            raise UserError(
+                f"{file}: two different values of {name}: {values[0]} and {values[-1]};"
+                " rope_parameters, rope_scaling and rope_theta must agree")
+    return float(thetas[0]) if type(thetas[0]) is int else thetas[0], scalings[0]
 
 
 def write_config(config, path, dtype):
@@ -48,66 +98,9 @@ def write_config(config, path, dtype):
     stored in.
     """
     file = Path(path) / "config.json"
-    config = _normalise(config, file)
     name = str(dtype).removeprefix("torch.")
-    rope = {"rope_type": "default", **(config["rope_scaling"] or {}),
+    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}),
             "rope_theta": config["rope_theta"]}
-    config |= {"rope_parameters": rope, "dtype": name, "torch_dtype": name}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    config = {**config, "rope_parameters": rope, "dtype": name, "torch_dtype": name}
     with writing(file):
-        file.write_text(text, encoding="utf-8")
-
-
-def _normalise(config, file):
-    """Bring `config` into the one form that `read_config` promises."""
-    ropes = [config.get("rope_parameters"), config.get("rope_scaling")]
-    config = {key: value for key, value in config.items() if key != "rope_parameters"}
-    layers, width, heads = (config.get(key) for key in (
-        "num_hidden_layers", "hidden_size", "num_attention_heads"))
-    if type(layers) is int and layers > MOST_LAYERS:
-        raise UserError(f"{file}: num_hidden_layers must be at most {MOST_LAYERS}")
-    if not isinstance(config.get("model_type", ""), str):
-        raise UserError(f"{file}: model_type={config['model_type']!r} is not text")
-    for rope in ropes:
-        if rope is not None and not isinstance(rope, dict):
-            raise UserError(f"{file}: rope_scaling must be null or an object, not {rope!r}")
-        if any(isinstance(value, dict) for value in (rope or {}).values()):
-            raise UserError(f"{file}: rope_parameters that differ between layers are not supported")
-    ropes = [rope for rope in ropes if rope]
-    thetas = [one["rope_theta"] for one in (*ropes, config) if one.get("rope_theta") is not None]
-    scalings = [_scaling(rope) for rope in ropes]
-    for name, values in (("rope_theta", thetas), ("RoPE scaling", scalings)):
-        if any(value != values[0] for value in values):  # edited in one dialect only
-            raise UserError(
-                f"{file}: two different values of {name}: {values[0]} and {values[-1]};"
-                " rope_parameters, rope_scaling and rope_theta must agree")
-    theta = thetas[0] if thetas else 10000.0
-    config["rope_theta"] = float(theta) if type(theta) is int else theta
-    config["rope_scaling"] = scalings[0] if scalings else None
-    for key, value in {**config, **(config["rope_scaling"] or {})}.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{file}: {key} is {value}, not a number")
-
-    family = _FAMILIES.get(config.get("model_type"), {})
-    if "max_position_embeddings" in family:
-        config.setdefault("max_position_embeddings", family["max_position_embeddings"])
-    if type(width) is type(heads) is int and heads > 0:
-        if "num_key_value_heads" not in config:
-            config["num_key_value_heads"] = min(heads, family.get("num_key_value_heads", heads))
-        elif config["num_key_value_heads"] is None:
-            config["num_key_value_heads"] = heads
-        if config.get("head_dim") is None:
-            if "head_dim" not in family and width % heads:
-                raise UserError(f"{file}: no head_dim, and hidden_size {width} is not a multiple of"
-                                f" num_attention_heads {heads}")
-            config["head_dim"] = family.get("head_dim", width // heads)
-    return config
-
-
-def _scaling(rope):
-    """One RoPE entry of either dialect without its theta; None if it changes nothing."""
-    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "type")}
-    rest["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    if rest.get("partial_rotary_factor") == 1:
-        del rest["partial_rotary_factor"]
-    return None if rest == {"rope_type": "default"} else rest
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -322,7 +322,7 @@ def test_latest_of_nothing(tmp_path, capfd):
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 6):
         save(step_folder(tmp_path, step), step)
-    checkpoint.prune(tmp_path, keep=2, best=step_folder(tmp_path, 2))
+    checkpoint.prune(tmp_path, keep=2, best=2)
     assert steps(tmp_path) == [2, 4, 5]
     checkpoint.prune(tmp_path, keep=0)
     assert steps(tmp_path) == [5]

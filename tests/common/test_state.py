@@ -211,10 +211,12 @@ def test_the_device_has_its_own_generator(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(get_rng_state=lambda: torch.arange(16, dtype=torch.uint8),
                                  set_rng_state=lambda value: given.append(value.tolist()))
     monkeypatch.setattr(torch, "get_device_module", lambda kind: fake)
-    rows = state._random_states(torch.device("cuda"))
-    state.save_tensors(rows.items(), tmp_path, stem="rng")
-    state._set_random_states(tmp_path, torch.device("cuda"))
-    assert given == [list(range(16))] and set(rows) == {"cpu", "cuda"}
+    model = types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(
+        device=torch.device("cuda"))]))
+    generators = state._generators(model)
+    state.save_tensors(state._random_states(generators), tmp_path, stem="rng")
+    state._set_random_states(tmp_path, generators)
+    assert given == [list(range(16))] and set(generators) == {"cpu", "cuda"}
 
 
 def test_a_broken_state_file_is_one_clear_line(tmp_path):
@@ -281,7 +283,7 @@ def save(run, kind, ranks):
             print(f"rank {ranks.rank}: {error}\\n", end="", flush=True)
     state.save_tensors = whole
     commit(second, write)
-    checkpoint.prune(run, keep=1, best=checkpoint.step_folder(run, 1))
+    checkpoint.prune(run, keep=1, best=1)
     assert checkpoint.latest(run) == second
     any_rank(False)  # wait
     if is_main():
