@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.errors import UserError, writing
 from common.files.json_files import read_bytes, write_whole
 from common.memory import readable_bytes
-from common.ranks import is_main
+from common.ranks import is_main, say
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
           "peak_memory_bytes", "mfu")
@@ -38,11 +38,11 @@ class Metrics:
         self.path = Path(run_folder) / "metrics.jsonl"
         self.total_steps, self.log_every = total_steps, log_every
         self.first = None  # (step, clock) of the first step seen: it compiles and does not count
-        self.board = self.file = None
         self.written = set()  # (step, *keys) of the lines that `start_step` has already
+        self.board = None
         if not is_main():
-            return
-        if tensorboard:
+            self.path = Path(os.devnull)
+        elif tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
@@ -50,7 +50,7 @@ class Metrics:
             self.board = SummaryWriter(str(self.path.with_name("tensorboard")),
                                        purge_step=start_step + 1 if start_step else None)
         with writing(self.path):
-            if self.path.exists():
+            if self.path.exists() and is_main():
                 self._cut(start_step)
             self.file = open(self.path, "a", encoding="ascii")
 
@@ -58,46 +58,41 @@ class Metrics:
                  mfu=None, **more):
         """Report one optimizer step of `tokens` tokens; `mfu` is a fraction of 1, and `more` goes
         into metrics.jsonl too. The first step, the last and every `log_every`th are printed."""
-        if self.file is None:
-            return
         speed = tokens / step_seconds if step_seconds > 0 else None
         values = (step, loss, lr, grad_norm, tokens, speed, step_seconds, peak_memory_bytes, mfu)
         line = self._write({**dict(zip(FIELDS, values)), **more}, "train")
         now = time.perf_counter()
         if self.first is None:
             self.first = (step, now)
-            print(ROW.format(*HEADER), flush=True)
+            say(ROW.format(*HEADER))
         done = step - self.first[0]
         # By the clock since the first step, so evaluation and checkpoints count as well.
         pace = (now - self.first[1]) / done if done else step_seconds
         if step % self.log_every == 0 or done == 0 or step == self.total_steps:
-            print(ROW.format(
+            say(ROW.format(
                 f"{step}/{self.total_steps}", _number(line["loss"], ".4f"),
                 _number(lr, ".2e"), _number(line["grad_norm"], ".3f"), _number(speed, ",.0f"),
                 readable_bytes(peak_memory_bytes), _number(mfu, ".1%"),
-                tqdm.format_interval(pace * (self.total_steps - step))), flush=True)
+                tqdm.format_interval(pace * (self.total_steps - step))))
 
     def log_eval(self, step, **scores):
         """Report an evaluation, say log_eval(200, eval_loss=1.2, exact_match=0.9)."""
-        if self.file is None:
-            return
         line = self._write({"step": step, **scores}, "eval")
         shown = ", ".join(f"{name} {_number(line[name], '.4f')}" for name, score in scores.items()
                           if score is not None)
-        print(f"{f'{step}/{self.total_steps}':>13}  {shown}", flush=True)
+        say(f"{f'{step}/{self.total_steps}':>13}  {shown}")
 
     def sync(self):
         """Flush all lines to the disk; call it before saving a checkpoint."""
-        if self.file is not None:
+        if is_main():
             with writing(self.path):
                 os.fsync(self.file.fileno())
 
     def close(self):
         """Close the files; more calls do nothing."""
-        for file in (self.file, self.board):
-            if file is not None:
-                file.close()
-        self.file = self.board = None
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
 
     def _write(self, line, kind):
         """Write the line, null where not finite, unless it is in the file already; gives it."""

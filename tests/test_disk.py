@@ -104,7 +104,7 @@ def test_a_read_only_folder_is_one_clear_line(sweep, tmp_path):
     shutil.copytree(sweep.undisturbed, run)
     shutil.rmtree(run / "step-000006")
     for folder, arguments, words in (
-            (tmp_path, [*sweep.options, "--out", tmp_path / "new"], f"{tmp_path / 'new'}: cannot"),
+            (tmp_path, [*sweep.options, "--out", tmp_path / "new"], f"{tmp_path / 'new'} (--out chooses another place): cannot"),
             (run, ["--resume", run], "train_config.json: cannot")):
         os.chmod(folder, 0o555)
         try:

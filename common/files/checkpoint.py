@@ -3,8 +3,7 @@
     python -m common.files.checkpoint verify DIR      check a folder against its manifest
     python -m common.files.checkpoint seal DIR        write the manifest anew after an edit by hand
 
-Under torchrun all ranks call `new_run_folder`, `latest` and `prune`: rank 0 alone touches the disk,
-all get its answer, and if it fails all raise.
+All ranks call the functions: rank 0 alone touches the disk, all get its answer, or all raise.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, writing
 from common.files.manifest import (
     CheckpointError, MANIFEST, OLD, TMP, recover, seal, sibling, verify)
 from common.ranks import on_main
@@ -25,16 +24,13 @@ OF_A_RUN = r"train_config\.json|metrics\.jsonl|(step-\d{6,}|final)(\..*)?"  # na
 
 
 def new_run_folder(chapter, out=None):
-    """Make the folder of a new run and give its path.
-
-    It is `runs/<chapter>/001` (`chapter` is say "chapter-01") under the current directory, or the
-    next number after those there; `out` names it exactly. Raises UserError if a run is in `out`
-    already, or if it cannot be written.
-    """
+    """Make the folder of a new run and give its path: `runs/<chapter>/001` (`chapter` is say
+    "chapter-01") under the current directory, or the next number after those there, or just `out`.
+    Raises UserError if a run is in `out` already, or if it cannot be written."""
     folder = Path(out or f"runs/{chapter}")
 
     def make():
-        try:
+        with writing(f"{folder} (--out chooses another place)"):
             folder.mkdir(parents=True, exist_ok=True)
             names = os.listdir(folder)
             taken = [int(name) for name in names if name.isdecimal()]
@@ -42,9 +38,6 @@ def new_run_folder(chapter, out=None):
                 with contextlib.suppress(FileExistsError):  # another run was faster
                     (folder / f"{number:03d}").mkdir()
                     return number
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another place"
-                            " with --out") from error
         if any(re.fullmatch(OF_A_RUN, name) for name in names):
             raise UserError(f"{out}: a run is there already: go on with it by --resume {out}, or"
                             " choose another --out")

@@ -1,14 +1,11 @@
 """Folders that appear at once and whole, and in which later damage is noticed.
 
-`commit` writes `name.bareloop-tmp/`, flushes every file, writes manifest.json last, flushes the
-folder, renames it to `name/` and flushes the parent. A folder that had the name is
-`name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back. Whatever
-else an interrupted commit leaves behind, the next one removes.
-
-manifest.json has the size and SHA-256 of every file, as neither safetensors nor JSON notices a
-flipped byte inside a number, and a hash of its own content. The headers of the safetensors beside
-it say so (`MARK`), so a lost manifest is noticed too. A folder from elsewhere has neither, and
-passes.
+`commit` writes `name.bareloop-tmp/`, flushes every file, then manifest.json (the size and SHA-256
+of each, and of itself), renames the folder to `name/` and flushes the parent. A folder that had the
+name is `name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back.
+What else an interrupted commit leaves behind, the next one removes. The headers of the safetensors
+have a mark, so that a lost manifest is noticed too; a folder from elsewhere has neither, and passes
+`verify`.
 """
 
 import contextlib
@@ -49,11 +46,10 @@ class CheckpointError(UserError):
 def commit(folder, write, extra=None, bytes_needed=0):
     """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
 
-    `extra` (JSON, say the step) goes into the manifest. An existing `folder` is replaced; after an
-    interruption the old or the new one is there. Raises UserError if space (`bytes_needed`) or
-    permission is missing, or if what is there is not ours: then nothing half-written stays, and
-    what was there before does. All ranks call `write`, which may gather tensors; rank 0's files
-    count.
+    `extra` (JSON, say the step) goes into the manifest. A folder of ours that is there is replaced;
+    after an interruption the old or the new one is. Raises UserError if it is not ours, or if space
+    (`bytes_needed`) or permission is missing: then nothing half-written stays, and what was there
+    before does. All ranks call `write`, which may gather tensors; rank 0's files count.
     """
     folder = Path(os.path.abspath(folder))
     tmp, full = sibling(folder, TMP), ""
@@ -134,7 +130,6 @@ def sibling(folder, suffix):
 
 def seal(folder):
     """Write the manifest of `folder` anew, after an edit by hand; gives the number of files.
-
     Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
     """
     folder = Path(folder)
@@ -152,20 +147,20 @@ def seal(folder):
 # --- checked ---
 
 def verify(folder):
-    """The manifest of `folder`, after checking every file against it.
+    """The manifest of `folder`, after checking every file against it: a dict with `files` (name ->
+    size and sha256) and `extra` (world_size, versions and what else the commit was given).
 
-    It is a dict: `files` (name -> size and sha256) and `extra` (world_size, versions and what else
-    the commit was given). A folder that we did not write gives {}. Raises CheckpointError, naming
-    the file, for anything missing, changed or added. An interrupted replacement is repaired first.
+    A folder that we did not write gives {}. Raises CheckpointError, naming the file, for anything
+    missing, changed or added. An interrupted replacement is repaired first.
     """
     folder = Path(folder)
     try:
         recover(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        if not is_ours(folder):
-            return {}
         manifest = read_manifest(folder)
+        if manifest is None and not is_ours(folder):
+            return {}
         problem = _problem(folder, manifest)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
@@ -222,10 +217,8 @@ def encoded(files, extra):
 
 
 def fingerprint(path, flush=False):
-    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards.
-
-    A process does not read a file again that has not changed since.
-    """
+    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards. A process does not
+    read a file again that has not changed since."""
     with open(path, "rb") as file:
         if flush:
             os.fsync(file.fileno())
