@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from common import weights
-from common.files.checkpoint import prune, step_folder
-from common.files.manifest import MARK, commit
+from common.files.checkpoint import MARK, commit, prune, step_folder
 from common.files.state import save_state
 from common.ranks import is_main, say, stop_ranks
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError, writing
+from common.files.checkpoint import verify
 from common.files.config import read_config, write_config
-from common.files.manifest import verify
 from common.files.tensors import (
     iter_tensors, open_file, plain_file, save_tensors, tensor_headers, tensor_problems)
 from common.ranks import copy_into, full_tensor, is_main

@@ -17,7 +17,7 @@ from helpers import ROOT, load
 
 from common import prepare
 from common.files import checkpoint
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes", "mfu")
 CONFIG = dict(

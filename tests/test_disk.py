@@ -19,7 +19,7 @@ import kill
 
 from common.errors import UserError
 from common.files import checkpoint
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 
 
 @pytest.fixture(scope="module")

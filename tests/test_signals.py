@@ -18,7 +18,7 @@ from common.data import encode
 from common.data.chat import Chat
 from common.errors import run_main
 from common.files import checkpoint, state
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 
 SIGNALS = [("SIGTERM", 143), ("SIGINT", 130)]
 

@@ -1,27 +1,248 @@
-"""A run's folder and the checkpoints in it: made, found again, pruned.
+"""Folders that appear at once and whole, and in which later damage is noticed.
 
     python -m common.files.checkpoint verify DIR      check a folder against its manifest
     python -m common.files.checkpoint seal DIR        write the manifest anew after an edit by hand
 
-All ranks call the functions: rank 0 alone touches the disk, all get its answer, or all raise.
+`commit` writes `name.bareloop-tmp/`, flushes every file, then manifest.json (the size and SHA-256
+of each, and of itself), renames the folder to `name/` and flushes the parent. A folder that had the
+name is `name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back.
+What else an interrupted commit leaves behind, the next one removes. The headers of the safetensors
+have a mark, so that a lost manifest is noticed too; a folder from elsewhere has neither, and passes
+`verify`.
 """
 
 import argparse
 import contextlib
+import errno
+import functools
+import hashlib
 import itertools
+import json
 import os
+import platform
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
+import safetensors
+import torch
+
 from common.errors import UserError, run_main, writing
-from common.files.manifest import (
-    CheckpointError, MANIFEST, OLD, TMP, recover, seal, sibling, verify)
-from common.ranks import on_main
+from common.files.json_files import read_bytes, write_whole
+from common.files.tensors import open_file
+from common.memory import readable_bytes
+from common.ranks import is_main, on_all_ranks, on_main, world_size
 
+MANIFEST = "manifest.json"
+MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
+TMP, OLD = ".bareloop-tmp", ".bareloop-old"  # nobody else's names: what has them may be deleted
 OF_A_RUN = r"train_config\.json|metrics\.jsonl|(step-\d{6,}|final)(\..*)?"  # names in its folder
+LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
+_known = {}  # (device, inode, size, time) of a file -> its fingerprint
 
+
+class CheckpointError(UserError):
+    """A folder that is damaged, incomplete, or does not fit the model."""
+
+
+# --- written ---
+
+def commit(folder, write, extra=None, bytes_needed=0):
+    """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
+
+    `extra` (JSON, say the step) goes into the manifest. A folder of ours that is there is replaced;
+    after an interruption the old or the new one is. Raises UserError if it is not ours, or if space
+    (`bytes_needed`) or permission is missing: then nothing half-written stays, and what was there
+    before does. All ranks call `write`, which may gather tensors; rank 0's files count.
+    """
+    folder = Path(os.path.abspath(folder))
+    tmp, full = sibling(folder, TMP), ""
+    try:
+        with writing(folder):
+            on_main(lambda: _prepare(folder, tmp, bytes_needed))
+            on_all_ranks(lambda: write(tmp))
+            on_main(lambda: _publish(folder, tmp, extra or {}))
+    except BaseException as error:
+        if not is_main():
+            raise
+        # By its text, as safetensors' own error has no number.
+        if tmp.is_dir() and any(text in str(error) for text in FULL):
+            written = sum(path.stat().st_size for path in tmp.iterdir())
+            full = (f"{error}: {readable_bytes(written)} written of at least"
+                    f" {readable_bytes(max(bytes_needed, written))} needed,"
+                    f" {readable_bytes(shutil.disk_usage(tmp).free)} free; what was saved before is"
+                    " intact: free some space or lower --keep, then go on with --resume")
+        shutil.rmtree(tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):  # then `verify` does it
+            recover(folder)
+        if full:
+            raise UserError(full) from error
+        raise
+
+
+def _prepare(folder, tmp, bytes_needed):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    for path in sorted(folder.parent.iterdir()):
+        both_steps = path.name[:5] == folder.name[:5] == "step-"
+        if path.suffix in (TMP, OLD) and (both_steps or path.stem == folder.name):
+            print(f"{path}: half-written or replaced, and left over: deleted", file=sys.stderr)
+            shutil.rmtree(path)
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
+        raise UserError(f"{folder}: is there and not ours to replace: choose another name")
+    free = shutil.disk_usage(folder.parent).free
+    if free < bytes_needed:
+        raise UserError(
+            f"{folder.parent}: not enough disk space: {readable_bytes(bytes_needed)} needed,"
+            f" {readable_bytes(free)} free; free some, lower --keep, or choose another --out")
+    tmp.mkdir()
+
+
+def _publish(folder, tmp, extra):
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "safetensors": safetensors.__version__}
+    files = {path.name: fingerprint(path, flush=True) for path in sorted(tmp.iterdir())}
+    extra = {"world_size": world_size(), "versions": versions, **extra}
+    write_whole(tmp / MANIFEST, encoded(files, extra))
+    _flush_names(tmp)
+    if folder.exists():
+        os.rename(folder, sibling(folder, OLD))
+    os.rename(tmp, folder)
+    _flush_names(folder.parent)
+    shutil.rmtree(sibling(folder, OLD), ignore_errors=True)
+
+
+def _flush_names(folder):
+    """Flush the names of the files in `folder` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def recover(folder):
+    """Put `folder` back if a commit was interrupted between its two renames."""
+    old = sibling(folder, OLD)
+    if old.exists() and not os.path.lexists(folder):
+        os.rename(old, folder)
+        print(f"{folder}: put back after a replacement that was cut short", file=sys.stderr)
+
+
+def sibling(folder, suffix):
+    """`runs/x/final` and ".bareloop-tmp" give `/…/runs/x/final.bareloop-tmp`."""
+    return Path(os.path.abspath(folder) + suffix)
+
+
+def seal(folder):
+    """Write the manifest of `folder` anew, after an edit by hand; gives the number of files.
+    Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
+    """
+    folder = Path(folder)
+    for path in folder.glob("*.safetensors"):
+        with open_file(path):
+            pass
+    with writing(folder / MANIFEST):
+        files = {path.name: fingerprint(path) for path in folder.iterdir()
+                 if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".new")}
+        before = read_manifest(folder) or {"extra": {}}
+        write_whole(folder / MANIFEST, encoded(files, before["extra"]))
+    return len(files)
+
+
+# --- checked ---
+
+def verify(folder):
+    """The manifest of `folder`, after checking every file against it: a dict with `files` (name ->
+    size and sha256) and `extra` (world_size, versions and what else the commit was given).
+
+    A folder that we did not write gives {}. Raises CheckpointError, naming the file, for anything
+    missing, changed or added. An interrupted replacement is repaired first.
+    """
+    folder = Path(folder)
+    try:
+        recover(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        manifest = read_manifest(folder)
+        if manifest is None and not is_ours(folder):
+            return {}
+        problem = _problem(folder, manifest)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    if problem:
+        raise CheckpointError(
+            f"{problem}; copy the folder again, or use another one; if you changed it yourself,"
+            f" seal it: python -m common.files.checkpoint seal {folder}")
+    return manifest
+
+
+def _problem(folder, manifest):
+    """The first file of `folder` that is not as `manifest` says, and why; "" if all are."""
+    if manifest is None:
+        return f"{folder / MANIFEST}: missing or damaged"
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    for name, expected in manifest["files"].items():
+        if name not in there:
+            return f"{folder / name}: missing"
+        if fingerprint(folder / name) != expected:
+            return f"{folder / name}: its content has changed"
+    for name in sorted(there - manifest["files"].keys() - {MANIFEST}):
+        if name.endswith(LOADABLE):
+            return f"{folder / name}: was not there when the folder was written"
+    return ""
+
+
+def is_ours(folder):
+    """True if we wrote this folder, as a whole manifest or the mark in a header says."""
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(UserError), open_file(path) as tensors:
+            if "bareloop" in (tensors.metadata() or {}):
+                return True
+    return read_manifest(folder) is not None
+
+
+def read_manifest(folder):
+    """The manifest of `folder` if it is undamaged, else None. The other files are not looked at."""
+    try:
+        text = read_bytes(folder / MANIFEST)
+        manifest = json.loads(text)
+        whole = encoded(manifest["files"], manifest["extra"]) == text
+    except (UserError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return manifest if whole and isinstance(manifest["files"], dict) else None
+
+
+def encoded(files, extra):
+    """The bytes of a manifest, in the only form that is accepted: `files` is {name: its
+    `fingerprint`}, `extra` is JSON."""
+    dumps = functools.partial(json.dumps, indent=1, sort_keys=True, allow_nan=False)
+    body = {"bareloop": 1, "files": files, "extra": extra}
+    body["sha256"] = hashlib.sha256(dumps(body).encode()).hexdigest()
+    return dumps(body).encode() + b"\n"
+
+
+def fingerprint(path, flush=False):
+    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards. A process does not
+    read a file again that has not changed since."""
+    with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        stat = os.fstat(file.fileno())
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key in _known:
+            return _known[key]
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    found = {"size": stat.st_size, "sha256": digest.hexdigest()}
+    if time.time() - stat.st_mtime > 2:  # a file just written may change with its time unchanged
+        _known[key] = found
+    return found
+
+
+# --- the folder of a run: all ranks call these, rank 0 alone touches the disk ---
 
 def new_run_folder(chapter, out=None):
     """Make the folder of a new run and give its path: `runs/<chapter>/001` (`chapter` is say
@@ -108,10 +329,10 @@ def main():
     chosen = parser.parse_args()
     if chosen.action == "seal":
         print(f"{chosen.folder}: {seal(chosen.folder)} files sealed")
-    elif found := verify(chosen.folder):
-        print(f"{chosen.folder}: {len(found['files'])} files, all as written")
-    else:
-        print(f"{chosen.folder}: no manifest: not written by bareloop")
+        return
+    found = verify(chosen.folder)
+    print(f"{chosen.folder}: " + (f"{len(found['files'])} files, all as written" if found else
+                                  "no manifest: not written by bareloop"))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from common.files.checkpoint import CheckpointError, MARK
 from common.files.json_files import read_json
-from common.files.manifest import CheckpointError, MARK
 from common.files.tensors import DTYPES, iter_tensors, save_tensors, tensor_headers, tensor_problems
 from common.ranks import all_sum, copy_into, full_tensor, is_main, this_rank, world_size
 

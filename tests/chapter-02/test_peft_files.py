@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from common import weights
 from common.adapters import peft
 from common.errors import UserError
-from common.files.manifest import MARK
+from common.files.checkpoint import MARK
 
 llama = load("chapter-02/modeling_llama.py")
 lora = load("chapter-02/lora.py")

@@ -18,9 +18,9 @@ from faults import KILLED, broken_disk, damaged, disk_full, end_process, forked,
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from common.files import checkpoint, manifest
-from common.files.checkpoint import step_folder
-from common.files.manifest import CheckpointError, MARK, OLD, TMP, commit, seal, verify
+from common.files import checkpoint
+from common.files.checkpoint import (
+    CheckpointError, MARK, OLD, TMP, commit, seal, step_folder, verify)
 from common.files.tensors import save_tensors
 
 
@@ -229,13 +229,13 @@ def test_every_byte_of_the_manifest_counts(tmp_path):
     for place in range(len(data)):
         changed = data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1:]
         (folder / "manifest.json").write_bytes(changed)
-        assert manifest.read_manifest(folder) is None, place
+        assert checkpoint.read_manifest(folder) is None, place
 
 
 @pytest.mark.parametrize("text", [
     b"", b"[]", b"null", b"[" * 100_000, b'{"files": 1}', b"\xff\xfe", b"1" * 10_000,
-    manifest.encoded([], {}), manifest.encoded({"../out": {"size": 1, "sha256": ""}}, {}),
-    manifest.encoded({"model.safetensors": 3}, {}), manifest.encoded({"/etc/passwd": None}, {})])
+    checkpoint.encoded([], {}), checkpoint.encoded({"../out": {"size": 1, "sha256": ""}}, {}),
+    checkpoint.encoded({"model.safetensors": 3}, {}), checkpoint.encoded({"/etc/passwd": None}, {})])
 def test_a_hostile_manifest_is_one_clear_error(tmp_path, text):
     save(tmp_path / "final", 1)
     (tmp_path / "final" / "manifest.json").write_bytes(text)
@@ -335,7 +335,7 @@ def test_prune_never_deletes_the_only_whole_one(tmp_path, forget):
     for step in (3, 4):
         (step_folder(tmp_path, step) / "state.json").write_text('{"value": 0}')
     if forget:
-        manifest._known.clear()
+        checkpoint._known.clear()
     checkpoint.prune(tmp_path, keep=1)
     assert steps(tmp_path) == [2, 3, 4]
     assert checkpoint.latest(tmp_path) == step_folder(tmp_path, 2)

@@ -12,7 +12,7 @@ from torch import nn
 from common import runs
 from common.errors import UserError
 from common.files import checkpoint, state
-from common.files.manifest import CheckpointError, commit, verify
+from common.files.checkpoint import CheckpointError, commit, verify
 from common.files.state import load_state, save_state
 from common.options import TrainOptions
 
@@ -243,7 +243,6 @@ from torch import nn
 from faults import Faults, disk_full
 from common.errors import UserError
 from common.files import checkpoint, state
-from common.files.manifest import commit
 from common.ranks import all_sum, any_rank, copy_into, is_main, shard, start_ranks, stop_ranks
 
 def build(kind, ranks=None):

@@ -93,11 +93,11 @@ BUGS = [
         ("common/options.py", "if packs != packs_now:", "if False:")],
      "test_scale_out.py::test_another_number_of_packs_a_step_is_refused"),
     (18, "written under its name at once, and believed", [
-        ("common/files/manifest.py", "on_all_ranks(lambda: write(tmp))",
+        ("common/files/checkpoint.py", "on_all_ranks(lambda: write(tmp))",
          "on_all_ranks(lambda: (os.rename(tmp, folder), write(folder)))"),
-        ("common/files/manifest.py", "    files = {path.name: fingerprint(path, flush=True)",
+        ("common/files/checkpoint.py", "    files = {path.name: fingerprint(path, flush=True)",
          "    tmp = folder\n    files = {path.name: fingerprint(path, flush=True)"),
-        ("common/files/manifest.py", "    if folder.exists():\n"
+        ("common/files/checkpoint.py", "    if folder.exists():\n"
          "        os.rename(folder, sibling(folder, OLD))\n    os.rename(tmp, folder)\n", ""),
         ("common/files/checkpoint.py", "            if not verify(folder):\n", "            if False:\n")]),
     (18, "the last evaluation is forgotten on a resume", [
@@ -105,13 +105,13 @@ BUGS = [
          'state = load_state(saved, model, optimizer) | {"eval_loss": None}')],
      "test_kill.py::test_a_run_killed_after_its_last_checkpoint_logs_what_it_would_have[01]"),
     (19, "half a checkpoint stays behind", [
-        ("common/files/manifest.py", "        shutil.rmtree(tmp, ignore_errors=True)\n", "")]),
+        ("common/files/checkpoint.py", "        shutil.rmtree(tmp, ignore_errors=True)\n", "")]),
     (19, "the old one goes before the new one is written", [
         ("common/runs.py", "    commit(folder, lambda temporary",
          "    import shutil\n    shutil.rmtree(step_folder(run, state['step'] - 2), True)\n"
          "    commit(folder, lambda temporary")]),
     (19, "nothing is said of the space needed", [
-        ("common/files/manifest.py", "        if full:\n", "        if False:\n")]),
+        ("common/files/checkpoint.py", "        if full:\n", "        if False:\n")]),
     (20, "what does not fit is left as it is", [
         ("common/files/state.py", "if any(problems):", "if False:")]),
     (20, "_orig_mod. stays in the names", [
