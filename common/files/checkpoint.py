@@ -19,14 +19,12 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import sys
 import time
 from pathlib import Path
 
-import safetensors
 import torch
 
 from common.errors import UserError, run_main, writing
@@ -38,7 +36,6 @@ from common.ranks import is_main, on_all_ranks, on_main, world_size
 MANIFEST = "manifest.json"
 MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
 TMP, OLD = ".bareloop-tmp", ".bareloop-old"  # nobody else's names: what has them may be deleted
-OF_A_RUN = r"train_config\.json|metrics\.jsonl|(step-\d{6,}|final)(\..*)?"  # names in its folder
 LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
 _known = {}  # (device, inode, size, time) of a file -> its fingerprint
@@ -59,28 +56,27 @@ def commit(folder, write, extra=None, bytes_needed=0):
     before does. All ranks call `write`, which may gather tensors; rank 0's files count.
     """
     folder = Path(os.path.abspath(folder))
-    tmp, full = sibling(folder, TMP), ""
+    tmp = sibling(folder, TMP)
     try:
         with writing(folder):
             on_main(lambda: _prepare(folder, tmp, bytes_needed))
             on_all_ranks(lambda: write(tmp))
             on_main(lambda: _publish(folder, tmp, extra or {}))
-    except BaseException as error:
-        if not is_main():
-            raise
+    except UserError as error:
         # By its text, as safetensors' own error has no number.
-        if tmp.is_dir() and any(text in str(error) for text in FULL):
-            written = sum(path.stat().st_size for path in tmp.iterdir())
-            full = (f"{error}: {readable_bytes(written)} written of at least"
-                    f" {readable_bytes(max(bytes_needed, written))} needed,"
-                    f" {readable_bytes(shutil.disk_usage(tmp).free)} free; what was saved before is"
-                    " intact: free some space or lower --keep, then go on with --resume")
-        shutil.rmtree(tmp, ignore_errors=True)
-        with contextlib.suppress(OSError):  # then `verify` does it
-            recover(folder)
-        if full:
-            raise UserError(full) from error
-        raise
+        if not (is_main() and tmp.is_dir() and any(text in str(error) for text in FULL)):
+            raise
+        written = sum(path.stat().st_size for path in tmp.iterdir())
+        raise UserError(
+            f"{error}: {readable_bytes(written)} written of at least"
+            f" {readable_bytes(max(bytes_needed, written))} needed,"
+            f" {readable_bytes(shutil.disk_usage(tmp).free)} free; what was saved before is intact:"
+            " free some space or lower --keep, then go on with --resume") from error
+    finally:
+        if is_main():
+            shutil.rmtree(tmp, ignore_errors=True)
+            with contextlib.suppress(OSError):  # then `verify` does it
+                recover(folder)
 
 
 def _prepare(folder, tmp, bytes_needed):
@@ -102,11 +98,9 @@ def _prepare(folder, tmp, bytes_needed):
 
 
 def _publish(folder, tmp, extra):
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "safetensors": safetensors.__version__}
     files = {path.name: fingerprint(path, flush=True) for path in sorted(tmp.iterdir())}
-    extra = {"world_size": world_size(), "versions": versions, **extra}
-    write_whole(tmp / MANIFEST, encoded(files, extra))
+    about = {"world_size": world_size(), "versions": {"torch": str(torch.__version__)}}
+    write_whole(tmp / MANIFEST, encoded(files, about | extra))
     _flush_names(tmp)
     if folder.exists():
         os.rename(folder, sibling(folder, OLD))
@@ -259,7 +253,8 @@ def new_run_folder(chapter, out=None):
                 with contextlib.suppress(FileExistsError):  # another run was faster
                     (folder / f"{number:03d}").mkdir()
                     return number
-        if any(re.fullmatch(OF_A_RUN, name) for name in names):
+        of_a_run = r"train_config\.json|metrics\.jsonl|(step-\d{6,}|final)(\..*)?"
+        if any(re.fullmatch(of_a_run, name) for name in names):
             raise UserError(f"{out}: a run is there already: go on with it by --resume {out}, or"
                             " choose another --out")
 

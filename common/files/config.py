@@ -27,10 +27,9 @@ def read_config(path):
     """The config.json of folder `path` as a dict, in one dialect whichever it was written in.
 
     It always has `rope_theta` (float) and `rope_scaling` (None, or a dict with `rope_type` and
-    without theta), never `rope_parameters`. If they are absent, `head_dim`, `num_key_value_heads`
-    (null: all heads) and `max_position_embeddings` follow the family's rule. Every other key is as
-    in the file. Raises UserError for a file that is missing or broken; the types of values are for
-    the model's own config to check.
+    without theta), never `rope_parameters`; `head_dim`, `num_key_value_heads` (null: all heads) and
+    `max_position_embeddings` follow the family's rule if absent. Every other key is as in the file.
+    Raises UserError for a file that is missing or broken; types are for the model's own config.
     """
     file = Path(path) / "config.json"
     if not file.exists():
@@ -66,8 +65,7 @@ def read_config(path):
 
 
 def _rope(config, file):
-    """(theta, scaling) from either dialect, or from both if they agree; takes `rope_parameters`
-    out of `config`."""
+    """(theta, scaling) from either dialect; takes `rope_parameters` out of `config`."""
     thetas, scalings = [config.get("rope_theta")], []
     for rope in (config.pop("rope_parameters", None), config.get("rope_scaling")):
         if rope is not None and not isinstance(rope, dict):
@@ -92,11 +90,8 @@ def _rope(config, file):
 
 
 def write_config(config, path, dtype):
-    """Write config.json into folder `path` so that transformers 4 and 5 both read it correctly.
-
-    `config` is what `read_config` gave, `dtype` (a torch.dtype or its name) what the weights are
-    stored in.
-    """
+    """Write `config`, as `read_config` gave it, into folder `path`, so that transformers 4 and 5
+    read it correctly. `dtype` (a torch.dtype or its name) is what the weights are stored in."""
     file = Path(path) / "config.json"
     name = str(dtype).removeprefix("torch.")
     rope = {"rope_type": "default", **(config.get("rope_scaling") or {}),

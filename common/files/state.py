@@ -5,9 +5,8 @@
     rng.safetensors         the states of PyTorch's random generators, a row for each rank
     state.json              the loop's own state: step, next pack, best loss ...
 
-By name, never by index: an optimizer that lists its parameters in another order would otherwise
-get the wrong moments. Sharded tensors are gathered one at a time, and on loading each rank takes
-its own rows again, whatever the number of ranks.
+By name, never by index, as an optimizer may list its parameters in another order. Sharded tensors
+are gathered one at a time; on loading each rank takes its own rows, whatever the number of ranks.
 """
 
 import json
@@ -69,11 +68,10 @@ def load_state(folder, model, optimizer, names=None):
     shapes_of_moments = {key: () if entry == "step" else parameter.shape
                          for key, (parameter, entry) in moments.items()}
     dtypes = {DTYPES[parameter.dtype] for parameter in parameters.values()}
-    problems = [tensor_problems(tensor_headers(folder, "model"), shapes, dtypes),
-                tensor_problems(headers, shapes_of_moments, dtypes | {"F32"})]
-    if any(problems):
-        raise CheckpointError(f"{folder}: does not fit this model and optimizer: "
-                              + "; ".join(filter(None, problems)))
+    problems = (tensor_problems(tensor_headers(folder, "model"), shapes, dtypes)
+                or tensor_problems(headers, shapes_of_moments, dtypes | {"F32"}))
+    if problems:
+        raise CheckpointError(f"{folder}: does not fit this model and optimizer: {problems}")
 
     for name, tensor in iter_tensors(folder, "model"):
         copy_into(parameters[name], tensor)

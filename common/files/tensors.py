@@ -24,12 +24,9 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 # --- in ---
 
 def iter_tensors(path, stem="model"):
-    """Every (name, tensor) in the safetensors files of folder `path`, one at a time, on the CPU.
-
-    Reads `<stem>.safetensors`, else the shards that `<stem>.safetensors.index.json` lists. Raises
-    UserError for files that are missing, truncated or otherwise broken; the index may name only
-    plain files, and nothing may be a link out of the folder.
-    """
+    """Every (name, tensor) in folder `path`, one at a time, on the CPU: from `<stem>.safetensors`,
+    else the shards that `<stem>.safetensors.index.json` lists. Raises UserError for files that are
+    missing, broken or not really in the folder."""
     for file in _files(Path(path), stem):
         with open_file(file) as tensors:
             for name in tensors.keys():
@@ -85,11 +82,9 @@ def _files(path, stem):
 
 
 def plain_file(folder, name):
-    """`folder / name`, after checking that it is a plain name of a file really in that folder.
-
-    What was downloaded may name `../` or link anywhere. The Hub's own cache does hold links,
-    from snapshots/<commit>/ into blobs/ beside it (or in the cache's root): those are accepted.
-    """
+    """`folder / name`, after checking that it is a plain name of a file really in that folder: what
+    was downloaded may name `../` or link anywhere. The Hub's own cache does hold links, from
+    snapshots/<commit>/ into blobs/ beside it (or in the cache's root): those are accepted."""
     folder = Path(folder).resolve()
     if {"/", "\\", "\0"} & set(name):
         raise UserError(f"{folder}: refused the file name {name!r}: it must be a plain name")
@@ -126,10 +121,10 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
     """Write an iterator of (name, tensor) into folder `path`, made if it is not there.
 
     One file `<stem>.safetensors`; if that would pass `max_shard_bytes`, several
-    `<stem>-00001-of-0000N.safetensors` with an index, as in transformers. Holds one shard in memory
-    at a time. Files of an earlier save under this stem are replaced. `metadata` (a dict of texts)
-    goes into every file's header. The same tensors give the same bytes. Collective, since the
-    iterator may gather; rank 0 writes, and if it fails, all raise.
+    `<stem>-00001-of-0000N.safetensors` with an index, as in transformers; one shard at a time is in
+    memory. They replace those of an earlier save, and have `metadata` (a dict of texts) in their
+    headers. The same tensors give the same bytes. Collective: the iterator may gather; rank 0
+    writes, and if it fails, all raise.
     """
     tensors = iter(tensors)
 

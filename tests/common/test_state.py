@@ -243,6 +243,7 @@ from torch import nn
 from faults import Faults, disk_full
 from common.errors import UserError
 from common.files import checkpoint, state
+from common.files.checkpoint import commit
 from common.ranks import all_sum, any_rank, copy_into, is_main, shard, start_ranks, stop_ranks
 
 def build(kind, ranks=None):
