@@ -81,12 +81,13 @@ def commit(folder, write, extra=None, bytes_needed=0):
 
 def _prepare(folder, tmp, bytes_needed):
     folder.parent.mkdir(parents=True, exist_ok=True)
-    recover(folder)
     for path in sorted(folder.parent.iterdir()):
-        both_steps = path.name[:5] == folder.name[:5] == "step-"
-        if path.suffix in (TMP, OLD) and (both_steps or path.stem == folder.name):
-            print(f"{path}: half-written or replaced, and left over: deleted", file=sys.stderr)
-            shutil.rmtree(path)
+        of_one_run = all(re.fullmatch(r"step-\d+|final", name) for name in (path.stem, folder.name))
+        if path.suffix in (TMP, OLD) and (of_one_run or path.stem == folder.name):
+            recover(path.with_suffix(""))
+            if path.exists():
+                print(f"{path}: half-written or replaced, and left over: deleted", file=sys.stderr)
+                shutil.rmtree(path)
     if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
         raise UserError(f"{folder}: is there and not ours to replace: choose another name")
     free = shutil.disk_usage(folder.parent).free

@@ -188,9 +188,12 @@ def test_what_is_not_ours_is_never_deleted(tmp_path):
 def test_half_written_leftovers_are_cleaned_loudly(tmp_path, capfd):
     (tmp_path / f"step-000005{TMP}").mkdir()
     (tmp_path / f"step-000005{TMP}" / "model.safetensors").write_bytes(b"half")
-    save(step_folder(tmp_path, 6), 6)
+    save(tmp_path / "final", 5)
     assert f"step-000005{TMP}: half-written" in capfd.readouterr().err
     assert leftovers(tmp_path) == []
+    (tmp_path / "final").rename(tmp_path / f"final{OLD}")  # ended between its two renames
+    save(step_folder(tmp_path, 6), 6)
+    assert leftovers(tmp_path) == [] and value_of(tmp_path / "final") == 5
 
 
 def test_an_error_inside_write_passes_through_and_leaves_nothing(tmp_path):
