@@ -17,7 +17,7 @@ from common import hub, weights
 from common.asking import terminal
 from common.data.chat import Chat
 from common.errors import located, run_main
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 from common.options import choose_device, choose_dtype
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 from packing import packed_sequence_collate_fn

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 
 from common import guard, hub, memory, predict, prepare, runs, weights
 from common.errors import located, run_main
-from common.files.checkpoint import latest, new_run_folder
-from common.files.manifest import verify
+from common.files.checkpoint import latest, new_run_folder, verify
 from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, parse, save_options

@@ -20,7 +20,7 @@ from common import hub, weights
 from common.adapters import peft
 from common.asking import terminal
 from common.errors import located, run_main
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 import lora
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 

@@ -24,8 +24,7 @@ from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.asking.generation import generate
 from common.errors import UserError, located, run_main
-from common.files.checkpoint import latest, new_run_folder
-from common.files.manifest import MARK, verify
+from common.files.checkpoint import MARK, latest, new_run_folder, verify
 from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, option, parse, save_options

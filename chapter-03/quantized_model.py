@@ -10,7 +10,7 @@ from torch import nn
 from common import hub, weights
 from common.adapters import peft
 from common.errors import UserError, located
-from common.files.manifest import MARK, verify
+from common.files.checkpoint import MARK, verify
 from common.files.tensors import iter_tensors, tensor_problems
 from bnb_files import DTYPES, is_bnb, iter_bnb
 from lora import apply_adapter

@@ -36,10 +36,10 @@ def nearest(word, candidates):
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def listed(words, most=8):
+def listed(words, most=8, separator=", "):
     """The first `most` of some words, and how many more there are."""
     words = list(words)
-    return ", ".join(words[:most] + [f"{len(words) - most} more"] * (len(words) > most))
+    return separator.join(words[:most] + [f"{len(words) - most} more"] * (len(words) > most))
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, writing
-from common.files.json_files import write_whole
+from common.files.json_files import read_bytes, write_whole
 from common.memory import readable_bytes
-from common.ranks import is_main
+from common.ranks import is_main, say
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
           "peak_memory_bytes", "mfu")
 HEADER = ("step", "loss", "lr", "grad norm", "tokens/s", "memory", "MFU", "time left")
-WIDTHS = (13, 9, 10, 10, 10, 11, 6, 11)  # 80 columns
+ROW = "{:>13}{:>9}{:>10}{:>10}{:>10}{:>11}{:>6}{:>11}"  # 80 columns
 
 
 class Metrics:
@@ -38,75 +38,67 @@ class Metrics:
         self.path = Path(run_folder) / "metrics.jsonl"
         self.total_steps, self.log_every = total_steps, log_every
         self.first = None  # (step, clock) of the first step seen: it compiles and does not count
-        self.board = self.file = None
-        self.evaluated = set()  # (step, *keys) of the lines that `start_step` has already
+        self.written = set()  # (step, *keys) of the lines that `start_step` has already
+        self.board = None
         if not is_main():
-            return
-        if tensorboard:
+            self.path = Path(os.devnull)
+        elif tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError("--tensorboard needs it: pip install tensorboard") from error
             self.board = SummaryWriter(str(self.path.with_name("tensorboard")),
                                        purge_step=start_step + 1 if start_step else None)
-        if self.path.exists() and not self.path.is_file():
-            raise UserError(f"{self.path}: not a regular file")
         with writing(self.path):
-            if self.path.exists():
-                self.evaluated = _cut(self.path, start_step)
+            if self.path.exists() and is_main():
+                self._cut(start_step)
             self.file = open(self.path, "a", encoding="ascii")
 
     def log_step(self, step, loss, lr, grad_norm, tokens, step_seconds, peak_memory_bytes=None,
-                 mfu=None):
-        """Report one optimizer step of `tokens` tokens; `mfu` is a fraction of 1. The first step,
-        the last and every `log_every`th go to the screen."""
-        if self.file is None:
-            return
+                 mfu=None, **more):
+        """Report one optimizer step of `tokens` tokens; `mfu` is a fraction of 1, and `more` goes
+        into metrics.jsonl too. The first step, the last and every `log_every`th are printed."""
         speed = tokens / step_seconds if step_seconds > 0 else None
         values = (step, loss, lr, grad_norm, tokens, speed, step_seconds, peak_memory_bytes, mfu)
-        line = self._write(dict(zip(FIELDS, values)), "train")
+        line = self._write({**dict(zip(FIELDS, values)), **more}, "train")
         now = time.perf_counter()
         if self.first is None:
             self.first = (step, now)
-            print(_row(HEADER), flush=True)
+            say(ROW.format(*HEADER))
         done = step - self.first[0]
         # By the clock since the first step, so evaluation and checkpoints count as well.
         pace = (now - self.first[1]) / done if done else step_seconds
         if step % self.log_every == 0 or done == 0 or step == self.total_steps:
-            print(_row((
+            say(ROW.format(
                 f"{step}/{self.total_steps}", _number(line["loss"], ".4f"),
-                _number(line["lr"], ".2e"), _number(line["grad_norm"], ".3f"),
-                _number(line["tokens_per_second"], ",.0f"),
-                readable_bytes(line["peak_memory_bytes"]), _number(line["mfu"], ".1%"),
-                tqdm.format_interval(pace * (self.total_steps - step)))), flush=True)
+                _number(lr, ".2e"), _number(line["grad_norm"], ".3f"), _number(speed, ",.0f"),
+                readable_bytes(peak_memory_bytes), _number(mfu, ".1%"),
+                tqdm.format_interval(pace * (self.total_steps - step))))
 
     def log_eval(self, step, **scores):
         """Report an evaluation, say log_eval(200, eval_loss=1.2, exact_match=0.9)."""
-        if self.file is None:
-            return
         line = self._write({"step": step, **scores}, "eval")
         shown = ", ".join(f"{name} {_number(line[name], '.4f')}" for name, score in scores.items()
                           if score is not None)
-        print(_row((f"{step}/{self.total_steps}",)) + f"  {shown}", flush=True)
+        say(f"{f'{step}/{self.total_steps}':>13}  {shown}")
 
     def sync(self):
         """Flush all lines to the disk; call it before saving a checkpoint."""
-        if self.file is not None:
+        if is_main():
             with writing(self.path):
                 os.fsync(self.file.fileno())
 
     def close(self):
         """Close the files; more calls do nothing."""
-        for file in (self.file, self.board):
-            if file is not None:
-                file.close()
-        self.file = self.board = None
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
 
     def _write(self, line, kind):
         """Write the line, null where not finite, unless it is in the file already; gives it."""
         line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in line.items()}
-        if (line["step"], *sorted(line)) in self.evaluated:
+        if (line["step"], *sorted(line)) in self.written:
             return line
         with writing(self.path):
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -117,32 +109,22 @@ class Metrics:
                     self.board.add_scalar(f"{kind}/{name}", value, line["step"])
         return line
 
-
-def _row(cells):
-    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS))
+    def _cut(self, start_step):
+        """Drop the lines after `start_step` from the file, and unreadable ones with a message."""
+        kept = []
+        lines = read_bytes(self.path, sys.maxsize).splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                content = json.loads(line if line.endswith(b"\n") else "")
+                if content["step"] <= start_step:
+                    kept.append(line)
+                if content["step"] == start_step:
+                    self.written.add((start_step, *sorted(content)))
+            except (ValueError, RecursionError, KeyError, TypeError):
+                print(f"{self.path}:{number}: not a whole line (a write was cut short): dropped",
+                      file=sys.stderr)
+        write_whole(self.path, b"".join(kept))
 
 
 def _number(value, form):
     return "-" if value is None else format(value, form)
-
-
-def _cut(path, start_step):
-    """Drop the lines after `start_step` from metrics.jsonl, and unreadable ones with a message.
-
-    Gives (step, *keys) of the lines of `start_step` itself, which stay.
-    """
-    kept, last = [], set()
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        try:
-            content = json.loads(line if line.endswith(b"\n") else "")
-            late = content["step"] > start_step
-        except (ValueError, RecursionError, KeyError, TypeError):
-            print(f"{path}:{number}: not a whole line (a write was cut short): dropped",
-                  file=sys.stderr)
-            continue
-        if not late:
-            kept.append(line)
-            if content["step"] == start_step:
-                last.add((start_step, *sorted(content)))
-    write_whole(path, b"".join(kept))
-    return last

@@ -1,17 +1,12 @@
 """What a run does outside its loop: saving a step, writing the result, stopping early."""
 
-import hashlib
-import json
 import shlex
 import signal
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from common import weights
-from common.files.checkpoint import prune, step_folder
-from common.files.commit import commit
-from common.files.manifest import MARK
+from common.files.checkpoint import MARK, commit, prune, step_folder
 from common.files.state import save_state
 from common.ranks import is_main, say, stop_ranks
 
@@ -23,15 +18,10 @@ def save_step(run, model, optimizer, state, options, names=None):
     """
     saved = [p for n, p in model.named_parameters() if names is None or n in names]
     needed = sum(p.numel() * (12 if p.requires_grad else 4) for p in saved)  # with two moments
-    decides = [(one.name, getattr(options, one.name)) for one in fields(options)
-               if one.metadata["result"]]  # the same hash, the same weights
-    extra = {"step": state["step"],
-             "config_hash": hashlib.sha256(json.dumps(decides).encode()).hexdigest()}
     folder = step_folder(run, state["step"])
     commit(folder, lambda temporary: save_state(temporary, model, optimizer, state, names),
-           extra, needed)
-    best = state["best_step"] if options.keep_best else None
-    prune(run, options.keep, best and step_folder(run, best))
+           {"step": state["step"]}, needed)
+    prune(run, options.keep, state["best_step"] if options.keep_best else None)
     return folder
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError, located, writing
+from common.files.checkpoint import verify
 from common.files.config import read_config, write_config
-from common.files.manifest import verify
 from common.files.tensors import (
     iter_tensors, plain_file, save_tensors, tensor_headers, tensor_problems)
 from common.ranks import copy_into, full_tensor, is_main

@@ -17,7 +17,7 @@ from helpers import ROOT, load
 
 from common import prepare
 from common.files import checkpoint
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes", "mfu")
 CONFIG = dict(
@@ -124,7 +124,7 @@ def metrics(run):
 
 
 def files(folder):
-    """{name: bytes} of a folder, without the manifest; final.tmp and the like must not be there."""
+    """{name: bytes} of a folder, without the manifest; final.bareloop-tmp and the like must not be there."""
     verify(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()
             if path.name != "manifest.json"}
@@ -142,7 +142,7 @@ def assert_equal(run, undisturbed, steps=STEPS):
     """Fails unless the finished `run` is the undisturbed one: weights, moments, random states,
     state, tokenizer, bit for bit, and the logged numbers. Nothing half-written may be left."""
     more = {path.name for path in run.iterdir()} ^ {path.name for path in undisturbed.iterdir()}
-    assert not [name for name in more if name.endswith((".tmp", ".replaced", ".new"))], more
+    assert not [name for name in more if name.endswith(("-tmp", "-old", ".new"))], more
     assert more <= {path.name for path in run.glob("step-*")}, more  # one not yet pruned
     whole_steps(run)
     for name in (f"step-{steps:06d}", "final"):

@@ -19,7 +19,7 @@ import kill
 
 from common.errors import UserError
 from common.files import checkpoint
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_incident_19_a_disk_that_fills_up_at_any_size_of_any_file(sweep, tmp_pat
         code, line = within(["--resume", run], lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
         assert code == 2 and "File too large" in line and "\n" not in line, (limit, line)
-        assert not list(run.glob("*.tmp*")) or "step-" not in line, (limit, line)
+        assert not list(run.glob("*.bareloop-tmp*")) or "step-" not in line, (limit, line)
         assert verify(whole)["extra"]["step"] == 4, limit
         if "step-" in line or "final" in line:
             assert "needed" in line and "free" in line and "intact" in line, (limit, line)
@@ -104,7 +104,7 @@ def test_a_read_only_folder_is_one_clear_line(sweep, tmp_path):
     shutil.copytree(sweep.undisturbed, run)
     shutil.rmtree(run / "step-000006")
     for folder, arguments, words in (
-            (tmp_path, [*sweep.options, "--out", tmp_path / "new"], f"{tmp_path / 'new'}: cannot"),
+            (tmp_path, [*sweep.options, "--out", tmp_path / "new"], f"{tmp_path / 'new'} (--out chooses another place): cannot"),
             (run, ["--resume", run], "train_config.json: cannot")):
         os.chmod(folder, 0o555)
         try:

@@ -16,7 +16,7 @@ import flip
 from common import weights
 from common.adapters import peft
 from common.files import checkpoint
-from common.files.manifest import CheckpointError, verify
+from common.files.checkpoint import CheckpointError, verify
 
 
 @pytest.fixture(scope="module")

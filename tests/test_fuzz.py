@@ -22,8 +22,8 @@ from common.adapters import peft
 from common.data.chat import Chat
 from common.errors import UserError, run_main
 from common.files import checkpoint
+from common.files.checkpoint import verify
 from common.files.config import write_config
-from common.files.manifest import verify
 from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, parse

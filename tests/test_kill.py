@@ -15,7 +15,7 @@ import kill
 import small_runs
 import soak
 
-from common.files.manifest import seal
+from common.files.checkpoint import seal
 
 DROPOUT = ("--dropout", "0.2", "--rank", "2")
 SCORED = ("--data", "tiny", "--eval-every", "6")

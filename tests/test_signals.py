@@ -18,7 +18,7 @@ from common.data import encode
 from common.data.chat import Chat
 from common.errors import run_main
 from common.files import checkpoint, state
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 
 SIGNALS = [("SIGTERM", 143), ("SIGINT", 130)]
 
@@ -130,7 +130,7 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_whole_checkpoint(
     assert code == 130 and text.count("once more to stop at once") == 1, text
     assert "interrupted" in text and "Traceback" not in text
     assert checkpoint.latest(run) == checkpoint.step_folder(run, step)
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob("*.bareloop-tmp"))
     assert small_runs.start(["--resume", run])[0] == 0
     small_runs.assert_equal(run, whole)
 

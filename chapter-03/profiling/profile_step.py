@@ -26,8 +26,7 @@ import buckets
 import operators
 from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
-from common.files.checkpoint import new_run_folder
-from common.files.manifest import verify
+from common.files.checkpoint import new_run_folder, verify
 from common.memory import keep_freed, readable_bytes
 from common.options import option, parse
 from common.ranks import world_size

@@ -9,8 +9,7 @@ from common import runs, weights
 from common.adapters.peft import tokenizer_folders
 from common.data.chat import Chat
 from common.errors import UserError
-from common.files.commit import commit
-from common.files.manifest import MARK
+from common.files.checkpoint import MARK, commit
 from common.options import Parser
 
 SAMPLE = "List three colours, the days of the week, and what 12 plus 30 is."

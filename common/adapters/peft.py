@@ -15,8 +15,8 @@ import torch
 
 from common.adapters.targets import linear_layers
 from common.errors import UserError
+from common.files.checkpoint import verify
 from common.files.json_files import read_json
-from common.files.manifest import verify
 from common.files.tensors import (
     iter_tensors, open_file, save_tensors, tensor_headers, tensor_problems)
 from common.ranks import copy_into, full_tensor, is_main

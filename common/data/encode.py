@@ -26,7 +26,7 @@ from common.data.parts import LeftOut
 from common.data.readers import Records
 from common.data.template import Refused
 from common.errors import UserError, listed, printable, writing
-from common.files import manifest
+from common.files import checkpoint
 from common.files.json_files import write_whole
 from common.ranks import is_main, say
 
@@ -207,7 +207,7 @@ def cached(make, key, files=(), title="data"):
     time. A damaged entry is made again, with a warning. Of several processes, one makes the data
     and the others wait for it.
     """
-    contents = [(Path(file).suffix, manifest.fingerprint(file)) for file in [*CODE, *files]]
+    contents = [(Path(file).suffix, checkpoint.fingerprint(file)) for file in [*CODE, *files]]
     name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     path = home / "bareloop" / "encoded" / name
@@ -222,7 +222,7 @@ def cached(make, key, files=(), title="data"):
                     shutil.rmtree(left_over)
         try:
             if path.is_dir():
-                notes = manifest.verify(path)["extra"]["notes"]
+                notes = checkpoint.verify(path)["extra"]["notes"]
                 tokens, documents = path / "tokens", np.fromfile(path / "documents", DOCUMENT)
                 return Encoded(np.memmap(tokens, TOKEN, "r"), documents, notes).announce(title)
         except (UserError, LookupError):
@@ -235,8 +235,9 @@ def cached(make, key, files=(), title="data"):
         with open(Path(new, "tokens"), "w+b") as file:
             made = make(file)
         made.documents.tofile(Path(new, "documents"))
-        prints = {file.name: manifest.fingerprint(file) for file in Path(new).iterdir()}
-        write_whole(Path(new, manifest.MANIFEST), manifest.encoded(prints, {"notes": made.notes}))
+        prints = {file.name: checkpoint.fingerprint(file) for file in Path(new).iterdir()}
+        text = checkpoint.encoded(prints, {"notes": made.notes})
+        write_whole(Path(new, checkpoint.MANIFEST), text)
         shutil.rmtree(path, ignore_errors=True)  # what was damaged
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(new, path)

@@ -1,51 +1,263 @@
-"""A run's folder and the checkpoints in it: made, found again, pruned.
+"""Folders that appear at once and whole, and in which later damage is noticed.
 
     python -m common.files.checkpoint verify DIR      check a folder against its manifest
     python -m common.files.checkpoint seal DIR        write the manifest anew after an edit by hand
 
-Under torchrun all ranks call `new_run_folder`, `latest` and `prune`: rank 0 alone touches the disk,
-all get its answer, and if it fails all raise.
+`commit` writes `name.bareloop-tmp/`, flushes every file, then manifest.json (the size and SHA-256
+of each, and of itself), renames the folder to `name/` and flushes the parent. A folder that had the
+name is `name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back.
+What else an interrupted commit leaves behind, the next one removes. The headers of the safetensors
+have a mark, so that a lost manifest is noticed too; a folder from elsewhere has neither, and passes
+`verify`.
 """
 
 import argparse
 import contextlib
+import errno
+import functools
+import hashlib
 import itertools
+import json
 import os
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
-from common.errors import UserError, run_main
-from common.files.commit import in_run, remove
-from common.files.manifest import CheckpointError, MANIFEST, recover, seal, sibling, verify
-from common.ranks import on_main
+import torch
 
+from common.errors import UserError, run_main, writing
+from common.files.json_files import read_bytes, write_whole
+from common.files.tensors import open_file
+from common.memory import readable_bytes
+from common.ranks import is_main, on_all_ranks, on_main, world_size
+
+MANIFEST = "manifest.json"
+MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
+TMP, OLD = ".bareloop-tmp", ".bareloop-old"  # nobody else's names: what has them may be deleted
+LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
+_known = {}  # (device, inode, size, time) of a file -> its fingerprint
+
+
+class CheckpointError(UserError):
+    """A folder that is damaged, incomplete, or does not fit the model."""
+
+
+# --- written ---
+
+def commit(folder, write, extra=None, bytes_needed=0):
+    """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
+
+    `extra` (JSON, say the step) goes into the manifest. A folder of ours that is there is replaced;
+    after an interruption the old or the new one is. Raises UserError if it is not ours, or if space
+    (`bytes_needed`) or permission is missing: then nothing half-written stays, and what was there
+    before does. All ranks call `write`, which may gather tensors; rank 0's files count.
+    """
+    folder = Path(os.path.abspath(folder))
+    tmp = sibling(folder, TMP)
+    try:
+        with writing(folder):
+            on_main(lambda: _prepare(folder, tmp, bytes_needed))
+            on_all_ranks(lambda: write(tmp))
+            on_main(lambda: _publish(folder, tmp, extra or {}))
+    except UserError as error:
+        # By its text, as safetensors' own error has no number.
+        if not (is_main() and tmp.is_dir() and any(text in str(error) for text in FULL)):
+            raise
+        written = sum(path.stat().st_size for path in tmp.iterdir())
+        raise UserError(
+            f"{error}: {readable_bytes(written)} written of at least"
+            f" {readable_bytes(max(bytes_needed, written))} needed,"
+            f" {readable_bytes(shutil.disk_usage(tmp).free)} free; what was saved before is intact:"
+            " free some space or lower --keep, then go on with --resume") from error
+    finally:
+        if is_main():
+            shutil.rmtree(tmp, ignore_errors=True)
+            with contextlib.suppress(OSError):  # then `verify` does it
+                recover(folder)
+
+
+def _prepare(folder, tmp, bytes_needed):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.parent.iterdir()):
+        of_one_run = all(re.fullmatch(r"step-\d+|final", name) for name in (path.stem, folder.name))
+        if path.suffix in (TMP, OLD) and (of_one_run or path.stem == folder.name):
+            recover(path.with_suffix(""))
+            if path.exists():
+                print(f"{path}: half-written or replaced, and left over: deleted", file=sys.stderr)
+                shutil.rmtree(path)
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
+        raise UserError(f"{folder}: is there and not ours to replace: choose another name")
+    free = shutil.disk_usage(folder.parent).free
+    if free < bytes_needed:
+        raise UserError(
+            f"{folder.parent}: not enough disk space: {readable_bytes(bytes_needed)} needed,"
+            f" {readable_bytes(free)} free; free some, lower --keep, or choose another --out")
+    tmp.mkdir()
+
+
+def _publish(folder, tmp, extra):
+    files = {path.name: fingerprint(path, flush=True) for path in sorted(tmp.iterdir())}
+    about = {"world_size": world_size(), "versions": {"torch": str(torch.__version__)}}
+    write_whole(tmp / MANIFEST, encoded(files, about | extra))
+    _flush_names(tmp)
+    if folder.exists():
+        os.rename(folder, sibling(folder, OLD))
+    os.rename(tmp, folder)
+    _flush_names(folder.parent)
+    shutil.rmtree(sibling(folder, OLD), ignore_errors=True)
+
+
+def _flush_names(folder):
+    """Flush the names of the files in `folder` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def recover(folder):
+    """Put `folder` back if a commit was interrupted between its two renames."""
+    old = sibling(folder, OLD)
+    if old.exists() and not os.path.lexists(folder):
+        os.rename(old, folder)
+        print(f"{folder}: put back after a replacement that was cut short", file=sys.stderr)
+
+
+def sibling(folder, suffix):
+    """`runs/x/final` and ".bareloop-tmp" give `/…/runs/x/final.bareloop-tmp`."""
+    return Path(os.path.abspath(folder) + suffix)
+
+
+def seal(folder):
+    """Write the manifest of `folder` anew, after an edit by hand; gives the number of files.
+    Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
+    """
+    folder = Path(folder)
+    for path in folder.glob("*.safetensors"):
+        with open_file(path):
+            pass
+    with writing(folder / MANIFEST):
+        files = {path.name: fingerprint(path) for path in folder.iterdir()
+                 if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".new")}
+        before = read_manifest(folder) or {"extra": {}}
+        write_whole(folder / MANIFEST, encoded(files, before["extra"]))
+    return len(files)
+
+
+# --- checked ---
+
+def verify(folder):
+    """The manifest of `folder`, after checking every file against it: a dict with `files` (name ->
+    size and sha256) and `extra` (world_size, versions and what else the commit was given).
+
+    A folder that we did not write gives {}. Raises CheckpointError, naming the file, for anything
+    missing, changed or added. An interrupted replacement is repaired first.
+    """
+    folder = Path(folder)
+    try:
+        recover(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        manifest = read_manifest(folder)
+        if manifest is None and not is_ours(folder):
+            return {}
+        problem = _problem(folder, manifest)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    if problem:
+        raise CheckpointError(
+            f"{problem}; copy the folder again, or use another one; if you changed it yourself,"
+            f" seal it: python -m common.files.checkpoint seal {folder}")
+    return manifest
+
+
+def _problem(folder, manifest):
+    """The first file of `folder` that is not as `manifest` says, and why; "" if all are."""
+    if manifest is None:
+        return f"{folder / MANIFEST}: missing or damaged"
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    for name, expected in manifest["files"].items():
+        if name not in there:
+            return f"{folder / name}: missing"
+        if fingerprint(folder / name) != expected:
+            return f"{folder / name}: its content has changed"
+    for name in sorted(there - manifest["files"].keys() - {MANIFEST}):
+        if name.endswith(LOADABLE):
+            return f"{folder / name}: was not there when the folder was written"
+    return ""
+
+
+def is_ours(folder):
+    """True if we wrote this folder, as a whole manifest or the mark in a header says."""
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(UserError), open_file(path) as tensors:
+            if "bareloop" in (tensors.metadata() or {}):
+                return True
+    return read_manifest(folder) is not None
+
+
+def read_manifest(folder):
+    """The manifest of `folder` if it is undamaged, else None. The other files are not looked at."""
+    try:
+        text = read_bytes(folder / MANIFEST)
+        manifest = json.loads(text)
+        whole = encoded(manifest["files"], manifest["extra"]) == text
+    except (UserError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return manifest if whole and isinstance(manifest["files"], dict) else None
+
+
+def encoded(files, extra):
+    """The bytes of a manifest, in the only form that is accepted: `files` is {name: its
+    `fingerprint`}, `extra` is JSON."""
+    dumps = functools.partial(json.dumps, indent=1, sort_keys=True, allow_nan=False)
+    body = {"bareloop": 1, "files": files, "extra": extra}
+    body["sha256"] = hashlib.sha256(dumps(body).encode()).hexdigest()
+    return dumps(body).encode() + b"\n"
+
+
+def fingerprint(path, flush=False):
+    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards. A process does not
+    read a file again that has not changed since."""
+    with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        stat = os.fstat(file.fileno())
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key in _known:
+            return _known[key]
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    found = {"size": stat.st_size, "sha256": digest.hexdigest()}
+    if time.time() - stat.st_mtime > 2:  # a file just written may change with its time unchanged
+        _known[key] = found
+    return found
+
+
+# --- the folder of a run: all ranks call these, rank 0 alone touches the disk ---
 
 def new_run_folder(chapter, out=None):
-    """Make the folder of a new run and give its path.
-
-    It is `runs/<chapter>/001` (`chapter` is say "chapter-01") under the current directory, or the
-    next number after those there; `out` names it exactly. Raises UserError if a run is in `out`
-    already, or if it cannot be written.
-    """
+    """Make the folder of a new run and give its path: `runs/<chapter>/001` (`chapter` is say
+    "chapter-01") under the current directory, or the next number after those there, or just `out`.
+    Raises UserError if a run is in `out` already, or if it cannot be written."""
     folder = Path(out or f"runs/{chapter}")
 
     def make():
-        if out is not None and _is_run(folder):
-            raise UserError(f"{out}: a run is there already: go on with it by --resume {out}, or"
-                            " choose another --out")
-        try:
+        with writing(f"{folder} (--out chooses another place)"):
             folder.mkdir(parents=True, exist_ok=True)
-            if out is not None:
-                return 0
-            taken = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-            for number in itertools.count(max(taken, default=0) + 1):
+            names = os.listdir(folder)
+            taken = [int(name) for name in names if name.isdecimal()]
+            for number in itertools.count(max(taken, default=0) + 1) if out is None else ():
                 with contextlib.suppress(FileExistsError):  # another run was faster
                     (folder / f"{number:03d}").mkdir()
                     return number
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another place"
-                            " with --out") from error
+        of_a_run = r"train_config\.json|metrics\.jsonl|(step-\d{6,}|final)(\..*)?"
+        if any(re.fullmatch(of_a_run, name) for name in names):
+            raise UserError(f"{out}: a run is there already: go on with it by --resume {out}, or"
+                            " choose another --out")
 
     number = on_main(make)
     return folder / f"{number:03d}" if number else folder
@@ -56,55 +268,54 @@ def step_folder(run, step):
     return Path(run) / f"step-{step:06d}"
 
 
-def _is_run(folder):
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return any(name in ("train_config.json", "metrics.jsonl") or in_run(name) for name in names)
-
-
 def _steps(run):
-    """Every step-N/ of the run, whole or not, newest first."""
-    steps = [int(name[5:]) for name in os.listdir(run) if re.fullmatch("step-[0-9]{6,12}", name)]
-    return [step_folder(run, step) for step in sorted(steps, reverse=True)]
+    """The N of every step-N/ of the run, whole or not, newest first."""
+    names = [name for name in os.listdir(run) if re.fullmatch("step-[0-9]{6,12}", name)]
+    return sorted((int(name[5:]) for name in names), reverse=True)
+
+
+def _whole_steps(run):
+    """The same of the whole ones; reports on stderr which it had to skip."""
+    for step in _steps(run):
+        folder = step_folder(run, step)
+        try:
+            if not verify(folder):
+                raise CheckpointError(f"{folder}: no {MANIFEST}")
+            yield step
+        except CheckpointError as error:
+            print(f"skipped a damaged checkpoint: {error}", file=sys.stderr)
 
 
 def latest(run):
     """The newest whole step-N/ of a run folder, or None; reports on stderr which it had to skip."""
     def find():
-        for old in Path(run).glob("*.replaced"):
+        for old in Path(run).glob(f"*{OLD}"):
             recover(old.with_suffix(""))
-        return next((int(folder.name[5:]) for folder in _steps(run) if _is_whole(folder)), -1)
+        step = next(_whole_steps(run), -1)
+        if step < 0 and _steps(run):
+            print(f"{run}: no whole checkpoint is left: from the beginning", file=sys.stderr)
+        return step
 
     step = on_main(find)
     return None if step < 0 else step_folder(run, step)
 
 
 def prune(run, keep, best=None):
-    """Delete the step folders older than the newest `keep` (at least 1) whole ones, except `best`.
+    """Delete the steps older than the newest `keep` (at least 1) whole ones, except step `best`.
     Damaged ones do not count. Call it after a commit."""
     def delete():
-        whole = 0
-        for folder in _steps(run):
-            if whole < max(keep, 1):
-                whole += _is_whole(folder)
-            elif best is None or folder.name != best.name:
-                leftover = sibling(folder, ".tmp")  # in case the deletion is interrupted
+        oldest = next(itertools.islice(_whole_steps(run), max(keep, 1) - 1, None), 0)
+        for step in _steps(run):
+            if step < oldest and step != best:
+                folder = step_folder(run, step)
+                leftover = sibling(folder, TMP)  # in case the deletion is interrupted
                 try:
                     os.rename(folder, leftover)
-                    remove(leftover)
+                    shutil.rmtree(leftover)
                 except OSError as error:  # not a reason to end a run
                     print(f"{folder}: old, but cannot be deleted: {error}", file=sys.stderr)
 
     on_main(delete)
-
-
-def _is_whole(folder):
-    try:
-        if verify(folder):
-            return True
-        print(f"skipped {folder}: it has no {MANIFEST}", file=sys.stderr)
-    except CheckpointError as error:
-        print(f"skipped a damaged checkpoint: {error}", file=sys.stderr)
-    return False
 
 
 def main():
@@ -114,10 +325,10 @@ def main():
     chosen = parser.parse_args()
     if chosen.action == "seal":
         print(f"{chosen.folder}: {seal(chosen.folder)} files sealed")
-    elif found := verify(chosen.folder):
-        print(f"{chosen.folder}: {len(found['files'])} files, all as written")
-    else:
-        print(f"{chosen.folder}: no manifest: not written by bareloop")
+        return
+    found = verify(chosen.folder)
+    print(f"{chosen.folder}: " + (f"{len(found['files'])} files, all as written" if found else
+                                  "no manifest: not written by bareloop"))
 
 
 if __name__ == "__main__":

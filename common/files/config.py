@@ -28,10 +28,9 @@ def read_config(path):
     """The config.json of folder `path` as a dict, in one dialect whichever it was written in.
 
     It always has `rope_theta` (float) and `rope_scaling` (None, or a dict with `rope_type` and
-    without theta), never `rope_parameters`. If they are absent, `head_dim`, `num_key_value_heads`
-    (null: all heads) and `max_position_embeddings` follow the family's rule. Every other key is as
-    in the file. Raises UserError for a file that is missing or broken; the types of values are for
-    the model's own config to check.
+    without theta), never `rope_parameters`; `head_dim`, `num_key_value_heads` (null: all heads) and
+    `max_position_embeddings` follow the family's rule if absent. Every other key is as in the file.
+    Raises UserError for a file that is missing or broken; types are for the model's own config.
     """
     file = Path(path) / "config.json"
     if not file.exists():
@@ -39,52 +38,14 @@ def read_config(path):
         raise UserError(f"{path}: " + (
             "an adapter, not a model: it goes with --adapter, or merge it first" if adapter else
             "no config.json here, so this is not a model folder"))
-    return _normalise(read_json(file), file)
-
-
-def write_config(config, path, dtype):
-    """Write config.json into folder `path` so that transformers 4 and 5 both read it correctly.
-
-    `config` is what `read_config` gave, `dtype` (a torch.dtype or its name) what the weights are
-    stored in.
-    """
-    file = Path(path) / "config.json"
-    config = _normalise(config, file)
-    name = str(dtype).removeprefix("torch.")
-    rope = {"rope_type": "default", **(config["rope_scaling"] or {}),
-            "rope_theta": config["rope_theta"]}
-    config |= {"rope_parameters": rope, "dtype": name, "torch_dtype": name}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with writing(file):
-        file.write_text(text, encoding="utf-8")
-
-
-def _normalise(config, file):
-    """Bring `config` into the one form that `read_config` promises."""
-    ropes = [config.get("rope_parameters"), config.get("rope_scaling")]
-    config = {key: value for key, value in config.items() if key != "rope_parameters"}
+    config = read_json(file)
     layers, width, heads = (config.get(key) for key in (
         "num_hidden_layers", "hidden_size", "num_attention_heads"))
     if type(layers) is int and layers > MOST_LAYERS:
         raise UserError(f"{file}: num_hidden_layers must be at most {MOST_LAYERS}")
     if not isinstance(config.get("model_type", ""), str):
         raise UserError(f"{file}: model_type={config['model_type']!r} is not text")
-    for rope in ropes:
-        if rope is not None and not isinstance(rope, dict):
-            raise UserError(f"{file}: rope_scaling must be null or an object, not {rope!r}")
-        if any(isinstance(value, dict) for value in (rope or {}).values()):
-            raise UserError(f"{file}: rope_parameters that differ between layers are not supported")
-    ropes = [rope for rope in ropes if rope]
-    thetas = [one["rope_theta"] for one in (*ropes, config) if one.get("rope_theta") is not None]
-    scalings = [_scaling(rope) for rope in ropes]
-    for name, values in (("rope_theta", thetas), ("RoPE scaling", scalings)):
-        if any(value != values[0] for value in values):  # edited in one dialect only
-            raise UserError(
-                f"{file}: two different values of {name}: {values[0]} and {values[-1]};"
-                " rope_parameters, rope_scaling and rope_theta must agree")
-    theta = thetas[0] if thetas else 10000.0
-    config["rope_theta"] = float(theta) if type(theta) is int else theta
-    config["rope_scaling"] = scalings[0] if scalings else None
+    config["rope_theta"], config["rope_scaling"] = _rope(config, file)
     for key, value in {**config, **(config["rope_scaling"] or {})}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{file}: {key} is {value}, not a number")
@@ -93,10 +54,9 @@ def _normalise(config, file):
     if "max_position_embeddings" in family:
         config.setdefault("max_position_embeddings", family["max_position_embeddings"])
     if type(width) is type(heads) is int and heads > 0:
-        if "num_key_value_heads" not in config:
-            config["num_key_value_heads"] = min(heads, family.get("num_key_value_heads", heads))
-        elif config["num_key_value_heads"] is None:
-            config["num_key_value_heads"] = heads
+        groups = config.setdefault(
+            "num_key_value_heads", min(heads, family.get("num_key_value_heads", heads)))
+        config["num_key_value_heads"] = heads if groups is None else groups
         if config.get("head_dim") is None:
             if "head_dim" not in family and width % heads:
                 raise UserError(f"{file}: no head_dim, and hidden_size {width} is not a multiple of"
@@ -105,13 +65,41 @@ def _normalise(config, file):
     return config
 
 
-def _scaling(rope):
-    """One RoPE entry of either dialect without its theta; None if it changes nothing."""
-    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "type")}
-    rest["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    if rest.get("partial_rotary_factor") == 1:
-        del rest["partial_rotary_factor"]
-    return None if rest == {"rope_type": "default"} else rest
+def _rope(config, file):
+    """(theta, scaling) from either dialect; takes `rope_parameters` out of `config`."""
+    thetas, scalings = [config.get("rope_theta")], []
+    for rope in (config.pop("rope_parameters", None), config.get("rope_scaling")):
+        if rope is not None and not isinstance(rope, dict):
+            raise UserError(f"{file}: rope_scaling must be null or an object, not {rope!r}")
+        if any(isinstance(value, dict) for value in (rope or {}).values()):
+            raise UserError(f"{file}: rope_parameters that differ between layers are not supported")
+        if rope:
+            scaling = {"rope_type": rope.get("type", "default"), **rope}
+            thetas.append(scaling.pop("rope_theta", None))
+            scaling.pop("type", None)
+            if scaling.get("partial_rotary_factor") == 1:
+                del scaling["partial_rotary_factor"]
+            scalings.append(None if scaling == {"rope_type": "default"} else scaling)
+    thetas = [theta for theta in thetas if theta is not None] or [10000.0]
+    scalings = scalings or [None]
+    for name, values in (("rope_theta", thetas), ("RoPE scaling", scalings)):
+        if any(value != values[0] for value in values):  # edited in one dialect only
+            raise UserError(
+                f"{file}: two different values of {name}: {values[0]} and {values[-1]};"
+                " rope_parameters, rope_scaling and rope_theta must agree")
+    return float(thetas[0]) if type(thetas[0]) is int else thetas[0], scalings[0]
+
+
+def write_config(config, path, dtype):
+    """Write `config`, as `read_config` gave it, into folder `path`, so that transformers 4 and 5
+    read it correctly. `dtype` (a torch.dtype or its name) is what the weights are stored in."""
+    file = Path(path) / "config.json"
+    name = str(dtype).removeprefix("torch.")
+    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}),
+            "rope_theta": config["rope_theta"]}
+    config = {**config, "rope_parameters": rope, "dtype": name, "torch_dtype": name}
+    with writing(file):
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_fields(cls, config, where=""):

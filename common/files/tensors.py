@@ -9,25 +9,24 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.errors import UserError, writing
+from common.errors import UserError, listed, writing
 from common.files.json_files import read_json
 from common.ranks import is_main, on_all_ranks
 
-FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
+# The floating-point ones, as safetensors spells them.
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 # --- in ---
 
 def iter_tensors(path, stem="model"):
-    """Every (name, tensor) in the safetensors files of folder `path`, one at a time, on the CPU.
-
-    Reads `<stem>.safetensors`, else the shards that `<stem>.safetensors.index.json` lists. Raises
-    UserError for files that are missing, truncated or otherwise broken; the index may name only
-    plain files, and nothing may be a link out of the folder.
-    """
+    """Every (name, tensor) in folder `path`, one at a time, on the CPU: from `<stem>.safetensors`,
+    else the shards that `<stem>.safetensors.index.json` lists. Raises UserError for files that are
+    missing, broken or not really in the folder."""
     for file in _files(Path(path), stem):
         with open_file(file) as tensors:
             for name in tensors.keys():
@@ -47,10 +46,10 @@ def tensor_headers(path, stem="model"):
     return headers
 
 
-def tensor_problems(headers, wanted, loadable=FLOATING):
+def tensor_problems(headers, wanted, loadable=DTYPES.values()):
     """Why the tensors of `headers` (see `tensor_headers`) are not the `wanted` ones, {name: shape},
     with one of the dtypes `loadable`: at most four reasons; "" if they are."""
-    problems = [f"{what} {listing(names)}" for what, names in (
+    problems = [f"{what} {listed(sorted(names), 3)}" for what, names in (
         ("missing", wanted.keys() - headers.keys()),
         ("unexpected", headers.keys() - wanted.keys())) if names]
     for name in sorted(wanted.keys() & headers.keys()):
@@ -58,16 +57,8 @@ def tensor_problems(headers, wanted, loadable=FLOATING):
         if shape != tuple(wanted[name]):
             problems.append(f"{name} has shape {shape}, not {tuple(wanted[name])}")
         elif dtype not in loadable:
-            kind = "floating point" if loadable is FLOATING else " or ".join(sorted(loadable))
-            problems.append(f"{name} is {dtype}, not {kind}")
-    return "; ".join(problems[:4] + [f"and {len(problems) - 4} more"] * (len(problems) > 4))
-
-
-def listing(names):
-    """The first three of some names, and how many more there are, for an error message."""
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+            problems.append(f"{name} is {dtype}, not {' or '.join(sorted(loadable))}")
+    return listed(problems, 4, "; ")
 
 
 def _files(path, stem):
@@ -91,17 +82,14 @@ def _files(path, stem):
 
 
 def plain_file(folder, name):
-    """`folder / name`, after checking that it is a plain name of a file really in that folder.
-
-    What was downloaded may name `../` or link anywhere. The Hub's own cache does hold links,
-    from snapshots/<commit>/ into blobs/ beside it (or in the cache's root): those are accepted.
-    """
+    """`folder / name`, after checking that it is a plain name of a file really in that folder: what
+    was downloaded may name `../` or link anywhere. The Hub's own cache does hold links, from
+    snapshots/<commit>/ into blobs/ beside it (or in the cache's root): those are accepted."""
     folder = Path(folder).resolve()
-    too_long = len(name.encode("utf-8", "replace")) > 255
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or too_long:
+    if {"/", "\\", "\0"} & set(name):
         raise UserError(f"{folder}: refused the file name {name!r}: it must be a plain name")
     file = folder / name
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{file}: no such file; the download or copy may be incomplete")
     homes = [folder]
     if folder.parent.name == "snapshots":
@@ -133,10 +121,10 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
     """Write an iterator of (name, tensor) into folder `path`, made if it is not there.
 
     One file `<stem>.safetensors`; if that would pass `max_shard_bytes`, several
-    `<stem>-00001-of-0000N.safetensors` with an index, as in transformers. Holds one shard in memory
-    at a time. Files of an earlier save under this stem are replaced. `metadata` (a dict of texts)
-    goes into every file's header. The same tensors give the same bytes. Collective, since the
-    iterator may gather; rank 0 writes, and if it fails, all raise.
+    `<stem>-00001-of-0000N.safetensors` with an index, as in transformers; one shard at a time is in
+    memory. They replace those of an earlier save, and have `metadata` (a dict of texts) in their
+    headers. The same tensors give the same bytes. Collective: the iterator may gather; rank 0
+    writes, and if it fails, all raise.
     """
     tensors = iter(tensors)
 
@@ -144,7 +132,8 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
         try:
             if is_main():
                 with writing(path):
-                    _write(tensors, Path(path), metadata or {}, max_shard_bytes, stem)
+                    _write(tensors, Path(path), {"format": "pt", **(metadata or {})},
+                           max_shard_bytes, stem)
         finally:
             for _ in tensors:  # the other ranks go on gathering: keep step with them
                 pass
@@ -156,39 +145,34 @@ def _write(tensors, path, metadata, max_shard_bytes, stem):
     path.mkdir(parents=True, exist_ok=True)
     parts, weight_map, total = [], {}, 0
     for shard in _grouped(tensors, max_shard_bytes):
-        part = path / f"{stem}.part{len(parts)}.safetensors"
-        part.touch()
-        mode = part.stat().st_mode  # safetensors would leave it readable by its owner only
-        try:
-            save_file(shard, part, {"format": "pt", **metadata})
-        except SafetensorError as error:
-            raise UserError(f"{part}: cannot be written: {error}") from error
-        part.chmod(mode)
-        _sort_metadata(part)
-        parts.append((part, list(shard)))
+        parts.append((path / f"{stem}.part{len(parts)}.safetensors", list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
+        _save_shard(shard, parts[-1][0], metadata)
         del shard  # before the next one is gathered
 
-    index = path / f"{stem}.safetensors.index.json"
-    for old in (index, path / f"{stem}.safetensors", *path.glob(f"{stem}-*-of-*.safetensors")):
+    single, index = (path / f"{stem}.safetensors{suffix}" for suffix in ("", ".index.json"))
+    for old in (single, index, *path.glob(f"{stem}-*-of-*.safetensors")):
         old.unlink(missing_ok=True)
-    if len(parts) == 1:
-        part.rename(path / f"{stem}.safetensors")
-        return
     for number, (part, names) in enumerate(parts, 1):
-        file = f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
-        part.rename(path / file)
-        weight_map |= dict.fromkeys(names, file)
-    contents = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        file = path / f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
+        part.rename(file if len(parts) > 1 else single)
+        weight_map |= dict.fromkeys(names, file.name)
+    if len(parts) > 1:
+        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sort_metadata(file):
-    """Put the metadata in `file`, which safetensors writes in a random order, into a fixed one."""
-    with open(file, "r+b") as opened:
+def _save_shard(shard, file, metadata):
+    file.touch()
+    mode = file.stat().st_mode  # safetensors would leave it readable by its owner only
+    try:
+        save_file(shard, file, metadata)
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be written: {error}") from error
+    file.chmod(mode)
+    with open(file, "r+b") as opened:  # it also writes the metadata in a random order
         size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header = {**json.loads(opened.read(size)), "__metadata__": dict(sorted(metadata.items()))}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         opened.seek(8)
         opened.write(text.ljust(size))

@@ -13,7 +13,7 @@ from common import weights
 from common.adapters import merging, peft
 from common.data.chat import Chat
 from common.errors import UserError
-from common.files.manifest import verify
+from common.files.checkpoint import verify
 
 script = load("chapter-02/merge.py")
 generate = load("chapter-02/generate.py")

@@ -40,6 +40,14 @@ def test_fields_are_exactly_those(tmp_path):
     assert evaluation == {"step": 2, "eval_loss": 1.5, "exact_match": 0.25}
 
 
+def test_a_step_may_have_more_numbers(tmp_path):
+    report = Metrics(tmp_path, 10)
+    report.log_step(1, 2.0, 1e-3, 0.5, 1000, 0.25, norm_of_layer_3=0.125)
+    report.close()
+    line, = lines(tmp_path)
+    assert tuple(line) == (*FIELDS, "norm_of_layer_3") and line["norm_of_layer_3"] == 0.125
+
+
 def test_every_line_is_there_at_once(tmp_path):
     report = Metrics(tmp_path, 10)
     log(report, 1, 2)

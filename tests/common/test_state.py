@@ -12,8 +12,7 @@ from torch import nn
 from common import runs
 from common.errors import UserError
 from common.files import checkpoint, state
-from common.files.commit import commit
-from common.files.manifest import CheckpointError, verify
+from common.files.checkpoint import CheckpointError, commit, verify
 from common.files.state import load_state, save_state
 from common.options import TrainOptions
 
@@ -212,10 +211,12 @@ def test_the_device_has_its_own_generator(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(get_rng_state=lambda: torch.arange(16, dtype=torch.uint8),
                                  set_rng_state=lambda value: given.append(value.tolist()))
     monkeypatch.setattr(torch, "get_device_module", lambda kind: fake)
-    rows = state._random_states(torch.device("cuda"))
-    state.save_tensors(rows.items(), tmp_path, stem="rng")
-    state._set_random_states(tmp_path, torch.device("cuda"))
-    assert given == [list(range(16))] and set(rows) == {"cpu", "cuda"}
+    model = types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(
+        device=torch.device("cuda"))]))
+    generators = state._generators(model)
+    state.save_tensors(state._random_states(generators), tmp_path, stem="rng")
+    state._set_random_states(tmp_path, generators)
+    assert given == [list(range(16))] and set(generators) == {"cpu", "cuda"}
 
 
 def test_a_broken_state_file_is_one_clear_line(tmp_path):
@@ -242,7 +243,7 @@ from torch import nn
 from faults import Faults, disk_full
 from common.errors import UserError
 from common.files import checkpoint, state
-from common.files.commit import commit
+from common.files.checkpoint import commit
 from common.ranks import all_sum, any_rank, copy_into, is_main, shard, start_ranks, stop_ranks
 
 def build(kind, ranks=None):
@@ -282,7 +283,7 @@ def save(run, kind, ranks):
             print(f"rank {ranks.rank}: {error}\\n", end="", flush=True)
     state.save_tensors = whole
     commit(second, write)
-    checkpoint.prune(run, keep=1, best=checkpoint.step_folder(run, 1))
+    checkpoint.prune(run, keep=1, best=1)
     assert checkpoint.latest(run) == second
     any_rank(False)  # wait
     if is_main():

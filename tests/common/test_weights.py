@@ -286,7 +286,7 @@ def test_missing_unexpected_and_misshapen_are_named(tmp_path):
     with refused(folder, "model.norm.weight has shape (4,), not (5,)"):
         weights.load_weights(tree(shapes | {"model.norm.weight": (5,)}), folder)
     many = {f"model.layers.{i}.w": (1,) for i in range(9)}
-    with refused("model.layers.0.w, model.layers.1.w, model.layers.2.w and 6 more"):
+    with refused("model.layers.0.w, model.layers.1.w, model.layers.2.w, 6 more"):
         weights.load_weights(tree(shapes | many), folder)
 
 
@@ -297,13 +297,13 @@ def test_problems_of_tensors_in_few_words():
     headers["d"] = ((2,), "I8", None)
     wanted |= {"c": (3,), "x": (1,)}
     del wanted["b"]
-    said = "missing x; unexpected b; c has shape (2,), not (3,); d is I8, not floating point"
+    said = "missing x; unexpected b; c has shape (2,), not (3,); d is I8, not BF16 or F16 or F32 or F64"
     assert tensor_files.tensor_problems(headers, wanted) == said
     wanted |= {"e": (), "f": ()}
-    assert tensor_files.tensor_problems(headers, wanted) == said + "; and 2 more"
+    assert tensor_files.tensor_problems(headers, wanted) == said + "; 2 more"
     headers["d"] = ((2,), "F16", None)
     assert tensor_files.tensor_problems(headers, wanted | {"e": (2,)}, {"F32"}).endswith(
-        "d is F16, not F32; and 1 more")
+        "d is F16, not F32; 1 more")
 
 
 def test_nothing_is_copied_when_something_is_wrong(tmp_path):
@@ -354,7 +354,7 @@ def test_inv_freq_of_old_checkpoints_is_ignored(tmp_path):
 def test_quantised_tensors_are_refused_by_name(tmp_path, dtype, name):
     tensors = tied_tensors() | {"model.norm.weight": torch.ones(4).to(dtype)}
     folder = write_folder(tmp_path / "m", tensors)
-    with refused(folder, f"model.norm.weight is {name}, not floating point"):
+    with refused(folder, f"model.norm.weight is {name}, not BF16 or F16"):
         weights.load_weights(tree(shapes_of(tensors)), folder)
 
 

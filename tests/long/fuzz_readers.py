@@ -19,10 +19,9 @@ from common.adapters import peft
 from common.data import encode, readers
 from common.data.chat import Chat
 from common.errors import UserError, located
-from common.files import checkpoint, manifest, state
-from common.files.commit import commit
+from common.files import checkpoint, state
+from common.files.checkpoint import commit, seal, verify
 from common.files.config import write_config
-from common.files.manifest import seal, verify
 from common.options import TrainOptions, parse, save_options
 
 CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
@@ -293,8 +292,8 @@ def prepare_manifest(folder):
 def read_manifest(folder, names):
     checkpoint.latest(folder)
     for place in folders(folder, names):
-        manifest.read_manifest(place)
-        manifest.is_ours(place)
+        checkpoint.read_manifest(place)
+        checkpoint.is_ours(place)
     each(*(lambda place=place: verify(place) for place in folders(folder, names)))
 
 
