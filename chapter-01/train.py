@@ -157,7 +157,6 @@ def main(argv=None):
 
     # --- loop ---
     nonfinite = guard.NonFinite()
-    spikes = guard.LossSpikes()
     memory.keep_freed(device)
     model.train()
     with guard.Signals() as signals, guard.memory_advice(options, predicted):
@@ -197,7 +196,6 @@ def main(argv=None):
 
             # --- log ---
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
                 step, loss, lr, norm, tokens, seconds,

@@ -203,7 +203,6 @@ def main(argv=None):
 
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
-    spikes = guard.LossSpikes()
     memory.keep_freed(device)
     model.train()
     with guard.Signals() as signals, guard.memory_advice(options, predicted):
@@ -245,7 +244,6 @@ def main(argv=None):
 
             # --- log --- Copied from chapter-01/train.py
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
                 step, loss, lr, norm, tokens, seconds,

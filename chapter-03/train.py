@@ -207,7 +207,6 @@ def main(argv=None):
         return [to_device(pack, device) for pack in packs], documents, counts
 
     nonfinite = guard.NonFinite()
-    spikes = guard.LossSpikes()
     memory.keep_freed(device)
     model.train()
     with guard.Signals() as signals, guard.memory_advice(options, predicted):
@@ -244,7 +243,6 @@ def main(argv=None):
 
             # --- log --- Copied from chapter-02/train.py
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
                 step, loss, lr, norm, tokens, seconds,

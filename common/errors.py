@@ -38,7 +38,7 @@ def nearest(word, candidates):
 
 def listed(words, most=8):
     """The first `most` of some words, and how many more there are."""
-    words = list(words)
+    words = [str(word) for word in words]
     return ", ".join(words[:most] + [f"{len(words) - most} more"] * (len(words) > most))
 
 

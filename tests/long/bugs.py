@@ -67,8 +67,10 @@ BUGS = [
         ("common/data/masks.py", "ended.append((start, stop or end, message, bool(stop)))",
          "ended.append((start, end, message, bool(stop)))")]),
     (12, "the schedule begins anew", [
+        (CH1, "nonfinite = guard.NonFinite()",
+         'nonfinite, began = guard.NonFinite(), state["step"]'),
         (CH1, "lr = learning_rate(step, total_steps, options)",
-         "lr = learning_rate(spikes.seen + 1, total_steps, options)")]),
+         "lr = learning_rate(step - began, total_steps, options)")]),
     (13, "the data begin anew", [
         (CH1, "state = load_state(saved, model, optimizer)",
          'state = load_state(saved, model, optimizer) | {"next_pack": 0}')]),
