@@ -24,7 +24,8 @@ from common.files.manifest import verify
 from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, parse, save_options
-from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
+from common.ranks import (
+    all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 from generate import generate
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 from packing import IGNORE, PackSampler, packed_sequence_collate_fn
@@ -82,8 +83,7 @@ def evaluate(model, dataset, options):
 def main(argv=None):
     # --- options ---
     options = parse(TrainOptions, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    ranks = start_ranks(options.device)
-    device, dtype = ranks.device, getattr(torch, options.dtype)
+    device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
 
     # --- model files and data ---
@@ -99,7 +99,7 @@ def main(argv=None):
 
     # --- what it will need ---
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
-    packs_per_step = ranks.world_size * options.grad_accum
+    packs_per_step = world_size() * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
     predicted = predict.training(model, data.train.lengths, options)
     say(predicted.report())
@@ -115,7 +115,7 @@ def main(argv=None):
     if options.init == "random":
         model = Qwen3ForCausalLM(config)
     model.compute_dtype = dtype
-    shard(model, ranks, dtype)
+    shard(model, device, dtype)
     if options.init == "random":
         model.to(device)
     else:
@@ -165,8 +165,8 @@ def main(argv=None):
 
             # --- accumulate ---
             # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
-            first = state["next_pack"] + ranks.rank
-            mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
+            first = state["next_pack"] + this_rank()
+            mine = range(first, state["next_pack"] + packs_per_step, world_size())
             state["next_pack"] += packs_per_step
             documents = [sampler.pack(index) for index in mine]
             packs = [packed_sequence_collate_fn([data.train[i] for i in pack])

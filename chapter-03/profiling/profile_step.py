@@ -82,7 +82,7 @@ def main(argv=None):
         raise UserError("profile_step.py profiles one step on one device: leave out --dry-run, "
                         "--resume and torchrun")
     check_options(options)
-    device = start_ranks(options.device).device
+    device = start_ranks(options.device)
     keep_freed(device)
     source = hub.resolve(options.model)
     verify(source)

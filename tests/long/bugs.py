@@ -36,7 +36,7 @@ BUGS = [
         (CH1, "total_loss += loss.detach()", "total_loss += loss.detach() * len(packs)")]),
     (3, "each rank's mean weighs the same", [
         (CH1, "targets, tokens = all_sum(counts).tolist()",
-         "targets = counts[0].item() * ranks.world_size\n"
+         "targets = counts[0].item() * world_size()\n"
          "            tokens = all_sum(counts)[1].item()")]),
     (4, "the norm is added up over the ranks twice", [
         (CH1, "norm = full_tensor(norm)", "norm = all_sum(full_tensor(norm))")]),
