@@ -101,7 +101,7 @@ def main(argv=None):
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
     packs_per_step = world_size() * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
-    predicted = predict.training(model, data.train.lengths, options)
+    predicted = predict.costs(model, data.train.lengths, options)
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "

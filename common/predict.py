@@ -93,7 +93,7 @@ def peak_flops(device, dtype):
 
 
 class Prediction(dict):
-    """What `training` predicts: bytes by category at the fullest moment of a step, on each rank.
+    """What `costs` predicts: bytes by category at the fullest moment of a step, on each rank.
 
     Its attributes are `parameters`, `flops` (of one token, see `flops_per_token`), `peak_flops` (of
     all ranks together, or None) and `tokens` (of the largest pack).
@@ -135,7 +135,7 @@ class Prediction(dict):
               for name, size in sorted(self.items(), key=lambda item: -item[1]) if size)))
 
 
-def training(model, lengths, options, chunk=None):
+def costs(model, lengths, options, chunk=None):
     """Predict a step of a run of `model` on documents of these lengths.
 
     `options` are the run's: batch_tokens, grad_accum, dtype, device and, in chapter 3,
@@ -186,7 +186,7 @@ def _memory_of_run(model, options, tokens, grad_accum, chunk):
     return memory(
         model, tokens, dtype, grad_accum=grad_accum, chunk=chunk, ranks=world_size(),
         checkpointing=getattr(options, "activation_checkpointing", None) or "none",
-        kernel_joins=device.type == "cuda" and dtype != torch.float32,
+        varlen_kernel=device.type == "cuda" and dtype != torch.float32,
         compiled=getattr(options, "compile", False))
 
 

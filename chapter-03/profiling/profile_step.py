@@ -100,7 +100,7 @@ def main(argv=None):
     pack, tokens = to_device(pack, device), len(pack["labels"])
 
     # --- predicted ---
-    prediction = predict.training(model, data.lengths, options, model.chunk)
+    prediction = predict.costs(model, data.lengths, options, model.chunk)
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
     ops = operators.record(model, pack, compiled=options.compile)

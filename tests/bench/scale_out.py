@@ -69,7 +69,7 @@ def predictions(machine, counts, attended=2048):
             rate = ranks * tokens / times["step"]
             alone = alone or rate / ranks
             memory = sum(predict_memory.memory(
-                model, tokens, dtype, chunk=chunk, ranks=ranks, kernel_joins=True, compiled=True,
+                model, tokens, dtype, chunk=chunk, ranks=ranks, varlen_kernel=True, compiled=True,
             ).values())
             found.append({"model": name, "method": method, "tokens_per_rank": tokens,
                           "ranks": ranks, "tokens_per_second": rate, "efficiency":
