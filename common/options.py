@@ -180,11 +180,10 @@ def _read_values(options_class, path, values):
 
 def choose_device(name):
     """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if not available[name]:
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    name = max(kinds, key=kinds.get) if name == "auto" else name
+    if not kinds[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device cpu")
     names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # read when the first memory is taken
     if name == "cuda" and not any(map(os.environ.get, names)):
@@ -214,11 +213,17 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     if "config" in given:
         path = given["config"]
         given = {**_read_values(options_class, path, read_json(path)), **given}
+    # Absolute paths: a run may be resumed from another folder.
+    for name in given.keys() & {"model", "eval_data", "chat_template"}:
+        given[name] = hub.whole_name(given[name])
+    if "data" in given:
+        given["data"] = [hub.whole_name(one) for one in given["data"]]
     if "resume" in given:
-        return _resumed(options_class, chapter, _with_whole_names(given))
+        return _resumed(options_class, chapter, given)
     options = options_class(**given)
     options.data = list(options.data)
     device = choose_device(options.device)
+    options.device = device.type
     for name, value in _choose_model_and_data(options, device, tiny, real).items():
         if isinstance(value, dict):
             value = value.get(options.method, value["default"])
@@ -226,24 +231,11 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
             setattr(options, name, value)
     if options.steps is None and options.epochs is None:
         options.epochs = 1
-    options.device = device.type
     options.dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
     if options.lr < options.min_lr:
         raise UserError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}")
     say(_summary(options))
-    vars(options).update(_with_whole_names(vars(options)))
     return options
-
-
-def _with_whole_names(values):
-    """The options with absolute paths: a run may be resumed from another folder."""
-    found = dict(values)
-    for name in ("model", "eval_data", "chat_template"):
-        if found.get(name) is not None:
-            found[name] = hub.whole_name(found[name])
-    if "data" in found:
-        found["data"] = [hub.whole_name(one) for one in found["data"]]
-    return found
 
 
 def _summary(options):
@@ -272,29 +264,23 @@ def _choose_model_and_data(options, device, tiny, real):
     if model == "auto" and data not in ("auto", "tiny") and not big:
         raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id such as "
                         f"{GPU_MODEL}")
-    use_gpu_default = big and data != "tiny" and model != "tiny"
+    small = not big or "tiny" in (model, data)
     if model == "auto":
-        options.model = GPU_MODEL if use_gpu_default else "tiny"
+        options.model = "tiny" if small else GPU_MODEL
     if data == "auto":
-        options.data = [GPU_DATA] if use_gpu_default else ["tiny"]
+        options.data = ["tiny" if small else GPU_DATA]
     if model == data == "auto":
         why = "a GPU is here" if big else "no GPU of 16 GB or more is here"
         other = ("for the small one add --model tiny" if big else
                  f"for the real thing add --model {GPU_MODEL} --data my.jsonl")
         say(f"auto: {why}, so --model {options.model} --data {options.data[0]};\n      {other}")
+    # On a GPU `predict.fit_batch` chooses --batch-tokens, once the model's shapes are known.
     preset = {"init": "pretrained", "eval_every": 200, "save_every": 200,
+              "batch_tokens": None if on_gpu else 2048,
               **(tiny if options.model == "tiny" else real)}
     if options.data != ["tiny"]:  # the embedded model on other data: trained on, an epoch
-        preset["init"] = "pretrained"
-        preset.pop("steps", None)
-    if options.model != "tiny" or options.data != ["tiny"]:
-        if not on_gpu:  # there `predict.fit_batch` chooses, once the model's shapes are known
-            preset.setdefault("batch_tokens", 2048)
-        if options.data == ["virtual"]:
-            preset.setdefault("steps", 20)
-    if options.epochs is not None:
-        preset.pop("steps", None)
-    return preset
+        preset |= {"init": "pretrained", "steps": 20 if options.data == ["virtual"] else None}
+    return preset | ({} if options.epochs is None else {"steps": None})
 
 
 def save_options(options, chapter, run, data):
