@@ -182,7 +182,8 @@ def choose_device(name):
     """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU."""
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    name = max(kinds, key=kinds.get) if name == "auto" else name
+    if name == "auto":
+        name = next(kind for kind in kinds if kinds[kind])
     if not kinds[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device cpu")
     names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # read when the first memory is taken

@@ -340,6 +340,7 @@ def a_card_of(gigabytes, monkeypatch):
     total = int(0.99 * gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda device: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     return total
 
 
@@ -383,7 +384,6 @@ def test_the_start_of_a_run_on_a_gpu_says_what_fits(chapter, typed, said, monkey
     """A whole dry run as on a card of 24 GB: only what torch.cuda says of it is played."""
     a_card_of(24, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     train = load(f"chapter-0{chapter}/train.py")
     assert train.main(["--model", "qwen3-0.6b", "--init", "random", "--data", "virtual", "--dry-run",
