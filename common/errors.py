@@ -55,8 +55,7 @@ def writing(file):
 
 @contextmanager
 def located(place):
-    """Turn a ValueError inside the block, say from a model's config, into a UserError that names
-    the place."""
+    """Turn a ValueError inside the block into a UserError that names the place."""
     try:
         yield
     except ValueError as error:

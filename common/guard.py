@@ -16,7 +16,7 @@ class Signals:
 
     It is then "SIGTERM" or "SIGINT", else None; the loop looks at it after each step (with
     `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
-    KeyboardInterrupt at once. The previous handlers are restored at the end. Main thread only.
+    KeyboardInterrupt at once. Main thread only.
     """
 
     def __init__(self):

@@ -1,8 +1,7 @@
 """The options of a run: flags, a --config file, presets and --resume put together.
 
-An option has the same name everywhere: `--batch-tokens` on the command line, `batch_tokens` in
-code, in a `--config` file and in a run's `train_config.json`. What a person typed wins over the
-file, the file over the run that is resumed, and that over the preset.
+What a person typed wins over the file, the file over the run that is resumed, and that over the
+preset. `--batch-tokens` is `batch_tokens` in code and in files.
 """
 
 import argparse
@@ -10,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -115,11 +113,10 @@ class Parser(argparse.ArgumentParser):
 def read_flags(options_class, description, argv):
     """What was typed, as a dict; options that were not typed are absent."""
     follows = "Where no default is given, it depends on model and data: --dry-run prints it."
-    width = min(100, shutil.get_terminal_size().columns)  # no wider than a person reads easily
     parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
                     epilog=follows if issubclass(options_class, TrainOptions) else None,
-                    argument_default=argparse.SUPPRESS, formatter_class=partial(
-                        argparse.HelpFormatter, max_help_position=26, width=width))
+                    argument_default=argparse.SUPPRESS,
+                    formatter_class=partial(argparse.HelpFormatter, max_help_position=26))
     for one in fields(options_class):
         flag, text, choices = _flag(one.name), one.metadata["text"], one.metadata["choices"]
         if choices:
@@ -131,30 +128,24 @@ def read_flags(options_class, description, argv):
             action = argparse.BooleanOptionalAction if one.default else "store_true"
             parser.add_argument(flag, action=action, help=text)
         else:
-            parser.add_argument(flag, type=partial(_value, one), help=text,
-                                nargs="+" if one.type is list else None,
+            several = one.type is list
+            parser.add_argument(flag, type=str if several else one.type, help=text,
+                                nargs="+" if several else None,
                                 metavar={int: "N", float: "X"}.get(one.type, "TEXT"))
-    return vars(parser.parse_args(argv))
+    typed = vars(parser.parse_args(argv))
+    for one in fields(options_class):
+        choices, least, value = one.metadata["choices"], one.metadata["least"], typed.get(one.name)
+        if choices and value not in (None, *choices):
+            parser.error(f"{_flag(one.name)}: {value} is none of {', '.join(choices)}"
+                         f"{nearest(value, choices)}")
+        if None not in (least, value) and not least <= value < math.inf:
+            parser.error(f"{_flag(one.name)}: {value}: the least is {least}, and it must be a "
+                         "finite number")
+    return typed
 
 
 def _flag(name):
     return "--" + name.replace("_", "-")
-
-
-def _value(one, word):
-    """The option's value for a word that was typed; ArgumentTypeError if it is not valid."""
-    choices, least = one.metadata["choices"], one.metadata["least"]
-    try:
-        value = word if one.type is list else one.type(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{word} is not {one.type.__name__}")
-    if choices and value not in choices:
-        raise argparse.ArgumentTypeError(
-            f"{word} is none of {', '.join(choices)}{nearest(word, choices)}")
-    if least is not None and not least <= value < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{word}: the least is {least}, and it must be a finite number")
-    return value
 
 
 def _read_values(options_class, path, values):
@@ -203,12 +194,12 @@ def choose_dtype(name, device):
 
 
 def parse(options_class, chapter, description, tiny, real, argv=None):
-    """The options of this run, an `options_class`, all resolved except --batch-tokens on a GPU.
+    """The options of this run of `chapter` "01", "02" or "03", an `options_class`; all resolved
+    except --batch-tokens on a GPU.
 
-    `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
-    values, for the embedded model (`init` and `steps` only on the embedded data) and for all
-    others; a value that depends on --method is itself a dict, with a "default". Prints what `auto`
-    chose. Raises UserError if anything is wrong, before any file of the model is touched.
+    `tiny` and `real` are the presets, dicts of option values, for the embedded model (`init` and
+    `steps` only on the embedded data) and for all others; a value that depends on --method is
+    itself a dict, with a "default". Raises UserError before any file of the model is touched.
     """
     given = read_flags(options_class, description, argv)
     if "config" in given:
@@ -297,11 +288,8 @@ def save_options(options, chapter, run, data):
 
 
 def _resumed(options_class, chapter, given):
-    """The options of the run in --resume DIR, overridden by what was typed now.
-
-    Every changed option is reported. One that affects the resulting weights needs --allow-changes;
-    more --steps under --schedule constant do not alter the steps before.
-    """
+    """The options of the run in --resume DIR, overridden by what was typed now. What affects the
+    resulting weights needs --allow-changes; more --steps under --schedule constant do not."""
     run = Path(given["resume"])
     path = run / "train_config.json"
     if not os.path.isfile(path):

@@ -1,8 +1,5 @@
-"""From --model and --data to documents of token ids, and to the questions that are asked.
-
-What lies between the options and the loop: which data, which tokenizer, what is held out, and a few
-questions, asked before and after training, that show what the model has learned.
-"""
+"""From --model and --data to documents of token ids, and to the questions that are asked before and
+after training, to show what the model has learned."""
 
 import hashlib
 from contextlib import suppress
@@ -70,7 +67,6 @@ def load(options, source, config, skills):
     "base", which the embedded model learns from scratch, or "new", which it has never seen; then
     the base skills are asked too, to show what is forgotten.
     """
-    # A document must fit a pack and the model's positions.
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
     own = ("eval_data", "columns", "rendered", "chat_template", "strict_template")
@@ -145,7 +141,7 @@ def questions(chat, documents, records, count, limit):
 
 
 def _question(chat, record, ids=(), trained=()):
-    """The Question on a record; for a text, with its document. Raises Refused."""
+    """The Question on a record, of which only a text needs its document. Raises Refused."""
     end = None
     if "messages" in record:
         messages = record["messages"]
@@ -208,8 +204,8 @@ def answer_questions(data, model, generate):
     results = {}
     for name, quiz in data.quizzes.items():
         longest = 1 + max(len(one.expected) for one in quiz) if data.scored else 64
-        answers = generate(model, [one.prompt for one in quiz], longest, data.chat.stop_ids)
-        results[name] = list(zip(quiz, answers))
+        results[name] = list(zip(quiz, generate(
+            model, [one.prompt for one in quiz], longest, data.chat.stop_ids)))
     model.train(was_training)
     return results
 

@@ -73,7 +73,8 @@ def start_ranks(device):
 
 
 def shard(model, device, dtype):
-    """Spread the model over the ranks, each on its `device`, in place (FSDP2); alone, do nothing.
+    """Spread the model over the ranks, each on its `device`, in place (FSDP2, Zhao et al. 2023,
+    arXiv:2304.11277; each parameter by rows). Alone, do nothing.
 
     Each decoder layer, then what remains (embeddings, last norm, head), becomes one group: gathered
     in `dtype` (None: as they are) when its forward or backward begins. Parameters keep their own
@@ -81,9 +82,8 @@ def shard(model, device, dtype):
     Buffers (an NF4 base is one) are not sharded: rows would cut across quantisation blocks. All
     ranks begin from rank 0's values, and no GPU ever holds the whole model.
 
-    Call it after adapters are in place and before the optimizer is made. Afterwards only the
-    model's own forward sees whole parameters; elsewhere use `full_tensor`.
-    (Zhao et al. 2023, arXiv:2304.11277; FSDP2 shards each parameter by rows.)
+    Call it between adapters and optimizer. Afterwards only the model's own forward sees whole
+    parameters; elsewhere use `full_tensor`.
     """
     if world_size() == 1:
         return
