@@ -144,24 +144,18 @@ def loss_bytes(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
     `trained`: whether the head is. `copy`: bytes of its weight in c, which is freed after the
     head's backward.
     """
-    narrow = c < FLOAT32
     if chunk is None:
         # Backward of the softmax: log-probabilities, their gradient, the logits' gradient. Then of
-        # the head: the logits' gradient, in c; the weight's, in c and then in float32.
-        product = c * tokens * V + c * V * D * trained
-        cast = (c + FLOAT32) * V * D * trained - copy if narrow else 0
-        return max(3 * FLOAT32 * tokens * V, c * tokens * D + max(product, cast))
+        # the head: the gradients of logits, of what goes in, and of the weight, all in c.
+        return max(3 * FLOAT32 * tokens * V, c * (tokens * (D + V) + V * D * trained))
     # Both gradients are formed in the forward, chunk by chunk (loss.py): the logits in c, with
-    # float32 pieces that fit a cache; then the chunk's share of the weight's gradient, in c and, to
-    # be added up, in float32. On a GPU that is one product, and the compiled softmax has no pieces.
-    # The backward scales both gradients, and briefly holds them twice.
+    # float32 pieces that fit a cache (none in a GPU's compiled softmax). The backward scales both
+    # gradients, and briefly holds them twice.
     rows = -(-tokens // -(-tokens // chunk))
     both = c * tokens * D + FLOAT32 * V * D * trained
-    pieces = (1 + narrow) * FLOAT32 * min(rows * V, 2**23 if on_gpu else 2**21)
-    share = (c + FLOAT32) * min(V, 2**13) * D * narrow * trained  # in parts of 8,192 rows of W
-    if on_gpu:
-        pieces, share = pieces * (not compiled), 0
-    return both + max(c * rows * (V + 2 * D) + max(pieces, share), both - copy)
+    pieces = (1 + (c < FLOAT32)) * FLOAT32 * min(rows * V, 2**23 if on_gpu else 2**21)
+    pieces *= not (on_gpu and compiled)
+    return both + max(c * rows * (V + 2 * D) + pieces, both - copy)
 
 
 # --- a decoder layer ---
