@@ -198,15 +198,13 @@ def say_what_differs(chat, records):
 
 
 def answer_questions(data, model, generate):
-    """The model's greedy answers: {quiz: [(Question, answer ids), ...]}."""
-    was_training = model.training
+    """The model's greedy answers: {quiz: [(Question, answer ids), ...]}. Leaves it in eval mode."""
     model.eval()
     results = {}
     for name, quiz in data.quizzes.items():
         longest = 1 + max(len(one.expected) for one in quiz) if data.scored else 64
         results[name] = list(zip(quiz, generate(
             model, [one.prompt for one in quiz], longest, data.chat.stop_ids)))
-    model.train(was_training)
     return results
 
 
