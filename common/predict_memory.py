@@ -114,7 +114,8 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         kept = len(layers) * (c * D + expensive)
         copies = [0] * len(layers)
     last = norm_per_token(model.model.norm, D, chunk is None and head.keeps_input, dtype=dtype)
-    activations = tokens * (kept + last)
+    tables = c * tokens * model.model.config.head_dim  # cos and sin, once for all layers
+    activations = tokens * (kept + last) + tables
 
     # --- the moments ---
     # A tied matrix has two gradients in the backward: the head's, apart from those of earlier
@@ -132,10 +133,11 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         (held, activations, sum(copies) + head_copy, loss, 0),  # loss, and backward of the head
         (held + waiting if held else head_gradient, activations, sum(copies), 0, at_work),
         (gradients - not_yet, activations // len(layers), 0, 0, at_work + waiting),  # first layer
-        (gradients, 0, 0, 0, in_embedding)), key=sum)
+        (gradients, tables, 0, 0, in_embedding)), key=sum)
+    compute = str(dtype).removeprefix("torch.")
     return {"weights": weights, "optimizer moments": 2 * gradients, "gradients": fullest[0],
-            "activations": fullest[1], "logits and loss": fullest[3], "layer at work": fullest[4],
-            f"copies of weights in {str(dtype).removeprefix('torch.')}": fullest[2] + gathered}
+            "activations": fullest[1], f"copies of weights in {compute}": fullest[2] + gathered,
+            "logits and loss": fullest[3], "layer at work": fullest[4]}
 
 
 def loss_bytes(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
