@@ -23,7 +23,8 @@ from common.files.checkpoint import latest, new_run_folder, verify
 from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, parse, save_options
-from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
+from common.ranks import (
+    all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 from generate import generate
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 from packing import IGNORE, PackSampler, packed_sequence_collate_fn
@@ -81,8 +82,7 @@ def evaluate(model, dataset, options):
 def main(argv=None):
     # --- options ---
     options = parse(TrainOptions, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    ranks = start_ranks(options.device)
-    device, dtype = ranks.device, getattr(torch, options.dtype)
+    device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
 
     # --- model files and data ---
@@ -98,9 +98,9 @@ def main(argv=None):
 
     # --- what it will need ---
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
-    packs_per_step = ranks.world_size * options.grad_accum
+    packs_per_step = world_size() * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
-    predicted = predict.training(model, data.train.lengths, options)
+    predicted = predict.costs(model, data.train.lengths, options)
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
@@ -114,7 +114,7 @@ def main(argv=None):
     if options.init == "random":
         model = Qwen3ForCausalLM(config)
     model.compute_dtype = dtype
-    shard(model, ranks, dtype)
+    shard(model, device, dtype)
     if options.init == "random":
         model.to(device)
     else:
@@ -156,7 +156,6 @@ def main(argv=None):
 
     # --- loop ---
     nonfinite = guard.NonFinite()
-    spikes = guard.LossSpikes()
     memory.keep_freed(device)
     model.train()
     with guard.Signals() as signals, guard.memory_advice(options, predicted):
@@ -165,8 +164,8 @@ def main(argv=None):
 
             # --- accumulate ---
             # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
-            first = state["next_pack"] + ranks.rank
-            mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
+            first = state["next_pack"] + this_rank()
+            mine = range(first, state["next_pack"] + packs_per_step, world_size())
             state["next_pack"] += packs_per_step
             documents = [sampler.pack(index) for index in mine]
             packs = [packed_sequence_collate_fn([data.train[i] for i in pack])
@@ -196,7 +195,6 @@ def main(argv=None):
 
             # --- log ---
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
                 step, loss, lr, norm, tokens, seconds,

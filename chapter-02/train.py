@@ -28,7 +28,8 @@ from common.files.checkpoint import MARK, latest, new_run_folder, verify
 from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, option, parse, save_options
-from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
+from common.ranks import (
+    all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 import lora
 from lora import (METHODS, AdapterConfig, after_step, apply_adapter, before_step, optimizer_groups,
                   state_names)
@@ -132,10 +133,9 @@ def build(config, options, adapter, device="meta", source=None):
 def main(argv=None):
     # --- options --- Changed from chapter-01: the adapter's options.
     options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    ranks = start_ranks(options.device)
-    if options.method == "delta-lora" and ranks.world_size > 1:
+    device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
+    if options.method == "delta-lora" and world_size() > 1:
         raise UserError("--method delta-lora runs on one process: it moves whole weights")
-    device, dtype = ranks.device, getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
 
@@ -151,9 +151,9 @@ def main(argv=None):
 
     # --- what it will need --- Changed from chapter-01: the model's shapes with its adapters.
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
-    packs_per_step = ranks.world_size * options.grad_accum
+    packs_per_step = world_size() * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
-    predicted = predict.training(shapes, data.train.lengths, options)
+    predicted = predict.costs(shapes, data.train.lengths, options)
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
@@ -164,10 +164,10 @@ def main(argv=None):
     # --- model --- Changed from chapter-01: a frozen base in --dtype, adapters around its layers.
     # First whole, on the CPU of each rank, because DoRA and PiSSA look at the weights; `shard` then
     # takes one layer at a time to the GPU.
-    home = device if ranks.world_size == 1 else torch.device("cpu")
+    home = device if world_size() == 1 else torch.device("cpu")
     model = build(config, options, adapter, home, source)
     # Adapters and a base that is already in `dtype` are gathered as they are.
-    shard(model, ranks, dtype if options.method == "full" else None)
+    shard(model, device, dtype if options.method == "full" else None)
     model.to(device)
 
     # --- optimizer --- Changed from chapter-01: the method's groups.
@@ -202,7 +202,6 @@ def main(argv=None):
 
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
-    spikes = guard.LossSpikes()
     memory.keep_freed(device)
     model.train()
     with guard.Signals() as signals, guard.memory_advice(options, predicted):
@@ -211,8 +210,8 @@ def main(argv=None):
 
             # --- accumulate --- Copied from chapter-01/train.py
             # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
-            first = state["next_pack"] + ranks.rank
-            mine = range(first, state["next_pack"] + packs_per_step, ranks.world_size)
+            first = state["next_pack"] + this_rank()
+            mine = range(first, state["next_pack"] + packs_per_step, world_size())
             state["next_pack"] += packs_per_step
             documents = [sampler.pack(index) for index in mine]
             packs = [packed_sequence_collate_fn([data.train[i] for i in pack])
@@ -244,7 +243,6 @@ def main(argv=None):
 
             # --- log --- Copied from chapter-01/train.py
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
                 step, loss, lr, norm, tokens, seconds,

@@ -27,7 +27,8 @@ from common.files.checkpoint import latest, new_run_folder, verify
 from common.files.state import load_state
 from common.metrics import Metrics
 from common.options import TrainOptions, option, parse, save_options
-from common.ranks import all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks
+from common.ranks import (
+    all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 from compiling import compile_model
 import lora
 from lora import METHODS, AdapterConfig, after_step, before_step, optimizer_groups, state_names
@@ -118,10 +119,9 @@ def main(argv=None):
     # --- options --- Changed from chapter-02: methods that need a dense base.
     options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
     check_options(options)
-    ranks = start_ranks(options.device)
-    if options.method == "delta-lora" and ranks.world_size > 1:
+    device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
+    if options.method == "delta-lora" and world_size() > 1:
         raise UserError("--method delta-lora runs on one process: it moves whole weights")
-    device, dtype = ranks.device, getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
 
@@ -137,9 +137,9 @@ def main(argv=None):
 
     # --- what it will need --- Changed from chapter-02: the chunk of the loss.
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
-    packs_per_step = ranks.world_size * options.grad_accum
+    packs_per_step = world_size() * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
-    predicted = predict.training(shapes, data.train.lengths, options, shapes.chunk)
+    predicted = predict.costs(shapes, data.train.lengths, options, shapes.chunk)
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
@@ -148,10 +148,10 @@ def main(argv=None):
         return 0
 
     # --- model --- Changed from chapter-02: compile.
-    home = device if ranks.world_size == 1 else torch.device("cpu")
+    home = device if world_size() == 1 else torch.device("cpu")
     model = build(config, options, adapter, home, source)
     # Adapters and a base that is already in `dtype` are gathered as they are.
-    shard(model, ranks, dtype if options.method == "full" else None)
+    shard(model, device, dtype if options.method == "full" else None)
     model.to(device)
     if options.compile:
         compile_model(model)
@@ -197,7 +197,7 @@ def main(argv=None):
         """For the step whose first pack has number `first`: this rank's packs, their documents, and
         how many labelled tokens and tokens these have."""
         # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
-        mine = range(first + ranks.rank, first + packs_per_step, ranks.world_size)
+        mine = range(first + this_rank(), first + packs_per_step, world_size())
         documents = [sampler.pack(index) for index in mine]
         packs = [packed_sequence_collate_fn([data.train[i] for i in pack], shape)
                  for pack in documents]
@@ -206,7 +206,6 @@ def main(argv=None):
         return [to_device(pack, device) for pack in packs], documents, counts
 
     nonfinite = guard.NonFinite()
-    spikes = guard.LossSpikes()
     memory.keep_freed(device)
     model.train()
     with guard.Signals() as signals, guard.memory_advice(options, predicted):
@@ -243,7 +242,6 @@ def main(argv=None):
 
             # --- log --- Copied from chapter-02/train.py
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            spikes.check(loss, step)
             seconds = time.perf_counter() - started
             metrics.log_step(
                 step, loss, lr, norm, tokens, seconds,

@@ -38,7 +38,7 @@ def nearest(word, candidates):
 
 def listed(words, most=8, separator=", "):
     """The first `most` of some words, and how many more there are."""
-    words = list(words)
+    words = [str(word) for word in words]
     return separator.join(words[:most] + [f"{len(words) - most} more"] * (len(words) > most))
 
 
@@ -55,8 +55,7 @@ def writing(file):
 
 @contextmanager
 def located(place):
-    """Turn a ValueError inside the block, say from a model's config, into a UserError that names
-    the place."""
+    """Turn a ValueError inside the block into a UserError that names the place."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a run does when things go wrong: signals, non-finite steps, loss spikes, memory."""
+"""What a run does when things go wrong: signals, non-finite steps, memory."""
 
 import contextlib
 import math
@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from common.errors import UserError, one_line, out_of_memory
+from common.errors import UserError, listed, one_line, out_of_memory
 from common.memory import readable_bytes
 from common.ranks import say
 
@@ -16,7 +16,7 @@ class Signals:
 
     It is then "SIGTERM" or "SIGINT", else None; the loop looks at it after each step (with
     `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
-    KeyboardInterrupt at once. The previous handlers are restored at the end. Main thread only.
+    KeyboardInterrupt at once. Main thread only.
     """
 
     def __init__(self):
@@ -59,21 +59,20 @@ class NonFinite:
         self.limit = limit
         self.skipped = self.in_a_row = 0
 
-    def check(self, loss, grad_norm, step, documents=(), checkpoint=None):
+    def check(self, loss, grad_norm, step, documents, checkpoint=None):
         """True if the step may be taken, False if the loop must skip it (no optimizer.step).
 
-        `documents` are the ids of the step's documents, printed so that a bad one can be found;
-        `checkpoint` is the last good one, named when it is time to stop. With several ranks pass
-        the loss and norm over all of them, so that all decide alike.
+        `documents` are the packs of the step, lists of document ids, printed so that a bad one can
+        be found; `checkpoint` is the last good one, named when it is time to stop. With several
+        ranks pass the loss and norm over all of them, so that all decide alike.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
         self.skipped += 1
         self.in_a_row += 1
-        shown = ", ".join(map(str, list(documents)[:8])) + " ..." * (len(documents) > 8)
         message = (f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}; documents: "
-                   + (shown or "not known"))
+                   + listed(one for pack in documents for one in pack))
         if self.in_a_row >= self.limit:
             back = (f"the last good checkpoint is {checkpoint}" if checkpoint
                     else "no checkpoint was saved before")
@@ -82,37 +81,6 @@ class NonFinite:
                 " try a lower --lr or --clip, a longer --warmup, or --dtype float32")
         say(f"{message}: skipped ({self.in_a_row} in a row, {self.skipped} in all)")
         return False
-
-
-class LossSpikes:
-    """Reports a loss that stands out: more than `sigmas` deviations above its running mean.
-
-    Mean and variance are exponential averages over about `window` steps. Nothing is said in the
-    first `window` steps, when the loss still falls fast.
-    """
-
-    def __init__(self, sigmas=6.0, window=50):
-        self.sigmas, self.window = sigmas, window
-        self.mean = self.variance = 0.0
-        self.seen = 0
-
-    def check(self, loss, step):
-        """True, after printing one line, if this step's loss is a spike. Steps come in order."""
-        if not math.isfinite(loss):
-            return False  # NonFinite reports these
-        # A spread of at least 1 % of the mean: noise on a flat loss is not worth a line.
-        limit = self.mean + self.sigmas * max(math.sqrt(self.variance), 0.01 * abs(self.mean))
-        spike = self.seen >= self.window and loss > limit
-        if spike:
-            say(f"step {step}: loss {loss:.4f} stands out from {self.mean:.4f} before; if this"
-                " repeats, try a lower --lr or --clip")
-            loss = limit  # so that one spike does not hide the next
-        self.seen += 1
-        share = max(1 / self.seen, 1 / self.window)
-        difference = loss - self.mean
-        self.mean += share * difference
-        self.variance = (1 - share) * (self.variance + share * difference**2)
-        return spike
 
 
 @contextlib.contextmanager

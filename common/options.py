@@ -1,8 +1,7 @@
 """The options of a run: flags, a --config file, presets and --resume put together.
 
-An option has the same name everywhere: `--batch-tokens` on the command line, `batch_tokens` in
-code, in a `--config` file and in a run's `train_config.json`. What a person typed wins over the
-file, the file over the run that is resumed, and that over the preset.
+What a person typed wins over the file, the file over the run that is resumed, and that over the
+preset. `--batch-tokens` is `batch_tokens` in code and in files.
 """
 
 import argparse
@@ -10,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -115,11 +113,10 @@ class Parser(argparse.ArgumentParser):
 def read_flags(options_class, description, argv):
     """What was typed, as a dict; options that were not typed are absent."""
     follows = "Where no default is given, it depends on model and data: --dry-run prints it."
-    width = min(100, shutil.get_terminal_size().columns)  # no wider than a person reads easily
     parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
                     epilog=follows if issubclass(options_class, TrainOptions) else None,
-                    argument_default=argparse.SUPPRESS, formatter_class=partial(
-                        argparse.HelpFormatter, max_help_position=26, width=width))
+                    argument_default=argparse.SUPPRESS,
+                    formatter_class=partial(argparse.HelpFormatter, max_help_position=26))
     for one in fields(options_class):
         flag, text, choices = _flag(one.name), one.metadata["text"], one.metadata["choices"]
         if choices:
@@ -131,30 +128,24 @@ def read_flags(options_class, description, argv):
             action = argparse.BooleanOptionalAction if one.default else "store_true"
             parser.add_argument(flag, action=action, help=text)
         else:
-            parser.add_argument(flag, type=partial(_value, one), help=text,
-                                nargs="+" if one.type is list else None,
+            several = one.type is list
+            parser.add_argument(flag, type=str if several else one.type, help=text,
+                                nargs="+" if several else None,
                                 metavar={int: "N", float: "X"}.get(one.type, "TEXT"))
-    return vars(parser.parse_args(argv))
+    typed = vars(parser.parse_args(argv))
+    for one in fields(options_class):
+        choices, least, value = one.metadata["choices"], one.metadata["least"], typed.get(one.name)
+        if choices and value not in (None, *choices):
+            parser.error(f"{_flag(one.name)}: {value} is none of {', '.join(choices)}"
+                         f"{nearest(value, choices)}")
+        if None not in (least, value) and not least <= value < math.inf:
+            parser.error(f"{_flag(one.name)}: {value}: the least is {least}, and it must be a "
+                         "finite number")
+    return typed
 
 
 def _flag(name):
     return "--" + name.replace("_", "-")
-
-
-def _value(one, word):
-    """The option's value for a word that was typed; ArgumentTypeError if it is not valid."""
-    choices, least = one.metadata["choices"], one.metadata["least"]
-    try:
-        value = word if one.type is list else one.type(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{word} is not {one.type.__name__}")
-    if choices and value not in choices:
-        raise argparse.ArgumentTypeError(
-            f"{word} is none of {', '.join(choices)}{nearest(word, choices)}")
-    if least is not None and not least <= value < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{word}: the least is {least}, and it must be a finite number")
-    return value
 
 
 def _read_values(options_class, path, values):
@@ -180,11 +171,11 @@ def _read_values(options_class, path, values):
 
 def choose_device(name):
     """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if not available[name]:
+        name = next(kind for kind in kinds if kinds[kind])
+    if not kinds[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device cpu")
     names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # read when the first memory is taken
     if name == "cuda" and not any(map(os.environ.get, names)):
@@ -203,22 +194,28 @@ def choose_dtype(name, device):
 
 
 def parse(options_class, chapter, description, tiny, real, argv=None):
-    """The options of this run, an `options_class`, all resolved except --batch-tokens on a GPU.
+    """The options of this run of `chapter` "01", "02" or "03", an `options_class`; all resolved
+    except --batch-tokens on a GPU.
 
-    `chapter` is "01", "02" or "03". `tiny` and `real` are that chapter's presets, dicts of option
-    values, for the embedded model (`init` and `steps` only on the embedded data) and for all
-    others; a value that depends on --method is itself a dict, with a "default". Prints what `auto`
-    chose. Raises UserError if anything is wrong, before any file of the model is touched.
+    `tiny` and `real` are the presets, dicts of option values, for the embedded model (`init` and
+    `steps` only on the embedded data) and for all others; a value that depends on --method is
+    itself a dict, with a "default". Raises UserError before any file of the model is touched.
     """
     given = read_flags(options_class, description, argv)
     if "config" in given:
         path = given["config"]
         given = {**_read_values(options_class, path, read_json(path)), **given}
+    # Absolute paths: a run may be resumed from another folder.
+    for name in given.keys() & {"model", "eval_data", "chat_template"}:
+        given[name] = hub.whole_name(given[name])
+    if "data" in given:
+        given["data"] = [hub.whole_name(one) for one in given["data"]]
     if "resume" in given:
-        return _resumed(options_class, chapter, _with_whole_names(given))
+        return _resumed(options_class, chapter, given)
     options = options_class(**given)
     options.data = list(options.data)
     device = choose_device(options.device)
+    options.device = device.type
     for name, value in _choose_model_and_data(options, device, tiny, real).items():
         if isinstance(value, dict):
             value = value.get(options.method, value["default"])
@@ -226,24 +223,11 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
             setattr(options, name, value)
     if options.steps is None and options.epochs is None:
         options.epochs = 1
-    options.device = device.type
     options.dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
     if options.lr < options.min_lr:
         raise UserError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}")
     say(_summary(options))
-    vars(options).update(_with_whole_names(vars(options)))
     return options
-
-
-def _with_whole_names(values):
-    """The options with absolute paths: a run may be resumed from another folder."""
-    found = dict(values)
-    for name in ("model", "eval_data", "chat_template"):
-        if found.get(name) is not None:
-            found[name] = hub.whole_name(found[name])
-    if "data" in found:
-        found["data"] = [hub.whole_name(one) for one in found["data"]]
-    return found
 
 
 def _summary(options):
@@ -272,29 +256,23 @@ def _choose_model_and_data(options, device, tiny, real):
     if model == "auto" and data not in ("auto", "tiny") and not big:
         raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id such as "
                         f"{GPU_MODEL}")
-    use_gpu_default = big and data != "tiny" and model != "tiny"
+    small = not big or "tiny" in (model, data)
     if model == "auto":
-        options.model = GPU_MODEL if use_gpu_default else "tiny"
+        options.model = "tiny" if small else GPU_MODEL
     if data == "auto":
-        options.data = [GPU_DATA] if use_gpu_default else ["tiny"]
+        options.data = ["tiny" if small else GPU_DATA]
     if model == data == "auto":
         why = "a GPU is here" if big else "no GPU of 16 GB or more is here"
         other = ("for the small one add --model tiny" if big else
                  f"for the real thing add --model {GPU_MODEL} --data my.jsonl")
         say(f"auto: {why}, so --model {options.model} --data {options.data[0]};\n      {other}")
+    # On a GPU `predict.fit_batch` chooses --batch-tokens, once the model's shapes are known.
     preset = {"init": "pretrained", "eval_every": 200, "save_every": 200,
+              "batch_tokens": None if on_gpu else 2048,
               **(tiny if options.model == "tiny" else real)}
     if options.data != ["tiny"]:  # the embedded model on other data: trained on, an epoch
-        preset["init"] = "pretrained"
-        preset.pop("steps", None)
-    if options.model != "tiny" or options.data != ["tiny"]:
-        if not on_gpu:  # there `predict.fit_batch` chooses, once the model's shapes are known
-            preset.setdefault("batch_tokens", 2048)
-        if options.data == ["virtual"]:
-            preset.setdefault("steps", 20)
-    if options.epochs is not None:
-        preset.pop("steps", None)
-    return preset
+        preset |= {"init": "pretrained", "steps": 20 if options.data == ["virtual"] else None}
+    return preset | ({} if options.epochs is None else {"steps": None})
 
 
 def save_options(options, chapter, run, data):
@@ -310,11 +288,8 @@ def save_options(options, chapter, run, data):
 
 
 def _resumed(options_class, chapter, given):
-    """The options of the run in --resume DIR, overridden by what was typed now.
-
-    Every changed option is reported. One that affects the resulting weights needs --allow-changes;
-    more --steps under --schedule constant do not alter the steps before.
-    """
+    """The options of the run in --resume DIR, overridden by what was typed now. What affects the
+    resulting weights needs --allow-changes; more --steps under --schedule constant do not."""
     run = Path(given["resume"])
     path = run / "train_config.json"
     if not os.path.isfile(path):

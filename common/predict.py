@@ -93,7 +93,7 @@ def peak_flops(device, dtype):
 
 
 class Prediction(dict):
-    """What `training` predicts: bytes by category at the fullest moment of a step, on each rank.
+    """What `costs` predicts: bytes by category at the fullest moment of a step, on each rank.
 
     Its attributes are `parameters`, `flops` (of one token, see `flops_per_token`), `peak_flops` (of
     all ranks together, or None) and `tokens` (of the largest pack).
@@ -135,19 +135,24 @@ class Prediction(dict):
               for name, size in sorted(self.items(), key=lambda item: -item[1]) if size)))
 
 
-def training(model, lengths, options, chunk=None):
-    """Predict a step of a run of `model` on documents of these lengths.
+def costs(model, lengths, options, chunk=None):
+    """Predict a step of a run of `model` on documents of these lengths; gives a `Prediction`.
 
     `options` are the run's: batch_tokens, grad_accum, dtype, device and, in chapter 3,
     activation_checkpointing and compile (whose packs are padded to batch_tokens). `chunk` is the
     rows of the chunked loss, None for the plain one. The model may be on the "meta" device; it has
-    its adapters already. Gives a `Prediction`.
+    its adapters already.
     """
-    lengths = np.asarray(lengths)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     compiled = getattr(options, "compile", False)
-    tokens = options.batch_tokens if compiled else int(min(options.batch_tokens, lengths.sum()))
-    sizes = _memory_of_run(model, options, tokens, options.grad_accum, chunk)
-    peak = peak_flops(torch.device(options.device), getattr(torch, options.dtype))
+    tokens = options.batch_tokens
+    if not compiled:
+        tokens = int(min(tokens, np.sum(lengths)))
+    sizes = memory(
+        model, tokens, dtype, grad_accum=options.grad_accum, chunk=chunk, ranks=world_size(),
+        checkpointing=getattr(options, "activation_checkpointing", "none"), compiled=compiled,
+        varlen_kernel=device.type == "cuda" and dtype != torch.float32)
+    peak = peak_flops(device, dtype)
     return Prediction(sizes, parameters=parameters(model), tokens=tokens,
                       flops=flops_per_token(model, mean_attended(lengths)),
                       peak_flops=None if peak is None else peak * world_size())
@@ -165,9 +170,10 @@ def fit_batch(options, model, chunk=None):
         return
     has = least(torch.cuda.get_device_properties(options.device).total_memory)
     longest = min(options.max_seq_len, model.config.max_position_embeddings, PACKS[0])
+    packs_of_most = options.grad_accum
     for tokens in PACKS:
-        accumulate = options.grad_accum * PACKS[0] // tokens
-        peak = sum(_memory_of_run(model, options, tokens, accumulate, chunk).values())
+        options.batch_tokens, options.grad_accum = tokens, packs_of_most * PACKS[0] // tokens
+        peak = costs(model, [tokens], options, chunk).peak
         if peak <= SHARE * has or tokens // 2 < max(longest, PACKS[-1]):
             break
     if peak > SHARE * has:
@@ -176,18 +182,8 @@ def fit_batch(options, model, chunk=None):
             f" {readable_bytes(has)} a run may take {SHARE:.0%}: chapter 3 needs less, with"
             " --method lora on its base of four bits, or with --activation-checkpointing full; or"
             " take a smaller --model or --max-seq-len, or set --batch-tokens yourself")
-    options.batch_tokens, options.grad_accum = tokens, accumulate
-    say(f"--batch-tokens {tokens} --grad-accum {accumulate}: predicted peak {readable_bytes(peak)}"
-        f" of the GPU's {readable_bytes(has)}")
-
-
-def _memory_of_run(model, options, tokens, grad_accum, chunk):
-    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
-    return memory(
-        model, tokens, dtype, grad_accum=grad_accum, chunk=chunk, ranks=world_size(),
-        checkpointing=getattr(options, "activation_checkpointing", None) or "none",
-        kernel_joins=device.type == "cuda" and dtype != torch.float32,
-        compiled=getattr(options, "compile", False))
+    say(f"--batch-tokens {tokens} --grad-accum {options.grad_accum}: predicted peak "
+        f"{readable_bytes(peak)} of the GPU's {readable_bytes(has)}")
 
 
 def _short(number):

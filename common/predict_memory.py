@@ -54,17 +54,9 @@ def layer_costs(layer):
 
 # --- a step ---
 
-def memory(model, tokens, dtype, **how):
+def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
+           varlen_kernel=False, compiled=False):
     """Bytes by category at the fullest moment of a training step: their sum is the peak.
-
-    The arguments are those of `phases`.
-    """
-    return max(phases(model, tokens, dtype, **how).values(), key=lambda sizes: sum(sizes.values()))
-
-
-def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
-           kernel_joins=False, compiled=False):
-    """The moments of a step at which memory can be fullest: name -> {category: bytes}.
 
     Activations accumulate in the forward pass. In the backward pass they are freed while gradients
     are added. So the peak is at the loss, or at the end, when all gradients exist.
@@ -73,158 +65,132 @@ def phases(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     parameters marked. `tokens` is T, of the largest pack. `dtype` is the compute dtype.
     `checkpointing` is "none", "selective" or "full"; `chunk` is the rows of the chunked loss, or
     None for the plain one; `ranks` share the parameters (FSDP2: a rough figure, as gathered
-    weights are not freed at once). `kernel_joins`: attention is one kernel for all documents (CUDA,
-    16 bits) rather than one call for each. `compiled`: layers are, except for attention. The
+    weights are not freed at once). `varlen_kernel`: attention is one kernel for all documents
+    (CUDA, 16 bits) rather than one call for each. `compiled`: layers are, except for attention. The
     optimizer is AdamW, fused, whose step needs no memory of its own.
     """
     c, layers = dtype.itemsize, model.model.layers
     embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
     V, D = embedding.shape
-    head = linear_cost(model.model.embed_tokens if tied else model.lm_head)
-    head_trained = head.weight.requires_grad
+    head = linear_cost(model.lm_head or model.model.embed_tokens)
     if head.factors:
         chunk = None  # a head with an adapter gives logits
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    one_layer = sum(p.numel() for p in layers[0].parameters())
 
     # --- what stays from step to step ---
     weights = sum(t.nbytes for t in model.parameters()) // ranks
     weights += sum(t.nbytes for t in model.buffers())  # not sharded
-    gradients = FLOAT32 * trained // ranks
+    gradients = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad) // ranks
     held = gradients if grad_accum > 1 else 0  # gradients of earlier micro-batches
-    moments = 2 * FLOAT32 * trained // ranks
+    head_gradient = FLOAT32 * V * D * head.weight.requires_grad
 
     # --- what the forward keeps for the backward ---
-    per_layer = [sum(saved_per_token(layer, dtype, kernel_joins, compiled).values())
-                 for layer in layers]
+    per_layer = [saved_per_token(layer, dtype, varlen_kernel, compiled) for layer in layers]
     copies = [weight_copies(layer, dtype) for layer in layers]
     head_copy = c * V * D if head.weight.dtype.itemsize != c else 0
-    if ranks > 1:  # FSDP2 gathers in c: embedding and head for the step, two layers at a time
-        copies = [0] * len(layers)
-        head_copy = c * (embedding.numel() * (1 if tied else 2) + 2 * one_layer)
-    last = norm_per_token(
-        model.model.norm, D, chunk is None and head.keeps_input, dtype=dtype)
-    tables = c * model.model.config.head_dim  # cos and sin, once for all layers
-    kept, again = sum(per_layer), 0
+    # One layer's backward: the residual's gradient, and those of the feed-forward's products.
     first = layer_costs(layers[0])
+    F = linear_cost(layers[-1].mlp.up_proj).shape[0]
+    at_work = tokens * (2 * c * D + 2 * c * F)
+    # A quantised layer's matrices are dequantised one by one, or, in a compiled layer that is
+    # computed again, all at once.
+    whole = [prod(cost.shape) for cost in first if cost.weight is None]
+    at_work += c * (sum(whole) if compiled and checkpointing == "full" else max(whole, default=0))
+    gathered = 0
+    if ranks > 1:  # FSDP2 gathers in c: embedding and head for the step, two layers at a time
+        one_layer = sum(p.numel() for p in layers[0].parameters())
+        gathered = c * (embedding.numel() * (1 if tied else 2) + 2 * one_layer)
+        copies, head_copy = [0] * len(layers), 0
+        # Its whole gradient, also in float32 for the reduction; the gathering's buffer.
+        at_work += (2 * c + FLOAT32) * one_layer
+    kept = sum(per_layer)
     if checkpointing != "none":
         # Kept: the layer's input, and if selective what is expensive to compute. The layer at work
         # is computed again, so its own tensors exist as well.
         expensive = (expensive_per_token(layers[0], dtype, compiled)
                      if checkpointing == "selective" else 0)
-        again = (max(per_layer) - expensive) * tokens + max(copies)
-        if not kernel_joins:  # attention in blocks also holds q, k and v arranged by head
-            again += c * tokens * sum(cost.shape[0] for cost in first[:3])
+        at_work += (max(per_layer) - expensive) * tokens + max(copies)
+        if not varlen_kernel:  # attention in blocks also holds q, k and v arranged by head
+            at_work += c * tokens * sum(cost.shape[0] for cost in first[:3])
         kept = len(layers) * (c * D + expensive)
         copies = [0] * len(layers)
-    activations = tokens * (kept + last + tables)
-    all_copies = sum(copies) + head_copy
+    last = norm_per_token(model.model.norm, D, chunk is None and head.keeps_input, dtype=dtype)
+    tables = c * tokens * model.model.config.head_dim  # cos and sin, once for all layers
+    activations = tokens * (kept + last) + tables
 
-    loss, head_phase = loss_and_head(
-        tokens, V, D, c, chunk, head_trained, head_copy, kernel_joins, compiled)
-
-    # --- what the backward needs for itself ---
-    head_gradient = FLOAT32 * V * D * head_trained
-    # One layer's backward: the residual's gradient, and those of the feed-forward's products.
-    F = linear_cost(layers[-1].mlp.up_proj).shape[0]
-    # A quantised layer's matrices are dequantised one by one, or, in a compiled layer that is
-    # computed again, all at once.
-    whole = [prod(cost.shape) for cost in first if cost.weight is None]
-    whole = sum(whole) if compiled and checkpointing == "full" else max(whole, default=0)
-    at_work = tokens * (2 * c * D + 2 * c * F) + c * whole + again
-    if ranks > 1:  # its whole gradient, also in float32 for the reduction; the gathering's buffer
-        at_work += (2 * c + FLOAT32) * one_layer
+    # --- the moments ---
     # A tied matrix has two gradients in the backward: the head's, apart from those of earlier
     # micro-batches, is held until the embedding's is there. From a plain float32 product it is a
     # view, so that their sum is a third tensor; otherwise autograd adds in place.
     waiting = head_gradient if tied and held else 0
-    in_embedding = 0
+    in_embedding = not_yet = 0
     if embedding.requires_grad:
         extra = (tied or grad_accum > 1 or ranks > 1) + (tied and c == FLOAT32 and chunk is None)
         in_embedding = FLOAT32 * V * D * extra + tokens * D * (c + FLOAT32) + waiting
-
+        not_yet = 0 if tied or held else FLOAT32 * V * D // ranks
+    loss = loss_bytes(tokens, V, D, c, chunk, head.weight.requires_grad, head_copy + gathered,
+                      varlen_kernel, compiled)
+    fullest = max((  # gradients, activations, copies of weights, the loss, the layer at work
+        (held, activations, sum(copies) + head_copy, loss, 0),  # loss, and backward of the head
+        (held + waiting if held else head_gradient, activations, sum(copies), 0, at_work),
+        (gradients - not_yet, activations // len(layers), 0, 0, at_work + waiting),  # first layer
+        (gradients, tables, 0, 0, in_embedding)), key=sum)
     compute = str(dtype).removeprefix("torch.")
-
-    def moment(gradients, activations=0, copies=0, loss=0, at_work=0):
-        return {"weights": weights, "optimizer moments": moments, "gradients": gradients,
-                "activations": activations, f"copies of weights in {compute}": copies,
-                "logits and loss": loss, "layer at work": at_work}
-
-    gathered = head_copy * (ranks > 1)
-    not_yet = FLOAT32 * V * D // ranks if embedding.requires_grad and not tied and not held else 0
-    return {
-        "loss": moment(held, activations, all_copies, loss),
-        "backward of the head": moment(held, activations, all_copies, head_phase),
-        "backward of the last layer": moment(
-            held + waiting if held else head_gradient, activations, sum(copies) + gathered,
-            at_work=at_work),
-        "backward of the first layer": moment(
-            gradients - not_yet, activations // len(layers), gathered, at_work=at_work + waiting),
-        "end of the backward": moment(gradients, tokens * tables, gathered, at_work=in_embedding),
-    }
+    return {"weights": weights, "optimizer moments": 2 * gradients, "gradients": fullest[0],
+            "activations": fullest[1], f"copies of weights in {compute}": fullest[2] + gathered,
+            "logits and loss": fullest[3], "layer at work": fullest[4]}
 
 
-def loss_and_head(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
-    """The most bytes that the loss needs, and then those of the head's backward.
+def loss_bytes(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
+    """The most bytes that the loss needs, and then the backward of the head.
 
     `trained`: whether the head is. `copy`: bytes of its weight in c, which is freed after the
     head's backward.
     """
-    narrow = c < FLOAT32
     if chunk is None:
-        # Backward of the softmax: log-probabilities, their gradient, the logits' gradient.
-        loss = 3 * FLOAT32 * tokens * V
-        # Then of the head: the logits' gradient, in c; the weight's, in c and then in float32.
-        product = c * tokens * V + c * V * D * trained
-        cast = (c + FLOAT32) * V * D * trained - copy if narrow else 0
-        return loss, c * tokens * D + max(product, cast)
+        # Backward of the softmax: log-probabilities, their gradient, the logits' gradient. Then of
+        # the head: the gradients of logits, of what goes in, and of the weight, all in c.
+        return max(3 * FLOAT32 * tokens * V, c * (tokens * (D + V) + V * D * trained))
     # Both gradients are formed in the forward, chunk by chunk (loss.py): the logits in c, with
-    # float32 pieces that fit a cache; then the chunk's share of the weight's gradient, in c and, to
-    # be added up, in float32. On a GPU that is one product, and the compiled softmax has no pieces.
-    # The backward scales both gradients, and briefly holds them twice.
+    # float32 pieces that fit a cache (none in a GPU's compiled softmax). The backward scales both
+    # gradients, and briefly holds them twice.
     rows = -(-tokens // -(-tokens // chunk))
     both = c * tokens * D + FLOAT32 * V * D * trained
-    pieces = (1 + narrow) * FLOAT32 * min(rows * V, 2**23 if on_gpu else 2**21)
-    share = (c + FLOAT32) * min(V, 2**13) * D * narrow * trained  # in parts of 8,192 rows of W
-    if on_gpu:
-        pieces, share = pieces * (not compiled), 0
-    return both + c * rows * (V + 2 * D) + max(pieces, share), 2 * both - copy
+    pieces = (1 + (c < FLOAT32)) * FLOAT32 * min(rows * V, 2**23 if on_gpu else 2**21)
+    pieces *= not (on_gpu and compiled)
+    return both + max(c * rows * (V + 2 * D) + pieces, both - copy)
 
 
 # --- a decoder layer ---
 
-def saved_per_token(layer, dtype, kernel_joins=False, compiled=False):
-    """What a decoder layer keeps for its backward, bytes per token: named terms, in order.
+def saved_per_token(layer, dtype, varlen_kernel=False, compiled=False):
+    """Bytes per token that a decoder layer keeps for its backward.
 
     Compiled code recomputes what is cheap, such as silu(gate) and DoRA's scaling.
     """
     norm = partial(norm_per_token, dtype=dtype, compiled=compiled)
-    c, attention = dtype.itemsize, layer.self_attn
+    attention = layer.self_attn
     q, k, v, o, gate, up, down = costs = layer_costs(layer)
     d, qk_norm = attention.head_dim, not isinstance(attention.q_norm, nn.Identity)
     (Hd, D), Kd, F = q.shape, k.shape[0], up.shape[0]
+    kept = norm(layer.input_layernorm, D, q.keeps_input or k.keeps_input or v.keeps_input)
+    kept += norm(layer.post_attention_layernorm, D, gate.keeps_input or up.keeps_input)
+    scaled = costs
+    if compiled:
+        scaled = (v, o, down) if qk_norm else (q, k, v, o, down)
+    if qk_norm:  # their result is then rotated, for which nothing is kept
+        kept += norm(attention.q_norm, Hd, False, Hd // d) + norm(
+            attention.k_norm, Kd, False, Kd // d)
+    numbers = Hd + 2 * Kd  # q, k, v
     # Chapter 3's attention recomputes its output in the backward, unless it is one GPU kernel.
-    keeps_output = kernel_joins or getattr(attention, "keeps_output", True)
-    scaled = costs if not compiled else (v, o, down) if qk_norm else (q, k, v, o, down)
-    return {
-        "input norm: x, x / rms, result": norm(
-            layer.input_layernorm, D, q.keeps_input or k.keeps_input or v.keeps_input),
-        # The result is then rotated, for which nothing is kept.
-        "norms of q and k: x, x / rms": (
-            norm(attention.q_norm, Hd, False, Hd // d) + norm(attention.k_norm, Kd, False, Kd // d)
-            if qk_norm else 0),
-        "attention: q, k, v": c * (Hd + 2 * Kd),
-        "attention: output, log-sum-exp": (c * Hd + FLOAT32 * Hd // d) * keeps_output,
-        # One kernel's output is kept already; the outputs by document are joined in a new tensor.
-        "input of o_proj": c * Hd * (o.keeps_input and not kernel_joins),
-        "feed-forward norm: x, x / rms, result": norm(
-            layer.post_attention_layernorm, D, gate.keeps_input or up.keeps_input),
-        "gate, up, silu(gate)": c * F * (2 if compiled else 3),
-        "input of down_proj": c * F * down.keeps_input,
-        "adapters": c * sum(cost.keeps for cost in costs),
-        "outputs before DoRA scales them": c * sum(
-            cost.shape[0] for cost in scaled if cost.keeps_output),
-    }
+    if varlen_kernel or getattr(attention, "keeps_output", True):
+        numbers += Hd
+        kept += FLOAT32 * Hd // d  # the log-sum-exp
+    if not varlen_kernel:  # the outputs by document are joined in a new tensor, o_proj's input
+        numbers += Hd * o.keeps_input
+    numbers += F * ((2 if compiled else 3) + down.keeps_input)  # gate, up, silu(gate); product
+    numbers += sum(cost.keeps for cost in costs)  # adapters
+    numbers += sum(cost.shape[0] for cost in scaled if cost.keeps_output)  # DoRA's, to be scaled
+    return kept + dtype.itemsize * numbers
 
 
 def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):

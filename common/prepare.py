@@ -1,10 +1,8 @@
-"""From --model and --data to documents of token ids, and to the questions that are asked.
-
-What lies between the options and the loop: which data, which tokenizer, what is held out, and a few
-questions, asked before and after training, that show what the model has learned.
-"""
+"""From --model and --data to documents of token ids, and to the questions that are asked before and
+after training, to show what the model has learned."""
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -37,6 +35,8 @@ class Question:
     text: str       # for people: the last thing that was said
     prompt: list    # token ids
     expected: list  # token ids: how the document goes on, up to its end-of-turn token
+    before: list    # token ids: what precedes the answer in the document; the prompt, one hopes
+    answer: list    # token ids: all that is trained after it, its end-of-turn token included
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ def load(options, source, config, skills):
     "base", which the embedded model learns from scratch, or "new", which it has never seen; then
     the base skills are asked too, to show what is forgotten.
     """
-    # A document must fit a pack and the model's positions.
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
     own = ("eval_data", "columns", "rendered", "chat_template", "strict_template")
@@ -130,50 +129,44 @@ def questions(chat, documents, records, count, limit):
     for generation; for a text, its first words. There is none where the template refuses, or the
     prompt has `limit` tokens or more.
     """
-    wanted, found = {}, []
-    for i, number in enumerate(documents.documents["record"][:count].tolist()):
-        wanted.setdefault(number, []).append(documents[i])
-    for number, record in enumerate(islice(records, max(wanted) + 1)):
-        for ids, labels in wanted.get(number, ()):
-            try:
-                question = _question(chat, record, ids.tolist(), (labels >= 0).tolist())
-            except Refused:  # say, a conversation after which the template has no prompt
-                continue
-            if 0 < len(question.prompt) < limit:
-                found.append(question)
-    return found
+    numbers = documents.documents["record"][:count].tolist()
+    wanted = {number: record for number, record in zip(range(max(numbers) + 1), records)
+              if number in numbers}
+    found = []
+    for i, number in enumerate(numbers):
+        ids, labels = documents[i]
+        with suppress(Refused):  # say, a conversation after which the template has no prompt
+            found.append(_question(chat, wanted[number], ids.tolist(), (labels >= 0).tolist()))
+    return [one for one in found if 0 < len(one.prompt) < limit]
 
 
-def _question(chat, record, ids, trained):
-    """The Question on a record and its document."""
+def _question(chat, record, ids=(), trained=()):
+    """The Question on a record, of which only a text needs its document. Raises Refused."""
+    end = None
     if "messages" in record:
-        turn, prompt, ids, start, end = _last_answer(chat, record)
-        said = (one.get("content") for one in record["messages"][:turn][::-1])
-        text, expected = next(filter(None, said), ""), ids[start:end]
+        messages = record["messages"]
+        more = {name: value for name, value in record.items() if name not in ("messages", "where")}
+        turns = [n for n, one in enumerate(messages)
+                 if one["role"] == "assistant" and one.get("train") is not False
+                 and any(str(one.get(key) or "").strip() for key in ANSWER)]
+        ids, trained = chat.encode_messages(messages, **more)  # whole: the document may be cut
+        if not turns or not any(trained):
+            raise Refused("nothing to ask")
+        before = messages[:turns[-1]]
+        text = next(filter(None, (one.get("content") for one in before[::-1])), "")
+        prompt = chat.encode_prompt(before, strftime_now=fixed_date, **more)
+        end = len(trained) - trained[::-1].index(True)
+        start = end - (trained[:end][::-1] + [False]).index(False)
     elif record.get("rendered"):  # the prompt is in the text
         start = trained.index(True) or 1
-        text, prompt, expected = chat.decode(ids[:start]), ids[:start], ids[start:]
+        text, prompt = chat.decode(ids[:start]), ids[:start]
     else:
         text = chat.decode(ids[:min(16, len(ids) - 1)]).rstrip("\ufffd \n")
         prompt = chat.encode_prompt(text)
-        expected = ids[len(prompt):]
-    return Question(text, prompt, [*takewhile(lambda one: one not in chat.stop_ids, expected)])
-
-
-def _last_answer(chat, record):
-    """(index of a conversation's last trained message, the ids of its prompt, the ids of the
-    document, start and end in these of the last trained ones). Raises Refused."""
-    messages = record["messages"]
-    turns = [n for n, one in enumerate(messages)
-             if one["role"] == "assistant" and one.get("train") is not False
-             and any(str(one.get(key) or "").strip() for key in ANSWER)]
-    more = {name: value for name, value in record.items() if name not in ("messages", "where")}
-    ids, trained = chat.encode_messages(messages, **more)
-    if not turns or not any(trained):
-        raise Refused("nothing to ask")
-    prompt = chat.encode_prompt(messages[:turns[-1]], strftime_now=fixed_date, **more)
-    end = len(trained) - trained[::-1].index(True)
-    return turns[-1], prompt, ids, end - (trained[:end][::-1] + [False]).index(False), end
+        start = len(prompt)
+    answer = ids[start:end]
+    expected = [*takewhile(lambda one: one not in chat.stop_ids, answer)]
+    return Question(text, prompt, expected, ids[:start], answer)
 
 
 def say_what_differs(chat, records):
@@ -181,22 +174,22 @@ def say_what_differs(chat, records):
     conversations = (record for record in islice(records, 200) if "messages" in record)
     for record in islice(conversations, SHOWN):
         try:
-            _, prompt, ids, start, end = _last_answer(chat, record)
+            one = _question(chat, record)
         except Refused:
             continue
-        asked, written = (repr(chat.decode(one[-12:], skip_special=False))
-                          for one in (prompt, ids[:start]))
         if chat.template is None:
             doubt = ("this model has no chat template, so a question and its answer are joined as "
                      "they are; --chat-template FILE gives it one")
-        elif ids[:start] != prompt:
+        elif one.before != one.prompt:
+            asked, written = (repr(chat.decode(ids[-12:], skip_special=False))
+                              for ids in (one.prompt, one.before))
             doubt = (f"what is asked is not what is trained: a prompt ends in {asked}, and what is "
                      f"trained follows {written}. Another template (--chat-template FILE), "
                      "one whose {% generation %} begins where its prompt ends, or documents with "
                      "<think> where the prompt has that, would help")
-        elif ids[end - 1] not in chat.stop_ids:
+        elif one.answer[-1] not in chat.stop_ids:
             doubt = ("no end-of-turn token is trained, so the model will not learn to stop: "
-                     f"answers end in {chat.decode(ids[end - 3:end], False)!r}; the template's "
+                     f"answers end in {chat.decode(one.answer[-3:], False)!r}; the template's "
                      "{% generation %} should include it")
         else:
             continue
@@ -205,15 +198,13 @@ def say_what_differs(chat, records):
 
 
 def answer_questions(data, model, generate):
-    """The model's greedy answers: {quiz: [(Question, answer ids), ...]}."""
-    was_training = model.training
+    """The model's greedy answers: {quiz: [(Question, answer ids), ...]}. Leaves it in eval mode."""
     model.eval()
     results = {}
     for name, quiz in data.quizzes.items():
         longest = 1 + max(len(one.expected) for one in quiz) if data.scored else 64
-        answers = generate(model, [one.prompt for one in quiz], longest, data.chat.stop_ids)
-        results[name] = list(zip(quiz, answers))
-    model.train(was_training)
+        results[name] = list(zip(quiz, generate(
+            model, [one.prompt for one in quiz], longest, data.chat.stop_ids)))
     return results
 
 
@@ -227,11 +218,11 @@ def exact_match(results):
 def show_answers(data, results, when):
     """Print the first few answers of each quiz and, if they are scored, the exact match."""
     for name, answers in results.items():
-        title = f"\n{name}, {when} training"
+        score = ""
         if data.scored:
-            (score,) = exact_match({name: answers}).values()
-            title = f"\n{name} skills, {when} training: exact match {score:.0%} of {len(answers)}"
-        say(title)
+            (share,) = exact_match({name: answers}).values()
+            score = f": exact match {share:.0%} of {len(answers)}"
+        say(f"\n{name}{' skills' * data.scored}, {when} training{score}")
         for question, answer in answers[:SHOWN]:
             mark = " " if not data.scored else "+" if question.expected == answer else "-"
             say(f"  {mark} {_line(question.text)}\n      {_line(data.chat.decode(answer))}")

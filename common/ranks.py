@@ -12,7 +12,6 @@ exchange tensors, never objects: PyTorch's object collectives unpickle what they
 import contextlib
 import os
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -22,17 +21,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from common.errors import UserError, located, one_line, out_of_memory
-
-TIMEOUT_SECONDS = 1800  # how long a rank waits for the others, also while rank 0 writes
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which process this is: `rank` of `world_size`, computing on `device`."""
-
-    rank: int
-    world_size: int
-    device: torch.device
 
 
 def world_size():
@@ -56,37 +44,37 @@ def say(*words):
         print(*words, flush=True)
 
 
-def start_ranks(device, timeout_seconds=None):
-    """Join the other ranks, if torchrun started any; gives a `Ranks`.
+def start_ranks(device):
+    """Join the other ranks, if torchrun started any; gives the torch.device to compute on.
 
-    On CUDA the rank takes the GPU numbered LOCAL_RANK. A wait for the other ranks ends with an
-    error after `timeout_seconds` (default: BARELOOP_TIMEOUT_SECONDS in the environment, else 1800).
+    On CUDA the rank takes the GPU numbered LOCAL_RANK. A wait for another rank, say while rank 0
+    writes, ends with an error after BARELOOP_TIMEOUT_SECONDS (in the environment; default 1800).
     Raises UserError if the environment is incomplete or a node has more ranks than GPUs.
     """
-    device, rank = torch.device(device), this_rank()
+    device = torch.device(device)
+    kind = device.type
     if world_size() == 1:
-        return Ranks(0, 1, device)
-    if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        return device
+    if kind == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", this_rank()))
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {rank} wants GPU {local_rank} but this node has {torch.cuda.device_count()}:"
-                " lower torchrun's --nproc-per-node")
+            raise UserError(f"rank {this_rank()} wants GPU {local_rank} but this node has "
+                            f"{torch.cuda.device_count()}: lower torchrun's --nproc-per-node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise UserError(f"several ranks need --device cpu or cuda, not {device.type}")
-    if timeout_seconds is None:
-        timeout_seconds = int(os.environ.get("BARELOOP_TIMEOUT_SECONDS", TIMEOUT_SECONDS))
+    elif kind != "cpu":
+        raise UserError(f"several ranks need --device cpu or cuda, not {kind}")
+    seconds = int(os.environ.get("BARELOOP_TIMEOUT_SECONDS", 1800))
     with located("start with torchrun"), _plain_words("joining the other ranks"):
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds),
-            device_id=device if device.type == "cuda" else None)
-    return Ranks(rank, world_size(), device)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
+                                timeout=timedelta(seconds=seconds),
+                                device_id=device if kind == "cuda" else None)
+    return device
 
 
-def shard(model, ranks, dtype):
-    """Spread the model's parameters over the ranks, in place (FSDP2); nothing for a single process.
+def shard(model, device, dtype):
+    """Spread the model over the ranks, each on its `device`, in place (FSDP2, Zhao et al. 2023,
+    arXiv:2304.11277; each parameter by rows). Alone, do nothing.
 
     Each decoder layer, then what remains (embeddings, last norm, head), becomes one group: gathered
     in `dtype` (None: as they are) when its forward or backward begins. Parameters keep their own
@@ -94,19 +82,18 @@ def shard(model, ranks, dtype):
     Buffers (an NF4 base is one) are not sharded: rows would cut across quantisation blocks. All
     ranks begin from rank 0's values, and no GPU ever holds the whole model.
 
-    Call it after adapters are in place and before the optimizer is made. Afterwards only the
-    model's own forward sees whole parameters; elsewhere use `full_tensor`.
-    (Zhao et al. 2023, arXiv:2304.11277; FSDP2 shards each parameter by rows.)
+    Call it between adapters and optimizer. Afterwards only the model's own forward sees whole
+    parameters; elsewhere use `full_tensor`.
     """
-    if ranks.world_size == 1:
+    if world_size() == 1:
         return
     with _plain_words("handing out rank 0's weights"), torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if not tensor.is_meta:
-                values = tensor.detach().to(ranks.device).contiguous()
+                values = tensor.detach().to(device).contiguous()
                 dist.broadcast(values, src=0)
                 tensor.copy_(values)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    mesh = init_device_mesh(device.type, (world_size(),))
     # FSDP would also cast what goes into a layer: the rotary tables must stay float32.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -121,10 +108,8 @@ def full_tensor(tensor):
     """The whole of a sharded parameter, gradient or norm, as a new tensor; any other one as it is,
     detached. Collective: every rank must call it, in the same order."""
     tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor
     with _plain_words("gathering a sharded tensor"):
-        return tensor.full_tensor()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_rows(tensor):
@@ -147,25 +132,21 @@ def copy_into(parameter, tensor):
         parameter.to_local().copy_(rows[mesh.get_local_rank()])
 
 
-def all_sum(tensor):
-    """Replace `tensor` by its sum over the ranks, in place, and return it. Collective."""
-    return _reduce(tensor, dist.ReduceOp.SUM)
+def all_sum(tensor, operation=dist.ReduceOp.SUM):
+    """Replace `tensor` by its sum over the ranks, in place, and return it; or by what another
+    `dist.ReduceOp` gives. Collective."""
+    if dist.is_initialized():
+        with _plain_words("adding up over the ranks"):
+            # NCCL reduces GPU tensors only, and a token count may well live on the CPU.
+            on_device = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(on_device, operation)
+            tensor.copy_(on_device)
+    return tensor
 
 
 def least(number):
     """The smallest of the ranks' whole numbers. Collective."""
-    return int(_reduce(torch.tensor(number), dist.ReduceOp.MIN))
-
-
-def _reduce(tensor, operation):
-    if not dist.is_initialized():
-        return tensor
-    with _plain_words("adding up over the ranks"):
-        # NCCL reduces GPU tensors only, and a token count may well live on the CPU.
-        cuda = dist.get_backend() == "nccl"
-        on_device = tensor.to(torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu")
-        dist.all_reduce(on_device, operation)
-        return tensor.copy_(on_device)
+    return int(all_sum(torch.tensor(number), dist.ReduceOp.MIN))
 
 
 def any_rank(flag):

@@ -237,7 +237,7 @@ class Case:
                     wrong += self.step(model, adapter, optimizer, packs[number > 1], number)
         predicted = predict_memory.memory(
             model, self.tokens, getattr(torch, self.options.dtype), compiled=self.compiled,
-            chunk=model.chunk if self.chapter == "chapter-03" else None, kernel_joins=True,
+            chunk=model.chunk if self.chapter == "chapter-03" else None, varlen_kernel=True,
             checkpointing=getattr(self.options, "activation_checkpointing", "none"))
         return {"wrong": wrong, "elsewhere": sorted(trace.elsewhere), "peak": trace.peak,
                 "predicted": sum(predicted.values()), "graphs": counters["stats"]["unique_graphs"],

@@ -59,7 +59,7 @@ def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     code, text = small_runs.start([*options, *held_out, "--out", "run"])
-    assert code == 0 and "on data.jsonl, float32 on cpu:\n6 steps" in text, text
+    assert code == 0 and f"on {tmp_path}/data.jsonl, float32 on cpu:\n6 steps" in text, text
     for place, again in ((tmp_path / "elsewhere", []), (tmp_path, [*options[:2], *held_out])):
         shutil.move(tmp_path / "run/final", place / "before")
         monkeypatch.chdir(place)

@@ -113,7 +113,7 @@ def climb(rung, options, device):
     seconds = [seconds_of(step, device) for step in steps]
     memory = anatomy.measured(first, model, optimizer, device)
     speed = statistics.median(count / time for count, time in zip(tokens[1:], seconds))
-    prediction = predict.training(model, data.lengths, training, model.chunk)
+    prediction = predict.costs(model, data.lengths, training, model.chunk)
     predicted = sum(alone for _, alone in foreseen.values())
     return {"tokens_per_second": speed, "peak_memory_bytes": sum(memory.values()),
             "flops_per_second": speed * prediction.flops["total"], "mfu": prediction.mfu(speed),

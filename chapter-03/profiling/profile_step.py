@@ -113,7 +113,7 @@ def main(argv=None):
     tokens = len(pack["labels"])
 
     # --- predicted ---
-    prediction = predict.training(model, data.lengths, options, model.chunk)
+    prediction = predict.costs(model, data.lengths, options, model.chunk)
     memory = anatomy.predicted(model, prediction)
     print(prediction.report())
     peak, bandwidth = operators.ceilings(device, model.compute_dtype)

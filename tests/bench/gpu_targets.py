@@ -132,7 +132,7 @@ def rows_of(kind, options, figures, model, budget, measured, goal, **how):
         options.device, dtype)
     mfu = [rate * flops[way] / most for way in ("total", "full")] if most else None
     expected = sum(predict_memory.memory(
-        model, budget, dtype, kernel_joins=options.device.type == "cuda" and (
+        model, budget, dtype, varlen_kernel=options.device.type == "cuda" and (
             dtype != torch.float32), **how).values())
     figures[kind] = {"tokens_per_second": rate, "tokens": budget, "mfu": mfu, "peak_bytes": peak,
                      "predicted_bytes": expected, "losses": losses}

@@ -28,7 +28,7 @@ from report import adamw, conditions, show_conditions, table, write
 from scale_model import MACHINES, Machine, groups_of, simulate
 
 from common import hub, predict_memory, weights
-from common.ranks import any_rank, is_main, shard, start_ranks, stop_ranks
+from common.ranks import any_rank, is_main, shard, start_ranks, stop_ranks, world_size
 
 
 # --- predictions ---
@@ -69,7 +69,7 @@ def predictions(machine, counts, attended=2048):
             rate = ranks * tokens / times["step"]
             alone = alone or rate / ranks
             memory = sum(predict_memory.memory(
-                model, tokens, dtype, chunk=chunk, ranks=ranks, kernel_joins=True, compiled=True,
+                model, tokens, dtype, chunk=chunk, ranks=ranks, varlen_kernel=True, compiled=True,
             ).values())
             found.append({"model": name, "method": method, "tokens_per_rank": tokens,
                           "ranks": ranks, "tokens_per_second": rate, "efficiency":
@@ -91,12 +91,12 @@ def cpu_model(layers):
         qk_norm=True, qkv_bias=False, rope_theta=1e6, tie_word_embeddings=True))
 
 
-def measure(layers, tokens, steps, ranks, sharded):
+def measure(layers, tokens, steps, device, sharded):
     """(seconds of the fastest step, of its clipping and optimizer), of all ranks at once."""
     torch.manual_seed(0)
     model, packing = cpu_model(layers), load("chapter-03/packing.py")
     if sharded:
-        shard(model, ranks, torch.float32)
+        shard(model, device, torch.float32)
     optimizer, times, updates = adamw(model, 1e-4), [], []
     ids = torch.randint(0, 2048, (tokens // 128, 128))
     pack = packing.packed_sequence_collate_fn([(row, row) for row in ids])
@@ -117,18 +117,18 @@ def worker(steps):
     """One rank of a real run; on rank 0 it prints what was measured: every model, sharded; the
     small one when each rank has it to itself, "alone"; and what the link carries a second."""
     torch.set_num_threads(1)
-    ranks = start_ranks("cpu")
-    found = {"alone": measure(*CHECKED["small"], steps, ranks, False)}
+    device = start_ranks("cpu")
+    found = {"alone": measure(*CHECKED["small"], steps, device, False)}
     for name, (layers, tokens) in CHECKED.items():
-        found[name] = measure(layers, tokens, steps, ranks, True)
-    if ranks.world_size > 1:
-        parts, times = [torch.ones(2**20) for _ in range(ranks.world_size)], []
+        found[name] = measure(layers, tokens, steps, device, True)
+    if world_size() > 1:
+        parts, times = [torch.ones(2**20) for _ in range(world_size())], []
         for _ in range(2 + steps):
             started = time.perf_counter()
             torch.distributed.all_gather(parts, torch.ones(2**20))
             torch.distributed.reduce_scatter(torch.empty(2**20), parts)
             times.append(time.perf_counter() - started)
-        found["bandwidth"] = 2 * (ranks.world_size - 1) * parts[0].nbytes / min(times[2:])
+        found["bandwidth"] = 2 * (world_size() - 1) * parts[0].nbytes / min(times[2:])
     if is_main():
         print("FOUND " + json.dumps(found), flush=True)
     stop_ranks()

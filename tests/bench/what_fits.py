@@ -68,7 +68,7 @@ def cell(name, kind, checkpointing):
     for gpu in GPUS:
         chunk = chunk_for(model.config.vocab_size, gpu * 2**30)
         size = sum(memory(model, TOKENS, torch.bfloat16, checkpointing=checkpointing, chunk=chunk,
-                          kernel_joins=True).values()) / 2**30
+                          varlen_kernel=True).values()) / 2**30
         if size + CONTEXT <= gpu:
             break
     return parameters(model)["total"], size, f"{gpu} GB" if size + CONTEXT <= gpu else "none"

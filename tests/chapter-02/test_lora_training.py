@@ -296,7 +296,7 @@ def test_a_step_that_was_skipped_leaves_nothing_behind():
 SCRIPT = """
 import sys, torch
 from safetensors.torch import save_file
-from common.ranks import full_tensor, is_main, shard, start_ranks, stop_ranks
+from common.ranks import full_tensor, is_main, shard, start_ranks, stop_ranks, this_rank, world_size
 sys.path.insert(0, sys.argv[3])
 import lora
 from common.adapters import peft
@@ -311,24 +311,24 @@ def make():
         initializer_range=0.2)))
 
 def main(out, adapters):
-    ranks, results = start_ranks("cpu"), {}
+    device, results = start_ranks("cpu"), {}
     # A bfloat16 base, and DoRA's m as it is: gathered in bfloat16 too, m/|V| would not be 1.
     model, cu = make().bfloat16(), torch.tensor([0, 10], dtype=torch.int32)
     model.compute_dtype = torch.bfloat16
     before = model(torch.arange(10), cu, 10, torch.arange(10))
     lora.apply_adapter(model, lora.AdapterConfig(method="dora", rank=3))
-    shard(model, ranks, None)
+    shard(model, device, None)
     assert torch.equal(model(torch.arange(10), cu, 10, torch.arange(10)), before)
 
     for method in ("lora-fa", "delta-lora", "vera", "dora", "pissa"):
         model = make()
         config = lora.AdapterConfig(method=method, rank=3, delta_start=1)
         lora.apply_adapter(model, config)
-        shard(model, ranks, torch.float32)
+        shard(model, device, torch.float32)
         optimizer = torch.optim.AdamW(lora.optimizer_groups(model, config, 1e-2, 0.1), eps=1e-3)
         packs = torch.randint(0, 32, (3, 2, 10), generator=torch.Generator().manual_seed(1))
         for step, both in enumerate(packs, 1):
-            for ids in both[ranks.rank::ranks.world_size]:
+            for ids in both[this_rank()::world_size()]:
                 logits = model(ids, cu, 10, torch.arange(10))
                 torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
             lora.before_step(model, config)

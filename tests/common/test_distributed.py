@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.ranks import (
-    all_sum, any_rank, copy_into, full_tensor, is_main, shard, start_ranks, stop_ranks)
+    all_sum, any_rank, copy_into, full_tensor, is_main, shard, start_ranks, stop_ranks, this_rank,
+    world_size)
 
 # A decoder reduced to what sharding can get wrong: tied embeddings with a vocabulary that no
 # world size divides, layers, frozen weights beside trainable ones, parameters with fewer rows
@@ -18,7 +19,8 @@ from torch import nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from common.ranks import (
-    all_sum, any_rank, copy_into, full_tensor, is_main, shard, start_ranks, stop_ranks)
+    all_sum, any_rank, copy_into, full_tensor, is_main, shard, start_ranks, stop_ranks, this_rank,
+    world_size)
 
 V, D, RANK = 17, 6, 2
 
@@ -57,10 +59,10 @@ class Model(nn.Module):
             x = layer(x, table)
         return self.lm_head(x)
 
-def train(ranks, adapters, dtype):
-    torch.manual_seed(7 + 100 * ranks.rank)    # wrong on purpose: shard() must make them equal
+def train(device, adapters, dtype):
+    torch.manual_seed(7 + 100 * this_rank())    # wrong on purpose: shard() must make them equal
     model = Model(adapters)
-    shard(model, ranks, dtype)
+    shard(model, device, dtype)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
     generator, results = torch.Generator().manual_seed(0), {}
@@ -71,7 +73,7 @@ def train(ranks, adapters, dtype):
             labels = ids.roll(-1)
             labels[labelled:] = -100
             packs.append((ids, labels))
-        mine = packs[ranks.rank::ranks.world_size]
+        mine = packs[this_rank()::world_size()]
         tokens = all_sum(torch.tensor(float(sum((l >= 0).sum() for _, l in mine))))
         loss = torch.zeros((), dtype=torch.float64)
         for ids, labels in mine:
@@ -92,11 +94,11 @@ def train(ranks, adapters, dtype):
     return model, results
 
 def main(out):
-    ranks = start_ranks("cpu")
+    device = start_ranks("cpu")
     every = {}
     for name, adapters, dtype in (("dense", False, torch.float32), ("lora", True, torch.float32),
                                   ("dense-bf16", False, torch.bfloat16)):
-        model, results = train(ranks, adapters, dtype)
+        model, results = train(device, adapters, dtype)
         every |= {f"{name}.{key}": value for key, value in results.items()}
     # copy_into, then full_tensor: the same tensor back, and only this rank's rows are kept
     for name, parameter in model.named_parameters():
@@ -104,12 +106,12 @@ def main(out):
                             generator=torch.Generator().manual_seed(3))
         copy_into(parameter, whole)
         assert torch.equal(full_tensor(parameter), whole.float()), name
-        if ranks.world_size > 1:
+        if world_size() > 1:
             assert parameter.to_local().numel() < whole.numel(), name
     for layer in model.model.layers:      # buffers: equal everywhere, whole
         packed = layer.packed.to(torch.int64)
-        assert torch.equal(all_sum(packed.clone()), packed * ranks.world_size)
-    assert any_rank(ranks.rank == ranks.world_size - 1) is True
+        assert torch.equal(all_sum(packed.clone()), packed * world_size())
+    assert any_rank(this_rank() == world_size() - 1) is True
     assert any_rank(False) is False
     if is_main():
         save_file({k: v.contiguous() for k, v in every.items()}, out)
@@ -177,7 +179,8 @@ def test_a_lost_rank_ends_the_others(tmp_path, fate):
     script.write_text(f"""
 import os, time, torch
 from common.ranks import all_sum, any_rank, is_main, start_ranks
-ranks = start_ranks("cpu", timeout_seconds=4)
+os.environ["BARELOOP_TIMEOUT_SECONDS"] = "4"
+start_ranks("cpu")
 any_rank(False)  # wait for it
 if not is_main():
     {fate}
@@ -194,11 +197,11 @@ all_sum(torch.ones(1))
 
 def test_single_process_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = start_ranks("cpu")
-    assert (ranks.rank, ranks.world_size, is_main()) == (0, 1, True)
+    device = start_ranks("cpu")
+    assert (this_rank(), world_size(), is_main()) == (0, 1, True)
     assert not torch.distributed.is_initialized()
     model = torch.nn.Linear(3, 2)
-    shard(model, ranks, torch.float32)
+    shard(model, device, torch.float32)
     assert type(model.weight) is torch.nn.Parameter
     value = torch.randn(2, 3, dtype=torch.float64)
     copy_into(model.weight, value)

@@ -1,4 +1,4 @@
-"""Signals, steps that are not finite, loss spikes, and the advice when memory runs out."""
+"""Signals, steps that are not finite, and the advice when memory runs out."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 
 from common.errors import UserError, out_of_memory
-from common.guard import LossSpikes, NonFinite, Signals, memory_advice
+from common.guard import NonFinite, Signals, memory_advice
 
 
 def send(name):
@@ -84,60 +84,25 @@ print(signals.requested)
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(capsys):
     guard, nan, inf = NonFinite(limit=3), float("nan"), float("inf")
-    assert guard.check(1.0, 2.0, 1, [0]) is True
-    assert guard.check(nan, 1.0, 2, [17, 4]) is False
-    assert guard.check(1.0, torch.tensor(inf), 3, range(20)) is False
-    assert guard.check(1.0, 1.0, 4, [5]) is True
+    assert guard.check(1.0, 2.0, 1, [[0]]) is True
+    assert guard.check(nan, 1.0, 2, [[17], [4]]) is False
+    assert guard.check(1.0, torch.tensor(inf), 3, [range(15), range(15, 20)]) is False
+    assert guard.check(1.0, 1.0, 4, [[5]]) is True
     assert (guard.skipped, guard.in_a_row) == (2, 0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert "step 2: loss nan" in lines[0] and "17, 4: skipped" in lines[0]
-    assert "0, 1, 2, 3, 4, 5, 6, 7 ..." in lines[1] and "2 in a row" in lines[1]
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 12 more:" in lines[1] and "2 in a row" in lines[1]
 
 
 def test_after_a_few_in_a_row_it_stops_and_names_the_last_good_checkpoint():
     guard = NonFinite(limit=3)
     for step in (1, 2):
-        assert guard.check(float("nan"), 1.0, step, [step], "runs/x/step-000100") is False
+        assert guard.check(float("nan"), 1.0, step, [[step]], "runs/x/step-000100") is False
     with pytest.raises(UserError, match="3 steps in a row.*documents: 3.*runs/x/step-000100"):
-        guard.check(1.0, float("-inf"), 3, [3], "runs/x/step-000100")
+        guard.check(1.0, float("-inf"), 3, [[3]], "runs/x/step-000100")
     with pytest.raises(UserError, match="no checkpoint was saved"):
         NonFinite(limit=1).check(float("nan"), 1.0, 1, [])
-
-
-# --- spikes ---
-
-def curve(steps, seed=0, noise=0.1):
-    generator = torch.Generator().manual_seed(seed)
-    return [2 + 3 * 0.97**i + noise * torch.randn(1, generator=generator).item()
-            for i in range(steps)]
-
-
-def test_an_ordinary_curve_has_no_spikes(capsys):
-    for noise in (0.0, 0.01, 0.1, 0.3):
-        for seed in range(5):
-            spikes = LossSpikes()
-            assert not any(spikes.check(loss, i) for i, loss in enumerate(curve(500, seed, noise)))
-    flat = LossSpikes()
-    assert not any(flat.check(loss, i) for i, loss in enumerate([2.0] * 100 + [2.01, 2.0, 2.05]))
-    assert capsys.readouterr().out == ""
-
-
-def test_a_spike_is_said_once_with_its_step_and_does_not_hide_the_next(capsys):
-    losses, spikes = curve(300), LossSpikes()
-    losses[200], losses[210] = 9.0, 7.0
-    losses[250] = float("nan")
-    assert [i for i, loss in enumerate(losses) if spikes.check(loss, i)] == [200, 210]
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "step 200: loss 9.0000 stands out from 2." in lines[0]
-
-
-def test_a_higher_level_that_stays_becomes_the_ordinary():
-    spikes = LossSpikes()
-    for step, loss in enumerate(curve(200)):
-        spikes.check(loss, step)
-    again = [spikes.check(4 + loss - 2, step) for step, loss in enumerate(curve(200, 1), 200)]
-    assert again[0] and sum(again) < 20 and not any(again[100:])
 
 
 # --- memory ---

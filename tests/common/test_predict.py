@@ -164,12 +164,12 @@ def saved_bytes(layer, x, *rest):
     {"method": "dora"},
 ], ids=str)
 def test_saved_terms_equal_autograds_own_list(case, dtype):
-    """The named terms of a layer add up to the tensors that autograd really keeps, to the byte."""
+    """What is counted for a layer is the tensors that autograd really keeps, to the byte."""
     model, pack = small(2, dtype, **case)
     layer, tokens = model.model.layers[1], len(pack["labels"])
     x = torch.randn(tokens, 128, dtype=dtype, requires_grad=True)
     tables = [torch.randn(tokens, 1, 16, dtype=dtype) for _ in "cs"]
-    expected = tokens * sum(predict_memory.saved_per_token(layer, dtype).values())
+    expected = tokens * predict_memory.saved_per_token(layer, dtype)
     expected += predict_memory.weight_copies(layer, dtype)
     got = saved_bytes(layer, x, *tables, pack["cu_seqlens"], pack["max_seqlen"])
     if case.get("method") == "dora":  # row norms: matrices of the rank, whatever T is
@@ -300,21 +300,21 @@ def test_quantised_weights_count_as_they_are():
 def test_savings_of_checkpointing_chunked_loss_and_ranks():
     """What each is for: the term that it makes smaller, by how much."""
     model = built_in("qwen3-0.6b", 1)
-    plain = predict_memory.phases(model, 8192, torch.bfloat16)["loss"]
-    layer = sum(predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16).values())
+    plain = predict_memory.memory(model, 8192, torch.bfloat16)
+    layer = predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16)
     # 71.8 KB a token and layer were counted where attention joins documents in its kernel.
     one_kernel = predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16, True)
-    assert sum(one_kernel.values()) == pytest.approx(71.8e3, rel=2e-3)
+    assert one_kernel == pytest.approx(71.8e3, rel=2e-3)
     compiled = predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16, True, True)
-    assert sum(compiled.values()) == pytest.approx(45.2e3, rel=2e-3)  # counted in the same way
-    full = predict_memory.phases(model, 8192, torch.bfloat16, checkpointing="full")["loss"]
+    assert compiled == pytest.approx(45.2e3, rel=2e-3)  # counted in the same way
+    full = predict_memory.memory(model, 8192, torch.bfloat16, checkpointing="full")
     assert plain["activations"] - full["activations"] == 28 * 8192 * (layer - 2 * 1024)
-    some = predict_memory.phases(model, 8192, torch.bfloat16, checkpointing="selective")["loss"]
+    some = predict_memory.memory(model, 8192, torch.bfloat16, checkpointing="selective")
     assert full["activations"] < some["activations"] < plain["activations"]
     assert plain["logits and loss"] == 12 * 8192 * 151936
-    chunked = predict_memory.phases(model, 8192, torch.bfloat16, chunk=1024)["loss"]
-    assert chunked["logits and loss"] < 0.15 * plain["logits and loss"]
-    shared = predict_memory.phases(model, 8192, torch.bfloat16, ranks=8)["loss"]
+    chunked = predict_memory.memory(model, 8192, torch.bfloat16, chunk=1024)
+    assert 0 < chunked["logits and loss"] < 0.15 * plain["logits and loss"]
+    shared = predict_memory.memory(model, 8192, torch.bfloat16, ranks=8)
     for name in ("weights", "optimizer moments"):
         assert shared[name] == plain[name] // 8
     assert plain["weights"] == 4 * 596_049_920 and plain["optimizer moments"] == 8 * 596_049_920
@@ -340,6 +340,7 @@ def a_card_of(gigabytes, monkeypatch):
     total = int(0.99 * gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda device: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     return total
 
 
@@ -368,7 +369,7 @@ def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypat
         assert f"--batch-tokens {expected} --grad-accum {run.grad_accum}: pred" in capsys.readouterr().out
         for larger in (1, 2):
             peak = sum(predict_memory.memory(
-                model, larger * expected, torch.bfloat16, chunk=chunk, kernel_joins=True,
+                model, larger * expected, torch.bfloat16, chunk=chunk, varlen_kernel=True,
                 grad_accum=run.grad_accum // larger, compiled=getattr(run, "compile", False),
                 checkpointing=getattr(run, "activation_checkpointing", "none")).values())
             assert (peak <= 0.85 * total) == (larger == 1) or larger * expected > 16384
@@ -383,7 +384,6 @@ def test_the_start_of_a_run_on_a_gpu_says_what_fits(chapter, typed, said, monkey
     """A whole dry run as on a card of 24 GB: only what torch.cuda says of it is played."""
     a_card_of(24, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     train = load(f"chapter-0{chapter}/train.py")
     assert train.main(["--model", "qwen3-0.6b", "--init", "random", "--data", "virtual", "--dry-run",
@@ -436,7 +436,7 @@ def test_prediction_of_a_run():
     """Everything together, as train.py uses it: on shapes alone, with no memory to speak of."""
     options = SimpleNamespace(dtype="bfloat16", device="cpu", batch_tokens=512, grad_accum=1)
     model = built_in("qwen3-0.6b", 1)
-    predicted = predict.training(model, [2048] * 9, options)
+    predicted = predict.costs(model, [2048] * 9, options)
     assert predicted.peak == sum(predicted.values()) == pytest.approx(10.37e9, rel=0.01)
     assert predicted.mfu(1e3) is None
     predicted.peak_flops = 312e12
@@ -445,7 +445,7 @@ def test_prediction_of_a_run():
     text = predicted.report()
     assert "596 M" in text and "4.281 GFLOP" in text and "9.7 GiB" in text
     # Fewer tokens than the budget: the pack is as large as the data.
-    assert predict.training(model, [100, 20], options).tokens == 120
+    assert predict.costs(model, [100, 20], options).tokens == 120
 
 
 def test_peak_memory_of_the_process():

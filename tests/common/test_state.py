@@ -244,9 +244,10 @@ from faults import Faults, disk_full
 from common.errors import UserError
 from common.files import checkpoint, state
 from common.files.checkpoint import commit
-from common.ranks import all_sum, any_rank, copy_into, is_main, shard, start_ranks, stop_ranks
+from common.ranks import (
+    all_sum, any_rank, copy_into, is_main, shard, start_ranks, stop_ranks, this_rank, world_size)
 
-def build(kind, ranks=None):
+def build(kind, device=None):
     torch.manual_seed(0)
     model = nn.Module()
     model.model = nn.Module()
@@ -256,19 +257,19 @@ def build(kind, ranks=None):
     if kind == "adapters":
         model.head.requires_grad_(False)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
-    if ranks:
-        shard(model, ranks, torch.float32)
+    if device:
+        shard(model, device, torch.float32)
     chosen = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(chosen, lr=1e-2), names
 
-def save(run, kind, ranks):
-    model, optimizer, names = build(kind, ranks)
+def save(run, kind, device):
+    model, optimizer, names = build(kind, device)
     generator = torch.Generator().manual_seed(1)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
         copy_into(parameter.grad, torch.randn(parameter.shape, generator=generator))
     optimizer.step()
-    torch.manual_seed(100 + ranks.rank)
+    torch.manual_seed(100 + this_rank())
     write = lambda tmp: state.save_state(tmp, model, optimizer, {"step": 1}, names)
     commit(checkpoint.step_folder(run, 1), write)
     after = torch.rand(1)
@@ -280,7 +281,7 @@ def save(run, kind, ranks):
             commit(second, write)
             raise SystemExit("no error")
         except UserError as error:
-            print(f"rank {ranks.rank}: {error}\\n", end="", flush=True)
+            print(f"rank {this_rank()}: {error}\\n", end="", flush=True)
     state.save_tensors = whole
     commit(second, write)
     checkpoint.prune(run, keep=1, best=1)
@@ -288,12 +289,12 @@ def save(run, kind, ranks):
     any_rank(False)  # wait
     if is_main():
         (second / "state.json").unlink()
-    load(run, kind, ranks)
+    load(run, kind, device)
     assert torch.equal(torch.rand(1), after) and not torch.equal(
         all_sum(after.clone()), 2 * after), "each rank has its own random numbers"
 
-def load(run, kind, ranks):
-    model, optimizer, names = build(kind, ranks)
+def load(run, kind, device):
+    model, optimizer, names = build(kind, device)
     with torch.no_grad():
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.zero_()
@@ -301,14 +302,14 @@ def load(run, kind, ranks):
     assert step == checkpoint.step_folder(run, 1)
     assert state.load_state(step, model, optimizer, names) == {"step": 1}
     kept = torch.get_rng_state()
-    commit(run / f"of-{ranks.world_size if ranks else 1}", lambda tmp:
+    commit(run / f"of-{world_size() if device else 1}", lambda tmp:
                       state.save_state(tmp, model, optimizer, {"step": 1}, names))
     torch.set_rng_state(kept)
 
 if __name__ == "__main__":
-    ranks = start_ranks("cpu")
+    device = start_ranks("cpu")
     for kind in ("dense", "adapters"):
-        {"save": save, "load": load}[sys.argv[1]](Path(kind), kind, ranks)
+        {"save": save, "load": load}[sys.argv[1]](Path(kind), kind, device)
     stop_ranks()
 """
 

@@ -36,7 +36,7 @@ BUGS = [
         (CH1, "total_loss += loss.detach()", "total_loss += loss.detach() * len(packs)")]),
     (3, "each rank's mean weighs the same", [
         (CH1, "targets, tokens = all_sum(counts).tolist()",
-         "targets = counts[0].item() * ranks.world_size\n"
+         "targets = counts[0].item() * world_size()\n"
          "            tokens = all_sum(counts)[1].item()")]),
     (4, "the norm is added up over the ranks twice", [
         (CH1, "norm = full_tensor(norm)", "norm = all_sum(full_tensor(norm))")]),
@@ -66,8 +66,10 @@ BUGS = [
     (11, "the end of the turn is not trained", [
         ("common/data/masks.py", "end = stop.end()", "end = end")]),
     (12, "the schedule begins anew", [
+        (CH1, "nonfinite = guard.NonFinite()",
+         'nonfinite, began = guard.NonFinite(), state["step"]'),
         (CH1, "lr = learning_rate(step, total_steps, options)",
-         "lr = learning_rate(spikes.seen + 1, total_steps, options)")]),
+         "lr = learning_rate(step - began, total_steps, options)")]),
     (13, "the data begin anew", [
         (CH1, "state = load_state(saved, model, optimizer)",
          'state = load_state(saved, model, optimizer) | {"next_pack": 0}')]),

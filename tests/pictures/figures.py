@@ -48,7 +48,7 @@ def nf4():
 
 def runs():
     """(name, bytes by category) of five ways to train Qwen3-0.6B, 4,096 tokens in a pack."""
-    options = dict(tokens=4096, dtype=torch.bfloat16, kernel_joins=True)
+    options = dict(tokens=4096, dtype=torch.bfloat16, varlen_kernel=True)
     source = hub.resolve("qwen3-0.6b")
     config = weights.read_config(source)
     with torch.device("meta"):
