@@ -242,9 +242,9 @@ def documents_of(arguments, rank, world, stop_after=None):
         os.environ.update(WORLD_SIZE=str(world), RANK="0", LOCAL_RANK="0")
         with mock.patch.object(train.PackSampler, "pack", note_pack), mock.patch.object(
                 train, "learning_rate", note_step), mock.patch.object(
-                train, "start_ranks", lambda device: mock.Mock(
-                    rank=rank, world_size=world, device=torch.device(device))), (
-                mock.patch.object(train, "shard", lambda *given: None)):
+                train, "start_ranks", torch.device), mock.patch.object(
+                train, "this_rank", lambda: rank), mock.patch.object(
+                train, "shard", lambda *given: None):
             small_runs.train(arguments)
 
     code, text = forked(action)
