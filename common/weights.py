@@ -1,8 +1,7 @@
 """Hugging Face model folders: config.json, safetensors and the tokenizer's files, in and out.
 
 Reading is strict: a model with a few random layers would train without complaint. Tensors are read
-one at a time, so loading needs the model's memory and one tensor more. See also files/config.py and
-files/tensors.py.
+one at a time. See also files/config.py and files/tensors.py.
 """
 
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, located, writing
+from common.errors import UserError, located
 from common.files.checkpoint import verify
 from common.files.config import read_config, write_config
 from common.files.tensors import (
@@ -91,13 +90,8 @@ def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes
 
 
 def copy_tokenizer(source, target):
-    """Copy the tokenizer's files and generation_config.json, those that are there, byte for byte.
-
-    Never re-saved: a tokenizer written anew by one version of transformers may not load in another.
-    """
-    source, target = Path(source), Path(target)
-    with writing(target):
-        target.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (source / name).exists() and source.resolve() != target.resolve():
-                shutil.copyfile(plain_file(source, name), target / name)
+    """Copy the tokenizer's files and generation_config.json, those that are there, byte for byte:
+    a tokenizer written anew by one version of transformers may not load in another."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            shutil.copyfile(plain_file(source, name), Path(target) / name)

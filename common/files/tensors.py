@@ -1,7 +1,7 @@
 """Folders of safetensors files: tensors by name, in one file or in shards with an index.
 
-Read a tensor at a time, written a shard at a time, and never pickled. What is read may come from
-anywhere: names, links and headers are checked before they are used.
+Read a tensor at a time, written a shard at a time. What is read may come from anywhere: names,
+links and headers are checked before they are used.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.errors import UserError, listed, writing
+from common.errors import UserError, listed
 from common.files.json_files import read_json
 from common.ranks import is_main, on_all_ranks
 
@@ -131,9 +131,8 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
     def write():
         try:
             if is_main():
-                with writing(path):
-                    _write(tensors, Path(path), {"format": "pt", **(metadata or {})},
-                           max_shard_bytes, stem)
+                _write(tensors, Path(path), {"format": "pt", **(metadata or {})},
+                       max_shard_bytes, stem)
         finally:
             for _ in tensors:  # the other ranks go on gathering: keep step with them
                 pass

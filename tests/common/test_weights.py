@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from common import weights
-from common.errors import located
+from common.errors import located, writing
 from common.files import tensors as tensor_files
 from common.files.config import write_config
 from common.hub import ARCHITECTURES, COMMON
@@ -173,7 +173,8 @@ def test_byte_order_marks_are_passed_over(tmp_path):
     ({"num_hidden_layers": True}, ["num_hidden_layers", "True"]),
     ({"vocab_size": 0}, ["vocab_size", "0"]),
     ({"rms_norm_eps": "1e-6"}, ["rms_norm_eps='1e-6'", "positive float"]),
-    ('{"rms_norm_eps": NaN}', ["rms_norm_eps", "nan"]),
+    ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan", "positive float"]),
+    ({"rope_theta": float("inf")}, ["rope_theta=inf", "positive float"]),
     ({"tie_word_embeddings": "false"}, ["tie_word_embeddings='false'", "bool"]),
     ({"model_type": 3}, ["model_type=3"]),
     ({"model_type": ["qwen3"]}, ["model_type=['qwen3']"]),
@@ -646,9 +647,10 @@ def test_config_index_and_tokenizer_on_a_full_disk_are_clear_errors(tmp_path):
     (tmp_path / "source/tokenizer.json").write_text("{}")
 
     def save(folder):
-        tensor_files.save_tensors(iter(tensors), folder, max_shard_bytes=1)
-        write_config(config, folder, torch.float32)
-        weights.copy_tokenizer(tmp_path / "source", folder)
+        with writing(folder):  # as `commit` has it
+            tensor_files.save_tensors(iter(tensors), folder, max_shard_bytes=1)
+            write_config(config, folder, torch.float32)
+            weights.copy_tokenizer(tmp_path / "source", folder)
 
     with Faults() as counted:
         save(tmp_path / "counted")
@@ -663,7 +665,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(tensor_files, "save_file", full)
-    with refused(tmp_path, "cannot be written", "No space left"):
+    with refused(tmp_path, "cannot be written", "No space left"), writing(tmp_path):
         tensor_files.save_tensors(iter([("a", torch.ones(1))]), tmp_path)
 
 
@@ -673,9 +675,8 @@ def test_tokenizer_files_are_copied_byte_for_byte(tmp_path):
     contents = {"tokenizer.json": b"{\r\n}", "chat_template.jinja": b"\xff", "merges.txt": b"a b"}
     for name, raw in {**contents, "config.json": b"{}", "secret.txt": b"x"}.items():
         (source / name).write_bytes(raw)
+    target.mkdir()
     weights.copy_tokenizer(source, target)
-    assert {file.name: file.read_bytes() for file in target.iterdir()} == contents
-    weights.copy_tokenizer(target, target)  # resumed into itself: nothing happens
     assert {file.name: file.read_bytes() for file in target.iterdir()} == contents
 
     (source / "vocab.json").symlink_to(__file__)
