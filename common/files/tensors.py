@@ -122,9 +122,8 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
 
     One file `<stem>.safetensors`; if that would pass `max_shard_bytes`, several
     `<stem>-00001-of-0000N.safetensors` with an index, as in transformers; one shard at a time is in
-    memory. They replace those of an earlier save, and have `metadata` (a dict of texts) in their
-    headers. The same tensors give the same bytes. Collective: the iterator may gather; rank 0
-    writes, and if it fails, all raise.
+    memory. `metadata` (a dict of texts) goes into their headers. The same tensors give the same
+    bytes. Collective: the iterator may gather; rank 0 writes, and if it fails, all raise.
     """
     tensors = iter(tensors)
 
@@ -149,16 +148,15 @@ def _write(tensors, path, metadata, max_shard_bytes, stem):
         _save_shard(shard, parts[-1][0], metadata)
         del shard  # before the next one is gathered
 
-    single, index = (path / f"{stem}.safetensors{suffix}" for suffix in ("", ".index.json"))
-    for old in (single, index, *path.glob(f"{stem}-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
+    if len(parts) == 1:
+        parts[0][0].rename(path / f"{stem}.safetensors")
+        return
     for number, (part, names) in enumerate(parts, 1):
-        file = path / f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
-        part.rename(file if len(parts) > 1 else single)
+        file = part.rename(path / f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors")
         weight_map |= dict.fromkeys(names, file.name)
-    if len(parts) > 1:
-        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        index.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2,
+                      sort_keys=True) + "\n"
+    (path / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _save_shard(shard, file, metadata):

@@ -558,14 +558,14 @@ def test_shards_and_their_index(tmp_path):
     shape, dtype, file = tensor_files.tensor_headers(tmp_path)["a"]
     assert (shape, dtype, file.name) == ((4,), "F32", files[2])
 
-    # A tensor larger than the limit has a shard of its own; a later save leaves nothing stale.
-    tensor_files.save_tensors(iter(tensors.items()), tmp_path, max_shard_bytes=1)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 5
-    tensor_files.save_tensors(iter([("z", torch.ones(1))]), tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    tensor_files.save_tensors(iter([("y", torch.ones(1))]), tmp_path, stem="adapter_model")
-    assert [name for name, _ in tensor_files.iter_tensors(tmp_path, "adapter_model")] == ["y"]
-    assert [name for name, _ in tensor_files.iter_tensors(tmp_path)] == ["z"]
+    # A tensor larger than the limit has a shard of its own.
+    tensor_files.save_tensors(iter(tensors.items()), tmp_path / "1", max_shard_bytes=1)
+    assert len(list((tmp_path / "1").glob("*.safetensors"))) == 5
+    tensor_files.save_tensors(iter([("z", torch.ones(1))]), tmp_path / "2")
+    assert [file.name for file in (tmp_path / "2").iterdir()] == ["model.safetensors"]
+    tensor_files.save_tensors(iter([("y", torch.ones(1))]), tmp_path / "2", stem="adapter_model")
+    assert [name for name, _ in tensor_files.iter_tensors(tmp_path / "2", "adapter_model")] == ["y"]
+    assert [name for name, _ in tensor_files.iter_tensors(tmp_path / "2")] == ["z"]
 
 
 def test_views_and_transposes_are_saved_as_what_they_show(tmp_path):

@@ -78,7 +78,7 @@ BUGS = [
          "rows = tensor.split(max(1, len(tensor) // mesh.size()))"),
         ("common/ranks.py", "parameter.to_local().copy_(rows[mesh.get_local_rank()])",
          "own = rows[mesh.get_local_rank()]\n"
-         "        parameter.to_local()[:len(own)].copy_(own)")]),
+         "            parameter.to_local()[:len(own)].copy_(own)")]),
     (15, "the moments are not loaded, and nobody looks", [
         ("common/files/state.py",
          "optimizer.state[parameter][entry] = kept", "pass")]),
