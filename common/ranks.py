@@ -33,7 +33,7 @@ def this_rank():
 
 
 def is_main():
-    """True on the one rank that prints and writes files."""
+    """True on the rank that prints and writes files."""
     return this_rank() == 0
 
 
@@ -104,7 +104,7 @@ def shard(model, device, dtype):
 
 def full_tensor(tensor):
     """The whole of a sharded parameter, gradient or norm, as a new tensor; any other one as it is,
-    detached. Collective: every rank must call it, in the same order."""
+    detached. Collective."""
     tensor = tensor.detach()
     with _plain_words("gathering a sharded tensor"):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -91,8 +91,7 @@ def report(dtype, norms, before, after):
 
 
 def show(report, out, more=()):
-    """Print what rounding lost, by decoder layer and in total, then the lines `more`, and what the
-    folder `out` is."""
+    """Print what rounding lost, by decoder layer and in total, then the lines `more`."""
     print(f"error of the merged ΔW after rounding to {report['dtype']}, relative to ΔW\n"
           "(0: all of it survived, 1: as far off as without the adapter)")
     worst = {}
@@ -102,8 +101,6 @@ def show(report, out, more=()):
     for group, (error, name) in worst.items():
         print(f"  {group:<10} worst {error:9.2e}  {name}")
     print(f"  all layers       {report['total']:9.2e}")
-    if not report["delta"]:
-        print("  every ΔW is zero: has this adapter been trained?")
     print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
           f"{report['logit_difference']:.2e}\n(largest logit {report['largest_logit']:.1f}), "
           f"likeliest next token changed at {report['tokens_changed']}")

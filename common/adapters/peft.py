@@ -23,8 +23,7 @@ from common.ranks import copy_into, full_tensor, is_main
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."
 
-# PEFT's options that change what an adapter computes and are not implemented, so they must be
-# unset; `bias` may also be "none".
+# Options that change what an adapter computes and must be unset; `bias` may also be "none".
 REFUSED = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "exclude_modules",
     "fan_in_fan_out", "kasa_config", "layer_replication", "layers_to_transform", "lora_bias",
@@ -53,9 +52,9 @@ def save_adapter(model, config, path, base_model_name, lora, metadata=None):
     """Write the model's adapters into folder `path`, made if it is not there.
 
     `config` is the AdapterConfig that they were made with, `base_model_name` the folder or Hub id
-    of the model without them. PiSSA is written as the LoRA adapter of twice the rank that fits the
-    *original* weights. `metadata` is for the header of the tensor file. Collective under FSDP2;
-    rank 0 writes. Raises UserError for Delta-LoRA, which has changed the base weights.
+    of the model without them, `metadata` for the tensor file's header. PiSSA is written as the LoRA
+    adapter of twice the rank that fits the *original* weights. Collective; rank 0 writes. Raises
+    UserError for Delta-LoRA, which has changed the base weights.
     """
     if config.method in ("full", "delta-lora"):
         raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
@@ -130,8 +129,7 @@ def metadata(path):
 
 
 def tokenizer_folders(base, adapter=None):
-    """The folders with tokenizer files. An adapter's, which may have more tokens or another
-    template, come last and override the base's."""
+    """The folders with tokenizer files: an adapter's, if it has any, come last and override."""
     return [base, adapter] if adapter and (adapter / "tokenizer.json").is_file() else [base]
 
 
@@ -139,8 +137,8 @@ def load_adapter(model, path, lora):
     """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives the config.
 
     Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
-    options that are not implemented. Copies of the base's embedding and head, which PEFT may add,
-    must equal the model's. After an error the model must not be used.
+    options that change the result and are not implemented. Copies of the base's embedding and head,
+    which PEFT may add, must equal the model's. After an error the model must not be used.
     """
     options, headers, file = _read_options(path), tensor_headers(path, STEM), path / CONFIG
     try:
@@ -201,7 +199,6 @@ def _read_options(path):
 
 
 def _adapter_config(options, model, lora):
-    """PEFT's options as an AdapterConfig; UserError for those that are not implemented."""
     for name in REFUSED:
         if options.get(name) and (name, options[name]) != ("bias", "none"):
             raise UserError(f"{name}={options[name]!r} is not implemented, and without it the"

@@ -14,8 +14,7 @@ from common.options import Parser, choose_device, choose_dtype
 
 
 def read_options(doc, argv, adapters=True):
-    """What was typed, checked; `doc` is the script's docstring. Without `adapters`, only the flags
-    of a chapter that has neither adapters nor a cache."""
+    """What was typed, checked; `doc` is the script's docstring. Chapter 1 has no `adapters`."""
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     add, longest = parser.add_argument, 256 if adapters else 128
     add("--model", required=not adapters, help="a model folder, tiny, or a Hub id" + adapters * (
@@ -123,8 +122,7 @@ def stream(model, chat, prompt, settings):
 
 
 def converse(model, chat, settings, variables):
-    """A conversation in the terminal, until the end of the input (Ctrl-D) or Ctrl-C. `variables`
-    are for the chat template."""
+    """A conversation in the terminal, until Ctrl-D; `variables` are for the chat template."""
     if chat.template is None:
         raise UserError("--chat needs a chat template, and this model has none: use --prompt")
     messages = []

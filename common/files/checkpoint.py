@@ -51,8 +51,8 @@ def commit(folder, write, extra=None, bytes_needed=0):
 
     `extra` (JSON, say the step) goes into the manifest. A folder of ours that is there is replaced;
     after an interruption the old or the new one is. Raises UserError if it is not ours, or if space
-    (`bytes_needed`) or permission is missing: then nothing half-written stays, and what was there
-    before does. All ranks call `write`, which may gather tensors; rank 0's files count.
+    (`bytes_needed`) or permission is missing: then what was there before stays, and nothing else.
+    All ranks call `write`, which may gather tensors; rank 0's files count.
     """
     folder = Path(os.path.abspath(folder))
     tmp = Path(f"{folder}{TMP}")
@@ -108,7 +108,6 @@ def _publish(folder, tmp, extra):
 
 
 def _flush_names(folder):
-    """Flush the names of the files in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -123,8 +122,7 @@ def recover(folder):
 
 def seal(folder):
     """Write the manifest of `folder` anew, after an edit by hand; gives the number of files.
-    Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
-    """
+    Refuses safetensors that cannot be opened. What the old manifest said besides files stays."""
     folder = Path(folder)
     for path in folder.glob("*.safetensors"):
         with open_file(path):
@@ -141,11 +139,9 @@ def seal(folder):
 
 def verify(folder):
     """The manifest of `folder`, after checking every file against it: a dict with `files` (name ->
-    size and sha256) and `extra` (world_size, versions and what else the commit was given).
-
-    A folder that we did not write gives {}. Raises CheckpointError, naming the file, for anything
-    missing, changed or added. An interrupted replacement is repaired first.
-    """
+    size and sha256) and `extra` (world_size, versions and what else the commit was given); {} for a
+    folder that we did not write. Raises CheckpointError, naming the file, for anything missing,
+    changed or added. An interrupted replacement is repaired first."""
     folder = Path(folder)
     try:
         recover(folder)
@@ -165,7 +161,7 @@ def verify(folder):
 
 
 def _problem(folder, manifest):
-    """The first file of `folder` that is not as `manifest` says, and why; "" if all are."""
+    """What is not as `manifest` says, or ""."""
     if manifest is None:
         return f"{folder / MANIFEST}: missing or damaged"
     listed, there = manifest["files"], {path.name for path in folder.iterdir() if path.is_file()}
@@ -209,8 +205,8 @@ def encoded(files, extra):
 
 
 def fingerprint(path, flush=False):
-    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards. A process does not
-    read a file again that has not changed since."""
+    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards. A file that has not
+    changed since is not read again."""
     with open(path, "rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -230,9 +226,8 @@ def fingerprint(path, flush=False):
 # --- the folder of a run: all ranks call these, rank 0 alone touches the disk ---
 
 def new_run_folder(chapter, out=None):
-    """Make the folder of a new run and give its path: `runs/<chapter>/001` (`chapter` is say
-    "chapter-01") under the current directory, or the next number after those there, or just `out`.
-    Raises UserError if a run is in `out` already, or if it cannot be written."""
+    """Make the folder of a new run and give its path: `out`, or `runs/chapter-01/001`, or the next
+    number after those there. Raises UserError if a run is in `out`, or it cannot be written."""
     folder = Path(out or f"runs/{chapter}")
 
     def make():
@@ -260,8 +255,8 @@ def step_folder(run, step):
 
 def _steps(run):
     """The N of every step-N/ of the run, whole or not, newest first."""
-    names = [name for name in os.listdir(run) if re.fullmatch("step-[0-9]{6,12}", name)]
-    return sorted((int(name[5:]) for name in names), reverse=True)
+    found = (re.fullmatch("step-([0-9]{6,12})", name) for name in os.listdir(run))
+    return sorted((int(name[1]) for name in found if name), reverse=True)
 
 
 def _is_whole(folder):
@@ -317,11 +312,12 @@ def main():
     parser.add_argument("folder")
     chosen = parser.parse_args()
     if chosen.action == "seal":
-        print(f"{chosen.folder}: {seal(chosen.folder)} files sealed")
-        return
-    found = verify(chosen.folder)
-    print(f"{chosen.folder}: " + (f"{len(found['files'])} files, all as written" if found else
-                                  "no manifest: not written by bareloop"))
+        said = f"{seal(chosen.folder)} files sealed"
+    elif found := verify(chosen.folder):
+        said = f"{len(found['files'])} files, all as written"
+    else:
+        said = "no manifest: not written by bareloop"
+    print(f"{chosen.folder}: {said}")
 
 
 if __name__ == "__main__":

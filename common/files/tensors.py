@@ -62,7 +62,6 @@ def tensor_problems(headers, wanted, loadable=DTYPES.values()):
 
 
 def _files(path, stem):
-    """The safetensors files of folder `path` under this stem."""
     single, index = f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     if os.path.lexists(path / single):
         return [plain_file(path, single)]
@@ -83,7 +82,7 @@ def _files(path, stem):
 
 def plain_file(folder, name):
     """`folder / name`, after checking that it is a plain name of a file really in that folder: what
-    was downloaded may name `../` or link anywhere. The Hub's own cache does hold links, from
+    was downloaded may name `../` or link anywhere. The Hub's cache has links from
     snapshots/<commit>/ into blobs/ beside it (or in the cache's root): those are accepted."""
     folder = Path(folder).resolve()
     if {"/", "\\", "\0"} & set(name):
@@ -101,7 +100,6 @@ def plain_file(folder, name):
 
 @contextmanager
 def open_file(file):
-    """safe_open, with plain error messages."""
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors
@@ -176,7 +174,7 @@ def _save_shard(shard, file, metadata):
 
 
 def _grouped(tensors, max_bytes):
-    """Dicts of tensors ready to be written, each as full as `max_bytes` allows; at least one."""
+    """Dicts of tensors, each as full as `max_bytes` allows; at least one."""
     shard, size = {}, 0
     for name, tensor in tensors:
         tensor = tensor.detach().to("cpu").contiguous()

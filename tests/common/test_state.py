@@ -359,7 +359,7 @@ def test_row_19_a_full_disk_on_rank_0_ends_all_ranks_alike(ranks):
 
 def test_a_failed_save_leaves_nothing(tmp_path):
     model = network()
-    with Faults(8, disk_full), pytest.raises(UserError, match="intact"):
+    with Faults(9, disk_full), pytest.raises(UserError, match="intact"):
         commit(tmp_path / "step-000001",
                           lambda tmp: save_state(tmp, model, adamw(model), {}))
     assert list(tmp_path.iterdir()) == []
