@@ -35,9 +35,6 @@ def save_state(folder, model, optimizer, state, names=None):
                for entry, value in entries.items()}
     contents = {**state, STATELESS: sorted(name for name, entries in kept.items() if not entries)}
     text = json.dumps(contents, indent=1, sort_keys=True, allow_nan=False)
-    if json.loads(text) != contents:
-        raise ValueError("state must be a dict that is the same after JSON")
-
     for stem, tensors in (("model", _named(model, names)), ("optimizer", moments)):
         gathered = ((name, full_tensor(value)) for name, value in tensors.items())
         save_tensors(gathered, folder, MARK, stem=stem)
