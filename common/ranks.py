@@ -3,8 +3,7 @@
     python chapter-01/train.py ...                          one process, no process group at all
     torchrun --nproc-per-node 8 chapter-01/train.py ...     8 ranks; several nodes work the same
 
-Every function here also works in a single process, where it does next to nothing. N ranks give the
-loss, the gradient and the clip norm of one process: a loss is a sum over the labelled tokens,
+Every function here also works in a single process. A loss is a sum over the labelled tokens,
 divided by those of the whole step, so gradients are *summed* over ranks, never averaged. Ranks
 exchange tensors, never objects: PyTorch's object collectives unpickle what they receive.
 """
@@ -34,7 +33,7 @@ def this_rank():
 
 
 def is_main():
-    """True on the one rank that prints and writes files."""
+    """True on the rank that prints and writes files."""
     return this_rank() == 0
 
 
@@ -52,23 +51,22 @@ def start_ranks(device):
     Raises UserError if the environment is incomplete or a node has more ranks than GPUs.
     """
     device = torch.device(device)
-    kind = device.type
     if world_size() == 1:
         return device
-    if kind == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", this_rank()))
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {this_rank()} wants GPU {local_rank} but this node has "
                             f"{torch.cuda.device_count()}: lower torchrun's --nproc-per-node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    elif kind != "cpu":
-        raise UserError(f"several ranks need --device cpu or cuda, not {kind}")
-    seconds = int(os.environ.get("BARELOOP_TIMEOUT_SECONDS", 1800))
+    elif device.type != "cpu":
+        raise UserError(f"several ranks need --device cpu or cuda, not {device.type}")
     with located("start with torchrun"), _plain_words("joining the other ranks"):
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
-                                timeout=timedelta(seconds=seconds),
-                                device_id=device if kind == "cuda" else None)
+        timeout = timedelta(seconds=int(os.environ.get("BARELOOP_TIMEOUT_SECONDS", 1800)))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     return device
 
 
@@ -106,7 +104,7 @@ def shard(model, device, dtype):
 
 def full_tensor(tensor):
     """The whole of a sharded parameter, gradient or norm, as a new tensor; any other one as it is,
-    detached. Collective: every rank must call it, in the same order."""
+    detached. Collective."""
     tensor = tensor.detach()
     with _plain_words("gathering a sharded tensor"):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -123,13 +121,13 @@ def copy_into(parameter, tensor):
     takes its own rows, with no communication. Raises ValueError if the shapes differ."""
     if parameter.shape != tensor.shape:
         raise ValueError(f"cannot copy {tuple(tensor.shape)} into {tuple(parameter.shape)}")
-    if not isinstance(parameter, DTensor):
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        rows = tensor.chunk(mesh.size())  # as FSDP2 cuts them; the last ranks may have none
+        if mesh.get_local_rank() < len(rows):
+            parameter.to_local().copy_(rows[mesh.get_local_rank()])
+    else:
         parameter.copy_(tensor)
-        return
-    mesh = parameter.device_mesh
-    rows = tensor.chunk(mesh.size())  # as FSDP2 cuts them; the last ranks may have none
-    if mesh.get_local_rank() < len(rows):
-        parameter.to_local().copy_(rows[mesh.get_local_rank()])
 
 
 def all_sum(tensor, operation=dist.ReduceOp.SUM):
@@ -169,19 +167,16 @@ def on_all_ranks(action):
 def on_main(action):
     """Run `action()` on the main rank and return its whole number (None: 0) on every rank; if it
     fails, all raise."""
-    number = on_all_ranks(lambda: action() if is_main() else 0)
-    return int(all_sum(torch.tensor(number or 0)))
+    return int(all_sum(torch.tensor(on_all_ranks(lambda: is_main() and action()) or 0)))
 
 
 def stop_ranks():
     """Leave the other ranks; call it once at the end of a run. Nothing for a single process."""
     if dist.is_initialized():
-        gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
-        if gloo:
-            # Gloo's threads live on with the sharded model and free the last collective's tensor a
-            # moment later, for which they need the interpreter: if it is gone, the process aborts.
-            time.sleep(0.2)
+        # Gloo's threads live on with the sharded model and free the last collective's tensor a
+        # moment later, for which they need the interpreter: if it is gone, the process aborts.
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -73,40 +73,34 @@ def merge_into(model, dtype, lora):
 
 def report(dtype, norms, before, after):
     """What a merge lost, from the `norms` that `merge_into` gave and the sample's logits (T, V)
-    with the adapter (`before`) and of the merged model (`after`). A dict:
-
-    `dtype`; `layers`, by name the error of the realised ΔW relative to ΔW (0: all of it survived;
-    1: as far off as no adapter at all); `total`, the same over all layers; `delta`, the Frobenius
-    norm of all ΔW; `logit_difference`, the largest, beside `largest_logit`; and `tokens_changed`,
-    at how many of the `tokens` the likeliest next token is a different one.
-    """
-    def relative(pairs):
-        delta, error = (sum(column) for column in zip(*pairs))
+    with the adapter (`before`) and of the merged model (`after`). A dict, in which `layers` has by
+    name the error of the realised ΔW relative to ΔW (0: all of it survived; 1: as far off as no
+    adapter at all); `total`, the same over all layers; `delta`, the Frobenius norm of all ΔW; and
+    `tokens_changed`, at how many of the `tokens` the likeliest next token is a different one."""
+    def relative(delta, error):
         return (error / delta) ** 0.5 if delta else 0.0
 
+    delta, error = map(sum, zip(*norms.values()))
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "layers": {name: relative([pair]) for name, pair in norms.items()},
-        "total": relative(norms.values()), "delta": sum(d for d, _ in norms.values()) ** 0.5,
+        "layers": {name: relative(*pair) for name, pair in norms.items()},
+        "total": relative(delta, error), "delta": delta ** 0.5,
         "logit_difference": (after - before).abs().max().item(),
         "largest_logit": before.abs().max().item(), "tokens": len(before),
         "tokens_changed": int((before.argmax(-1) != after.argmax(-1)).sum())}
 
 
 def show(report, out, more=()):
-    """Print what rounding lost, by decoder layer and in total, then the lines `more`, and what the
-    folder `out` is."""
+    """Print what rounding lost, by decoder layer and in total, then the lines `more`."""
     print(f"error of the merged ΔW after rounding to {report['dtype']}, relative to ΔW\n"
           "(0: all of it survived, 1: as far off as without the adapter)")
-    groups = {}
+    worst = {}
     for name, error in report["layers"].items():
         group = f"layer {name.split('.')[2]}" if name.startswith("model.layers.") else name
-        groups[group] = max(groups.get(group, (0.0, "")), (error, name))
-    for group, (error, name) in groups.items():
+        worst[group] = max(worst.get(group, (0.0, "")), (error, name))
+    for group, (error, name) in worst.items():
         print(f"  {group:<10} worst {error:9.2e}  {name}")
     print(f"  all layers       {report['total']:9.2e}")
-    if not report["delta"]:
-        print("  every ΔW is zero: has this adapter been trained?")
     print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
           f"{report['logit_difference']:.2e}\n(largest logit {report['largest_logit']:.1f}), "
           f"likeliest next token changed at {report['tokens_changed']}")

@@ -1,8 +1,7 @@
 """Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors.
 
-What is written here loads in PEFT and gives the same logits; what PEFT wrote loads here, where
-missing and extra tensors are errors, as is each option that would change the result and is not
-implemented. The argument `lora` is the chapter's lora.py, as a module.
+What is written here loads in PEFT with the same logits, and what PEFT wrote loads here. The
+argument `lora` is the chapter's lora.py, as a module.
 """
 
 import json
@@ -24,8 +23,7 @@ from common.ranks import copy_into, full_tensor, is_main
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."
 
-# PEFT's options that change what an adapter computes and are not implemented, so they must be
-# unset; `bias` may also be "none".
+# Options that change what an adapter computes and must be unset; `bias` may also be "none".
 REFUSED = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "exclude_modules",
     "fan_in_fan_out", "kasa_config", "layer_replication", "layers_to_transform", "lora_bias",
@@ -54,9 +52,9 @@ def save_adapter(model, config, path, base_model_name, lora, metadata=None):
     """Write the model's adapters into folder `path`, made if it is not there.
 
     `config` is the AdapterConfig that they were made with, `base_model_name` the folder or Hub id
-    of the model without them. PiSSA is written as the LoRA adapter of twice the rank that fits the
-    *original* weights. `metadata` is for the header of the tensor file. Collective under FSDP2;
-    rank 0 writes. Raises UserError for Delta-LoRA, which has changed the base weights.
+    of the model without them, `metadata` for the tensor file's header. PiSSA is written as the LoRA
+    adapter of twice the rank that fits the *original* weights. Collective; rank 0 writes. Raises
+    UserError for Delta-LoRA, which has changed the base weights.
     """
     if config.method in ("full", "delta-lora"):
         raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
@@ -64,17 +62,16 @@ def save_adapter(model, config, path, base_model_name, lora, metadata=None):
     adapters = dict(lora.adapter_modules(model))
     save_tensors(_tensors(adapters, config), path, metadata, stem=STEM)
     if is_main():
-        options = _peft_options(config)
-        options["base_model_name_or_path"] = str(base_model_name)
         last = {name.rpartition(".")[2] for name in adapters}  # "q_proj"…, if that is unambiguous
         others = {name.rpartition(".")[2] for name in linear_layers(model)}
-        options["target_modules"] = list(adapters) if last & others else sorted(last)
+        options = _peft_options(config) | {
+            "base_model_name_or_path": str(base_model_name),
+            "target_modules": list(adapters) if last & others else sorted(last)}
         text = json.dumps(options, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (Path(path) / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _tensors(adapters, config):
-    """Iterate over (PEFT's name, tensor)."""
     for key, (module, parameter) in _by_key(adapters, config.method == "vera").items():
         tensor = full_tensor(parameter)
         # W + s (B A - B₀ A₀) = W + s [B, -B₀] [A; A₀], W being the weight before PiSSA.
@@ -99,7 +96,6 @@ def _by_key(adapters, projections):
 
 
 def _peft_options(config):
-    """What adapter_config.json says of the method, as a dict."""
     kind = "VERA" if config.method == "vera" else "LORA"
     options = {name: getattr(config, ours) for name, (ours, _) in NUMBERS[kind].items()} | {
         "peft_type": kind, "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
@@ -120,21 +116,20 @@ def base_model_name(path):
     """The folder or Hub id of the model that the adapter in folder `path` was trained on."""
     name = _read_options(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise UserError(f"{Path(path) / CONFIG}: names no base model: give --model")
+        raise UserError(f"{path / CONFIG}: names no base model: give --model")
     return name
 
 
 def metadata(path):
     """The header's metadata of the adapter in folder `path`; {} if it has none."""
-    for file in sorted(Path(path).glob(f"{STEM}*.safetensors")):
+    for file in Path(path).glob(f"{STEM}*.safetensors"):
         with open_file(file) as tensors:
             return tensors.metadata() or {}
     return {}
 
 
 def tokenizer_folders(base, adapter=None):
-    """The folders with tokenizer files. An adapter's, which may have more tokens or another
-    template, come last and override the base's."""
+    """The folders with tokenizer files: an adapter's, if it has any, come last and override."""
     return [base, adapter] if adapter and (adapter / "tokenizer.json").is_file() else [base]
 
 
@@ -142,10 +137,9 @@ def load_adapter(model, path, lora):
     """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives the config.
 
     Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
-    options that are not implemented. Copies of the base's embedding and head, which PEFT may add,
-    must equal the model's. After an error the model must not be used.
+    options that change the result and are not implemented. Copies of the base's embedding and head,
+    which PEFT may add, must equal the model's. After an error the model must not be used.
     """
-    path = Path(path)
     options, headers, file = _read_options(path), tensor_headers(path, STEM), path / CONFIG
     try:
         config = _adapter_config(options, model, lora)
@@ -164,8 +158,7 @@ def load_adapter(model, path, lora):
     shapes = {key: tuple(tensor.shape) for key, tensor in (wanted | copies).items()}
     if problems := tensor_problems(headers, shapes):
         if any(headers[key][0] != shapes[key] for key in copies):
-            problems += (": the vocabulary of its base was resized, say for tokens that were added;"
-                         f" {WAY_OUT}")
+            problems += f": the vocabulary of its base was resized, for new tokens; {WAY_OUT}"
         raise UserError(f"{path}: the tensors do not fit {CONFIG} and the model: {problems}")
     for key, tensor in iter_tensors(path, STEM):
         if key in wanted:
@@ -198,7 +191,6 @@ def _copies(model, headers):
 
 def _read_options(path):
     """adapter_config.json as a dict, after checking the folder against its manifest."""
-    path = Path(path)
     verify(path)  # otherwise a flipped bit could load another model
     if not (path / CONFIG).exists():
         hint = f": did you mean {path / 'final'}?" if (path / "final" / CONFIG).exists() else ""
@@ -207,7 +199,6 @@ def _read_options(path):
 
 
 def _adapter_config(options, model, lora):
-    """PEFT's options as an AdapterConfig; UserError for those that are not implemented."""
     for name in REFUSED:
         if options.get(name) and (name, options[name]) != ("bias", "none"):
             raise UserError(f"{name}={options[name]!r} is not implemented, and without it the"
@@ -225,7 +216,6 @@ def _adapter_config(options, model, lora):
     values["target_modules"] = targets
     if kind == "VERA":
         return lora.AdapterConfig("vera", **values)
-
     start, dora, root = map(options.get, ("init_lora_weights", "use_dora", "use_rslora"))
     if start not in STARTS:
         raise UserError(f"init_lora_weights={start!r} changes the base weights: export the adapter"
@@ -235,6 +225,5 @@ def _adapter_config(options, model, lora):
         raise UserError("use_dora with init_lora_weights='pissa' is not implemented")
     method = "dora" if dora else "pissa" if start == "pissa" else "rslora" if root else "lora"
     config = lora.AdapterConfig(method, **values)
-    if root and method != "rslora":  # s = α/√r, folded into α
-        config = replace(config, alpha=config.alpha * math.sqrt(config.rank))
-    return config
+    folded = root and method != "rslora"  # s = α/√r
+    return replace(config, alpha=config.alpha * math.sqrt(config.rank)) if folded else config

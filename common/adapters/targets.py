@@ -1,7 +1,4 @@
-"""What can be adapted: the options of an adapter, and the layers that `--target-modules` names.
-
-Whatever a method cannot do is refused here, before training begins.
-"""
+"""What can be adapted: the options of an adapter, and the layers that `--target-modules` names."""
 
 import re
 
@@ -33,8 +30,7 @@ def check_config(config, methods):
         if not least <= value < below:
             raise UserError(f"{flag} {value!r} is out of range")
     targets = config.target_modules
-    if not isinstance(targets, str) and not (isinstance(targets, (list, tuple)) and all(
-            isinstance(name, str) for name in targets)):
+    if not (isinstance(targets, (str, list, tuple)) and all(isinstance(n, str) for n in targets)):
         raise UserError(f"--target-modules {targets!r} is neither names nor a regular expression")
     layer = methods[config.method]
     if config.dropout and layer and layer.no_dropout:
@@ -80,15 +76,13 @@ def select_targets(model, target_modules):
         raise UserError("the model has adapters already: merge them before adding others")
     if target_modules == "all-linear":
         return {name: module for name, module in linear.items() if last[name] != "lm_head"}
-    embeddings = {name: module for name, module in model.named_modules()
+    embeddings = {name for name, module in model.named_modules()
                   if isinstance(module, nn.Embedding)}
-    head = getattr(model, "lm_head", None)  # None if it is the embedding
-    tied = embeddings and (head is None or any(
-        head.weight is embedding.weight for embedding in embeddings.values()))
+    tied = embeddings and "lm_head" not in linear  # the head is the embedding
     chosen = set()
     for pattern in _patterns(target_modules):
         matched = set(filter(pattern.fullmatch, (*linear, *embeddings, "lm_head")))
-        for name in sorted(matched & {"lm_head", *embeddings}):
+        for name in sorted(matched & (embeddings | {"lm_head"})):
             if tied:
                 raise UserError(
                     f"--target-modules: {name} cannot be adapted in this model: output head and"
@@ -106,7 +100,6 @@ def select_targets(model, target_modules):
 
 
 def _patterns(target_modules):
-    """Regular expressions for whole dotted names, one for each name that was given."""
     if isinstance(target_modules, str) and not re.fullmatch(r"[\w.,\s-]+", target_modules):
         try:
             return [re.compile(target_modules)]

@@ -1,8 +1,7 @@
 """The KV cache: generating a token costs the work of one token, not of the whole document.
 
-Attention is the only part of the model that looks at earlier tokens, and all it needs of them is
-their keys and values, which never change again: so they are kept. Shapes as in modeling_llama.py;
-C is the room, in tokens.
+Attention alone looks at earlier tokens, and all it needs of them is their keys and values, which
+never change again. Shapes as in modeling_llama.py; C is the room, in tokens.
 """
 
 import torch
@@ -10,9 +9,7 @@ import torch.nn.functional as F
 
 
 class KVCache:
-    """Keys and values of all tokens so far, so that a forward pass computes only the new ones.
-
-    Room for N = `documents` documents of up to C = `room` tokens. In each layer, document n is
+    """Room for N = `documents` documents of up to C = `room` tokens. In each layer, document n is
     row n of keys and of values, (N, K, C, d), from its position 0 on. The first pass takes whole
     prompts of any lengths, and attends within them as usual; every later pass takes one token of
     each document. Not for training: nothing here has gradients.

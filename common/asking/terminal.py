@@ -14,8 +14,7 @@ from common.options import Parser, choose_device, choose_dtype
 
 
 def read_options(doc, argv, adapters=True):
-    """What was typed, checked; `doc` is the script's docstring. Without `adapters`, only the flags
-    of a chapter that has neither adapters nor a cache."""
+    """What was typed, checked; `doc` is the script's docstring. Chapter 1 has no `adapters`."""
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     add, longest = parser.add_argument, 256 if adapters else 128
     add("--model", required=not adapters, help="a model folder, tiny, or a Hub id" + adapters * (
@@ -50,11 +49,9 @@ def read_options(doc, argv, adapters=True):
         raise UserError("--raw does without the chat template, so --no-thinking has no meaning")
     if options.compare and (options.chat or not options.adapter):
         raise UserError("--compare needs --adapter, to show it beside its base, and --prompt")
-    for name, fits in (
-            ("max_new_tokens", options.max_new_tokens >= 1), ("top_k", options.top_k >= 0),
-            ("temperature", 0 <= options.temperature < float("inf")), ("seed", options.seed >= 0),
-            ("top_p", 0 < options.top_p <= 1)):
-        if not fits:
+    for name, least, most in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("seed", 0, 2**63),
+                              ("temperature", 0, 1e300), ("top_p", 5e-324, 1)):
+        if not least <= getattr(options, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is out of range")
     return options
 
@@ -94,7 +91,7 @@ def show(chat, prompts, answers, before=()):
     width = shutil.get_terminal_size().columns
     for prompt, answer, old in zip_longest(prompts, answers, before):
         shown = chat.decode(answer)
-        if old is not None:
+        if before:
             shown = side_by_side(f"BASE\n{chat.decode(old)}", f"ADAPTER\n{shown}", width)
         print(f"> {prompt}\n{shown}\n")
 
@@ -125,8 +122,7 @@ def stream(model, chat, prompt, settings):
 
 
 def converse(model, chat, settings, variables):
-    """A conversation in the terminal, until the end of the input (Ctrl-D) or Ctrl-C. `variables`
-    are for the chat template."""
+    """A conversation in the terminal, until Ctrl-D; `variables` are for the chat template."""
     if chat.template is None:
         raise UserError("--chat needs a chat template, and this model has none: use --prompt")
     messages = []

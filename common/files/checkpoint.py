@@ -6,9 +6,8 @@
 `commit` writes `name.bareloop-tmp/`, flushes every file, then manifest.json (the size and SHA-256
 of each, and of itself), renames the folder to `name/` and flushes the parent. A folder that had the
 name is `name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back.
-What else an interrupted commit leaves behind, the next one removes. The headers of the safetensors
-have a mark, so that a lost manifest is noticed too; a folder from elsewhere has neither, and passes
-`verify`.
+The headers of the safetensors have a mark, so that a lost manifest is noticed too; a folder from
+elsewhere has neither, and passes `verify`.
 """
 
 import argparse
@@ -52,11 +51,11 @@ def commit(folder, write, extra=None, bytes_needed=0):
 
     `extra` (JSON, say the step) goes into the manifest. A folder of ours that is there is replaced;
     after an interruption the old or the new one is. Raises UserError if it is not ours, or if space
-    (`bytes_needed`) or permission is missing: then nothing half-written stays, and what was there
-    before does. All ranks call `write`, which may gather tensors; rank 0's files count.
+    (`bytes_needed`) or permission is missing: then what was there before stays, and nothing else.
+    All ranks call `write`, which may gather tensors; rank 0's files count.
     """
     folder = Path(os.path.abspath(folder))
-    tmp = sibling(folder, TMP)
+    tmp = Path(f"{folder}{TMP}")
     try:
         with writing(folder):
             on_main(lambda: _prepare(folder, tmp, bytes_needed))
@@ -71,7 +70,8 @@ def commit(folder, write, extra=None, bytes_needed=0):
             f"{error}: {readable_bytes(written)} written of at least"
             f" {readable_bytes(max(bytes_needed, written))} needed,"
             f" {readable_bytes(shutil.disk_usage(tmp).free)} free; what was saved before is intact:"
-            " free some space or lower --keep, then go on with --resume") from error
+            " free some space or lower --keep, then go on with --resume, or choose another --out"
+        ) from error
     finally:
         if is_main():
             shutil.rmtree(tmp, ignore_errors=True)
@@ -90,12 +90,9 @@ def _prepare(folder, tmp, bytes_needed):
                 shutil.rmtree(path)
     if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
         raise UserError(f"{folder}: is there and not ours to replace: choose another name")
-    free = shutil.disk_usage(folder.parent).free
-    if free < bytes_needed:
-        raise UserError(
-            f"{folder.parent}: not enough disk space: {readable_bytes(bytes_needed)} needed,"
-            f" {readable_bytes(free)} free; free some, lower --keep, or choose another --out")
     tmp.mkdir()
+    if shutil.disk_usage(tmp).free < bytes_needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _publish(folder, tmp, extra):
@@ -104,14 +101,13 @@ def _publish(folder, tmp, extra):
     write_whole(tmp / MANIFEST, encoded(files, about | extra))
     _flush_names(tmp)
     if folder.exists():
-        os.rename(folder, sibling(folder, OLD))
+        os.rename(folder, f"{folder}{OLD}")
     os.rename(tmp, folder)
     _flush_names(folder.parent)
-    shutil.rmtree(sibling(folder, OLD), ignore_errors=True)
+    shutil.rmtree(f"{folder}{OLD}", ignore_errors=True)
 
 
 def _flush_names(folder):
-    """Flush the names of the files in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -119,21 +115,14 @@ def _flush_names(folder):
 
 def recover(folder):
     """Put `folder` back if a commit was interrupted between its two renames."""
-    old = sibling(folder, OLD)
-    if old.exists() and not os.path.lexists(folder):
-        os.rename(old, folder)
+    if os.path.exists(f"{folder}{OLD}") and not os.path.lexists(folder):
+        os.rename(f"{folder}{OLD}", folder)
         print(f"{folder}: put back after a replacement that was cut short", file=sys.stderr)
-
-
-def sibling(folder, suffix):
-    """`runs/x/final` and ".bareloop-tmp" give `/…/runs/x/final.bareloop-tmp`."""
-    return Path(os.path.abspath(folder) + suffix)
 
 
 def seal(folder):
     """Write the manifest of `folder` anew, after an edit by hand; gives the number of files.
-    Refuses safetensors that cannot be opened. What the old manifest said besides the files stays.
-    """
+    Refuses safetensors that cannot be opened. What the old manifest said besides files stays."""
     folder = Path(folder)
     for path in folder.glob("*.safetensors"):
         with open_file(path):
@@ -150,11 +139,9 @@ def seal(folder):
 
 def verify(folder):
     """The manifest of `folder`, after checking every file against it: a dict with `files` (name ->
-    size and sha256) and `extra` (world_size, versions and what else the commit was given).
-
-    A folder that we did not write gives {}. Raises CheckpointError, naming the file, for anything
-    missing, changed or added. An interrupted replacement is repaired first.
-    """
+    size and sha256) and `extra` (world_size, versions and what else the commit was given); {} for a
+    folder that we did not write. Raises CheckpointError, naming the file, for anything missing,
+    changed or added. An interrupted replacement is repaired first."""
     folder = Path(folder)
     try:
         recover(folder)
@@ -174,17 +161,16 @@ def verify(folder):
 
 
 def _problem(folder, manifest):
-    """The first file of `folder` that is not as `manifest` says, and why; "" if all are."""
+    """What is not as `manifest` says, or ""."""
     if manifest is None:
         return f"{folder / MANIFEST}: missing or damaged"
-    there = {path.name for path in folder.iterdir() if path.is_file()}
-    for name, expected in manifest["files"].items():
+    listed, there = manifest["files"], {path.name for path in folder.iterdir() if path.is_file()}
+    for name in sorted({*listed, *there} - {MANIFEST}):
         if name not in there:
             return f"{folder / name}: missing"
-        if fingerprint(folder / name) != expected:
+        if name in listed and fingerprint(folder / name) != listed[name]:
             return f"{folder / name}: its content has changed"
-    for name in sorted(there - manifest["files"].keys() - {MANIFEST}):
-        if name.endswith(LOADABLE):
+        if name not in listed and name.endswith(LOADABLE):
             return f"{folder / name}: was not there when the folder was written"
     return ""
 
@@ -219,8 +205,8 @@ def encoded(files, extra):
 
 
 def fingerprint(path, flush=False):
-    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards. A process does not
-    read a file again that has not changed since."""
+    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards. A file that has not
+    changed since is not read again."""
     with open(path, "rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -240,9 +226,8 @@ def fingerprint(path, flush=False):
 # --- the folder of a run: all ranks call these, rank 0 alone touches the disk ---
 
 def new_run_folder(chapter, out=None):
-    """Make the folder of a new run and give its path: `runs/<chapter>/001` (`chapter` is say
-    "chapter-01") under the current directory, or the next number after those there, or just `out`.
-    Raises UserError if a run is in `out` already, or if it cannot be written."""
+    """Make the folder of a new run and give its path: `out`, or `runs/chapter-01/001`, or the next
+    number after those there. Raises UserError if a run is in `out`, or it cannot be written."""
     folder = Path(out or f"runs/{chapter}")
 
     def make():
@@ -270,20 +255,19 @@ def step_folder(run, step):
 
 def _steps(run):
     """The N of every step-N/ of the run, whole or not, newest first."""
-    names = [name for name in os.listdir(run) if re.fullmatch("step-[0-9]{6,12}", name)]
-    return sorted((int(name[5:]) for name in names), reverse=True)
+    found = (re.fullmatch("step-([0-9]{6,12})", name) for name in os.listdir(run))
+    return sorted((int(name[1]) for name in found if name), reverse=True)
 
 
-def _whole_steps(run):
-    """The same of the whole ones; reports on stderr which it had to skip."""
-    for step in _steps(run):
-        folder = step_folder(run, step)
-        try:
-            if not verify(folder):
-                raise CheckpointError(f"{folder}: no {MANIFEST}")
-            yield step
-        except CheckpointError as error:
-            print(f"skipped a damaged checkpoint: {error}", file=sys.stderr)
+def _is_whole(folder):
+    """Whether a run can go on from this step; says on stderr if not."""
+    try:
+        if not verify(folder):
+            raise CheckpointError(f"{folder}: no {MANIFEST}")
+    except CheckpointError as error:
+        print(f"skipped a damaged checkpoint: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def latest(run):
@@ -291,10 +275,13 @@ def latest(run):
     def find():
         for old in Path(run).glob(f"*{OLD}"):
             recover(old.with_suffix(""))
-        step = next(_whole_steps(run), -1)
-        if step < 0 and _steps(run):
+        steps = _steps(run)
+        for step in steps:
+            if _is_whole(step_folder(run, step)):
+                return step
+        if steps:
             print(f"{run}: no whole checkpoint is left: from the beginning", file=sys.stderr)
-        return step
+        return -1
 
     step = on_main(find)
     return None if step < 0 else step_folder(run, step)
@@ -304,14 +291,15 @@ def prune(run, keep, best=None):
     """Delete the steps older than the newest `keep` (at least 1) whole ones, except step `best`.
     Damaged ones do not count. Call it after a commit."""
     def delete():
-        oldest = next(itertools.islice(_whole_steps(run), max(keep, 1) - 1, None), 0)
+        whole = 0
         for step in _steps(run):
-            if step < oldest and step != best:
-                folder = step_folder(run, step)
-                leftover = sibling(folder, TMP)  # in case the deletion is interrupted
+            folder = step_folder(run, step)
+            if whole < max(keep, 1):
+                whole += _is_whole(folder)
+            elif step != best:
                 try:
-                    os.rename(folder, leftover)
-                    shutil.rmtree(leftover)
+                    os.rename(folder, f"{folder}{TMP}")  # in case the deletion is interrupted
+                    shutil.rmtree(f"{folder}{TMP}")
                 except OSError as error:  # not a reason to end a run
                     print(f"{folder}: old, but cannot be deleted: {error}", file=sys.stderr)
 
@@ -324,11 +312,12 @@ def main():
     parser.add_argument("folder")
     chosen = parser.parse_args()
     if chosen.action == "seal":
-        print(f"{chosen.folder}: {seal(chosen.folder)} files sealed")
-        return
-    found = verify(chosen.folder)
-    print(f"{chosen.folder}: " + (f"{len(found['files'])} files, all as written" if found else
-                                  "no manifest: not written by bareloop"))
+        said = f"{seal(chosen.folder)} files sealed"
+    elif found := verify(chosen.folder):
+        said = f"{len(found['files'])} files, all as written"
+    else:
+        said = "no manifest: not written by bareloop"
+    print(f"{chosen.folder}: {said}")
 
 
 if __name__ == "__main__":

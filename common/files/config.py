@@ -1,8 +1,7 @@
 """A model folder's config.json, read from either dialect of transformers, written in both.
 
-transformers 4 keeps `rope_theta` and `rope_scaling` at the top level, transformers 5 keeps both
-in `rope_parameters`. A version 4 that reads version 5's file silently falls back to a theta of
-10000, and every logit is a little wrong; so what is written here holds both.
+transformers 4 keeps `rope_theta` and `rope_scaling` at the top level, 5 keeps both in
+`rope_parameters`; a version 4 that reads only the latter silently takes a theta of 10000.
 """
 
 import json
@@ -10,7 +9,7 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
-from common.errors import UserError, writing
+from common.errors import UserError
 from common.files.json_files import read_json
 
 MOST_LAYERS = 1000  # more would take for ever to make
@@ -46,10 +45,6 @@ def read_config(path):
     if not isinstance(config.get("model_type", ""), str):
         raise UserError(f"{file}: model_type={config['model_type']!r} is not text")
     config["rope_theta"], config["rope_scaling"] = _rope(config, file)
-    for key, value in {**config, **(config["rope_scaling"] or {})}.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{file}: {key} is {value}, not a number")
-
     family = _FAMILIES.get(config.get("model_type"), {})
     if "max_position_embeddings" in family:
         config.setdefault("max_position_embeddings", family["max_position_embeddings"])
@@ -69,17 +64,18 @@ def _rope(config, file):
     """(theta, scaling) from either dialect; takes `rope_parameters` out of `config`."""
     thetas, scalings = [config.get("rope_theta")], []
     for rope in (config.pop("rope_parameters", None), config.get("rope_scaling")):
-        if rope is not None and not isinstance(rope, dict):
+        if not rope:
+            continue
+        if not isinstance(rope, dict):
             raise UserError(f"{file}: rope_scaling must be null or an object, not {rope!r}")
-        if any(isinstance(value, dict) for value in (rope or {}).values()):
+        if any(isinstance(value, dict) for value in rope.values()):
             raise UserError(f"{file}: rope_parameters that differ between layers are not supported")
-        if rope:
-            scaling = {"rope_type": rope.get("type", "default"), **rope}
-            thetas.append(scaling.pop("rope_theta", None))
-            scaling.pop("type", None)
-            if scaling.get("partial_rotary_factor") == 1:
-                del scaling["partial_rotary_factor"]
-            scalings.append(None if scaling == {"rope_type": "default"} else scaling)
+        scaling = {"rope_type": rope.get("type", "default"), **rope}
+        thetas.append(scaling.pop("rope_theta", None))
+        scaling.pop("type", None)
+        if scaling.get("partial_rotary_factor") == 1:
+            del scaling["partial_rotary_factor"]
+        scalings.append(None if scaling == {"rope_type": "default"} else scaling)
     thetas = [theta for theta in thetas if theta is not None] or [10000.0]
     scalings = scalings or [None]
     for name, values in (("rope_theta", thetas), ("RoPE scaling", scalings)):
@@ -98,14 +94,13 @@ def write_config(config, path, dtype):
     rope = {"rope_type": "default", **(config.get("rope_scaling") or {}),
             "rope_theta": config["rope_theta"]}
     config = {**config, "rope_parameters": rope, "dtype": name, "torch_dtype": name}
-    with writing(file):
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_fields(cls, config, where=""):
     """Those fields of dataclass `cls` that are numbers or flags, from the dict `config`, checked.
 
-    Raises ValueError if one is missing or has a wrong type, naming it with `where` before it.
+    Raises ValueError, with `where` before its name, for one that is missing or of a wrong type.
     """
     values = {}
     for field in fields(cls):
@@ -116,7 +111,7 @@ def read_fields(cls, config, where=""):
             raise ValueError(f"{where}{field.name} is missing")
         if field.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not field.type or (field.type is not bool and value <= 0):
+        if type(value) is not field.type or field.type is not bool and not 0 < value < math.inf:
             raise ValueError(
                 f"{where}{field.name}={value!r} is not a positive {field.type.__name__}")
         values[field.name] = value

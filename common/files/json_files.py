@@ -11,22 +11,20 @@ LARGEST = 2**25  # bytes of a JSON file; the index of a model of 700 billion par
 
 def read_bytes(file, largest=LARGEST):
     """The content of a regular file of at most `largest` bytes; of any other a UserError."""
+    file = Path(file)
     try:
-        if Path(file).exists() and not Path(file).is_file():  # say, a link to a device
+        if file.exists() and not file.is_file():  # say, a link to a device
             raise UserError(f"{file}: not a regular file")
-        if Path(file).stat().st_size > largest:
+        if file.stat().st_size > largest:
             raise UserError(f"{file}: larger than {largest >> 20} MiB; is it the right file?")
-        return Path(file).read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def read_json(file):
-    """The JSON object in `file` as a dict, with or without a byte-order mark before it.
-
-    Anything else is a UserError that says where.
-    """
-    file = Path(file)
+    """The JSON object in `file` as a dict, with or without a byte-order mark before it. Anything
+    else is a UserError that says where."""
     try:
         value = json.loads(read_bytes(file).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # its text says on which line

@@ -5,8 +5,8 @@
     rng.safetensors         the states of PyTorch's random generators, a row for each rank
     state.json              the loop's own state: step, next pack, best loss ...
 
-By name, never by index, as an optimizer may list its parameters in another order. Sharded tensors
-are gathered one at a time; on loading each rank takes its own rows, whatever the number of ranks.
+By name, as an optimizer may list its parameters in another order. Sharded tensors are gathered one
+at a time; on loading each rank takes its own rows, whatever the number of ranks.
 """
 
 import json
@@ -26,9 +26,8 @@ STATELESS = "optimizer_without_state"  # key of state.json: parameters that have
 def save_state(folder, model, optimizer, state, names=None):
     """Write model, optimizer, random generators and `state` into `folder` (see `commit`).
 
-    `names` are the parameters to save, default all. An adapter run gives those that training can
-    change, as the rest comes from the base model again. `state` is a dict that JSON holds exactly
-    (no NaN, no tuples, only text as keys). Collective; rank 0 writes.
+    `names` are the parameters to save, default all: an adapter run gives those that training can
+    change. `state` is a dict that JSON holds exactly. Collective; rank 0 writes.
     """
     kept = {name: optimizer.state.get(parameter, {})
             for name, parameter in _optimized(model, optimizer).items()}
@@ -36,9 +35,6 @@ def save_state(folder, model, optimizer, state, names=None):
                for entry, value in entries.items()}
     contents = {**state, STATELESS: sorted(name for name, entries in kept.items() if not entries)}
     text = json.dumps(contents, indent=1, sort_keys=True, allow_nan=False)
-    if json.loads(text) != contents:
-        raise ValueError("state must be a dict that is the same after JSON")
-
     for stem, tensors in (("model", _named(model, names)), ("optimizer", moments)):
         gathered = ((name, full_tensor(value)) for name, value in tensors.items())
         save_tensors(gathered, folder, MARK, stem=stem)
@@ -51,8 +47,8 @@ def load_state(folder, model, optimizer, names=None):
     """Put back what `save_state` wrote, in place, and give its `state`.
 
     Strict: parameters and moments that are missing, unexpected, or of another shape or dtype raise
-    CheckpointError by name, before anything is changed. `folder` should have been verified, as
-    `latest` does. With another number of ranks the random generators are left alone, with a note.
+    CheckpointError by name, before anything is changed. `folder` must have been verified. With
+    another number of ranks the random generators are left alone, with a note.
     """
     state = read_json(Path(folder) / "state.json")
     stateless = state.pop(STATELESS, None)
@@ -90,13 +86,12 @@ def load_state(folder, model, optimizer, names=None):
 
 
 def _named(model, names=None):
-    """{name: parameter}, all or `names`, without what torch.compile adds to a name."""
+    """{name: parameter}, without what torch.compile adds to a name."""
     every = {name.replace("_orig_mod.", ""): value for name, value in model.named_parameters()}
     return {name: value for name, value in every.items() if names is None or name in names}
 
 
 def _optimized(model, optimizer):
-    """{name: parameter} of all that the optimizer updates."""
     names = {parameter: name for name, parameter in _named(model).items()}
     return {names[one]: one for group in optimizer.param_groups for one in group["params"]}
 

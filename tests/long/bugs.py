@@ -78,7 +78,7 @@ BUGS = [
          "rows = tensor.split(max(1, len(tensor) // mesh.size()))"),
         ("common/ranks.py", "parameter.to_local().copy_(rows[mesh.get_local_rank()])",
          "own = rows[mesh.get_local_rank()]\n"
-         "        parameter.to_local()[:len(own)].copy_(own)")]),
+         "            parameter.to_local()[:len(own)].copy_(own)")]),
     (15, "the moments are not loaded, and nobody looks", [
         ("common/files/state.py",
          "optimizer.state[parameter][entry] = kept", "pass")]),
@@ -99,8 +99,8 @@ BUGS = [
         ("common/files/checkpoint.py", "    files = {path.name: fingerprint(path, flush=True)",
          "    tmp = folder\n    files = {path.name: fingerprint(path, flush=True)"),
         ("common/files/checkpoint.py", "    if folder.exists():\n"
-         "        os.rename(folder, sibling(folder, OLD))\n    os.rename(tmp, folder)\n", ""),
-        ("common/files/checkpoint.py", "            if not verify(folder):\n", "            if False:\n")]),
+         "        os.rename(folder, f\"{folder}{OLD}\")\n    os.rename(tmp, folder)\n", ""),
+        ("common/files/checkpoint.py", "        if not verify(folder):\n", "        if False:\n")]),
     (18, "the last evaluation is forgotten on a resume", [
         (CH1, "state = load_state(saved, model, optimizer)",
          'state = load_state(saved, model, optimizer) | {"eval_loss": None}')],
