@@ -1,7 +1,8 @@
 """Hugging Face model folders: config.json, safetensors and the tokenizer's files, in and out.
 
 Reading is strict: a model with a few random layers would train without complaint. Tensors are read
-one at a time. See also files/config.py and files/tensors.py.
+one at a time, so loading needs the model's memory and one tensor more. See also files/config.py and
+files/tensors.py.
 """
 
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, located
+from common.errors import UserError, located, writing
 from common.files.checkpoint import verify
 from common.files.config import read_config, write_config
 from common.files.tensors import (
@@ -36,6 +37,8 @@ def load_weights(model, path):
     path = Path(path)
     verify(path)
     wanted = dict(model.named_parameters())  # name in the checkpoint -> parameter
+    if any(parameter.is_meta for parameter in wanted.values()):
+        raise ValueError("the model has parameters on the meta device: call to_empty first")
     headers = {name: header for name, header in tensor_headers(path).items()
                if not name.endswith(COMPUTED)}
     shapes = {name: value.shape for name, value in wanted.items()}
@@ -71,21 +74,30 @@ def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes
     """Write the model into folder `path` as transformers would: config.json and safetensors.
 
     `config` is what `read_config` gave; `dtype` is what to store the weights in (default: as they
-    are). A tied head is not written, as it is the embedding. Collective; rank 0 writes.
+    are). A tied head is not written, as it is the embedding. Collective: with several ranks all
+    must call it; rank 0 writes.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())  # a parameter shared by two names comes once
+    tied = bool(config.get("tie_word_embeddings", False))
+    if tied == (HEAD in parameters):
+        raise ValueError(f"tie_word_embeddings is {tied}, but the model has {HEAD}: {not tied}")
     dtype = dtype or parameters[EMBEDDING].dtype
     tensors = ((name, full_tensor(value).to(dtype)) for name, value in parameters.items())
     save_tensors(tensors, path, metadata, max_shard_bytes)
     if is_main():
-        # Dense, even if the base model that it came from was quantised.
+        # What is written is dense, even if the base model that it came from was quantised.
         dense = {key: value for key, value in config.items() if key != "quantization_config"}
         write_config(dense, path, dtype)
 
 
 def copy_tokenizer(source, target):
-    """Copy the tokenizer's files and generation_config.json, those that are there, byte for byte:
-    a tokenizer written anew by one version of transformers may not load in another."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(plain_file(source, name), Path(target) / name)
+    """Copy the tokenizer's files and generation_config.json, those that are there, byte for byte.
+
+    Never re-saved: a tokenizer written anew by one version of transformers may not load in another.
+    """
+    source, target = Path(source), Path(target)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (source / name).exists() and source.resolve() != target.resolve():
+                shutil.copyfile(plain_file(source, name), target / name)

@@ -1,7 +1,7 @@
 """Folders of safetensors files: tensors by name, in one file or in shards with an index.
 
-Read a tensor at a time, written a shard at a time. What is read may come from anywhere: names,
-links and headers are checked before they are used.
+Read a tensor at a time, written a shard at a time, and never pickled. What is read may come from
+anywhere: names, links and headers are checked before they are used.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.errors import UserError, listed
+from common.errors import UserError, listed, writing
 from common.files.json_files import read_json
 from common.ranks import is_main, on_all_ranks
 
@@ -62,6 +62,7 @@ def tensor_problems(headers, wanted, loadable=DTYPES.values()):
 
 
 def _files(path, stem):
+    """The safetensors files of folder `path` under this stem."""
     single, index = f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     if os.path.lexists(path / single):
         return [plain_file(path, single)]
@@ -82,7 +83,7 @@ def _files(path, stem):
 
 def plain_file(folder, name):
     """`folder / name`, after checking that it is a plain name of a file really in that folder: what
-    was downloaded may name `../` or link anywhere. The Hub's cache has links from
+    was downloaded may name `../` or link anywhere. The Hub's own cache does hold links, from
     snapshots/<commit>/ into blobs/ beside it (or in the cache's root): those are accepted."""
     folder = Path(folder).resolve()
     if {"/", "\\", "\0"} & set(name):
@@ -100,6 +101,7 @@ def plain_file(folder, name):
 
 @contextmanager
 def open_file(file):
+    """safe_open, with plain error messages."""
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors
@@ -120,16 +122,18 @@ def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, st
 
     One file `<stem>.safetensors`; if that would pass `max_shard_bytes`, several
     `<stem>-00001-of-0000N.safetensors` with an index, as in transformers; one shard at a time is in
-    memory. `metadata` (a dict of texts) goes into their headers. The same tensors give the same
-    bytes. Collective: the iterator may gather; rank 0 writes, and if it fails, all raise.
+    memory. They replace those of an earlier save, and have `metadata` (a dict of texts) in their
+    headers. The same tensors give the same bytes. Collective: the iterator may gather; rank 0
+    writes, and if it fails, all raise.
     """
     tensors = iter(tensors)
 
     def write():
         try:
             if is_main():
-                _write(tensors, Path(path), {"format": "pt", **(metadata or {})},
-                       max_shard_bytes, stem)
+                with writing(path):
+                    _write(tensors, Path(path), {"format": "pt", **(metadata or {})},
+                           max_shard_bytes, stem)
         finally:
             for _ in tensors:  # the other ranks go on gathering: keep step with them
                 pass
@@ -146,15 +150,16 @@ def _write(tensors, path, metadata, max_shard_bytes, stem):
         _save_shard(shard, parts[-1][0], metadata)
         del shard  # before the next one is gathered
 
-    if len(parts) == 1:
-        parts[0][0].rename(path / f"{stem}.safetensors")
-        return
+    single, index = (path / f"{stem}.safetensors{suffix}" for suffix in ("", ".index.json"))
+    for old in (single, index, *path.glob(f"{stem}-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
     for number, (part, names) in enumerate(parts, 1):
-        file = part.rename(path / f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors")
+        file = path / f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
+        part.rename(file if len(parts) > 1 else single)
         weight_map |= dict.fromkeys(names, file.name)
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2,
-                      sort_keys=True) + "\n"
-    (path / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    if len(parts) > 1:
+        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_shard(shard, file, metadata):
@@ -174,7 +179,7 @@ def _save_shard(shard, file, metadata):
 
 
 def _grouped(tensors, max_bytes):
-    """Dicts of tensors, each as full as `max_bytes` allows; at least one."""
+    """Dicts of tensors ready to be written, each as full as `max_bytes` allows; at least one."""
     shard, size = {}, 0
     for name, tensor in tensors:
         tensor = tensor.detach().to("cpu").contiguous()

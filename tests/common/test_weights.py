@@ -370,6 +370,14 @@ def test_no_weights_in_the_folder(tmp_path):
         weights.load_weights(model, tmp_path)
 
 
+def test_parameters_without_memory_are_refused():
+    with torch.device("meta"):
+        model = nn.Module()
+        model.register_parameter("a", nn.Parameter(torch.empty(1)))
+    with pytest.raises(ValueError, match="meta"):  # copying into them would do nothing
+        weights.load_weights(model, MODELS / "qwen3_tied")
+
+
 # --- broken files ---
 
 def good_bytes(tmp_path):
@@ -530,6 +538,14 @@ def test_saving_casts_and_says_so(tmp_path):
     assert header["__metadata__"] == {"format": "pt", "mark": "1"}
 
 
+def test_a_head_where_config_says_otherwise_is_refused(tmp_path):
+    for name in ("qwen3_tied", "qwen3_untied"):
+        config = weights.read_config(MODELS / name)
+        config["tie_word_embeddings"] = not config["tie_word_embeddings"]
+        with pytest.raises(ValueError, match="lm_head"):
+            weights.save_weights(model_of(name), config, tmp_path)
+
+
 def test_shards_and_their_index(tmp_path):
     tensors = {name: torch.full((4,), float(i)) for i, name in enumerate("edcba")}
     tensor_files.save_tensors(iter(tensors.items()), tmp_path, max_shard_bytes=32)
@@ -542,14 +558,14 @@ def test_shards_and_their_index(tmp_path):
     shape, dtype, file = tensor_files.tensor_headers(tmp_path)["a"]
     assert (shape, dtype, file.name) == ((4,), "F32", files[2])
 
-    # A tensor larger than the limit has a shard of its own.
-    tensor_files.save_tensors(iter(tensors.items()), tmp_path / "1", max_shard_bytes=1)
-    assert len(list((tmp_path / "1").glob("*.safetensors"))) == 5
-    tensor_files.save_tensors(iter([("z", torch.ones(1))]), tmp_path / "2")
-    assert [file.name for file in (tmp_path / "2").iterdir()] == ["model.safetensors"]
-    tensor_files.save_tensors(iter([("y", torch.ones(1))]), tmp_path / "2", stem="adapter_model")
-    assert [name for name, _ in tensor_files.iter_tensors(tmp_path / "2", "adapter_model")] == ["y"]
-    assert [name for name, _ in tensor_files.iter_tensors(tmp_path / "2")] == ["z"]
+    # A tensor larger than the limit has a shard of its own; a later save leaves nothing stale.
+    tensor_files.save_tensors(iter(tensors.items()), tmp_path, max_shard_bytes=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+    tensor_files.save_tensors(iter([("z", torch.ones(1))]), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    tensor_files.save_tensors(iter([("y", torch.ones(1))]), tmp_path, stem="adapter_model")
+    assert [name for name, _ in tensor_files.iter_tensors(tmp_path, "adapter_model")] == ["y"]
+    assert [name for name, _ in tensor_files.iter_tensors(tmp_path)] == ["z"]
 
 
 def test_views_and_transposes_are_saved_as_what_they_show(tmp_path):
@@ -649,7 +665,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(tensor_files, "save_file", full)
-    with refused(tmp_path, "cannot be written", "No space left"), writing(tmp_path):
+    with refused(tmp_path, "cannot be written", "No space left"):
         tensor_files.save_tensors(iter([("a", torch.ones(1))]), tmp_path)
 
 
@@ -659,8 +675,9 @@ def test_tokenizer_files_are_copied_byte_for_byte(tmp_path):
     contents = {"tokenizer.json": b"{\r\n}", "chat_template.jinja": b"\xff", "merges.txt": b"a b"}
     for name, raw in {**contents, "config.json": b"{}", "secret.txt": b"x"}.items():
         (source / name).write_bytes(raw)
-    target.mkdir()
     weights.copy_tokenizer(source, target)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == contents
+    weights.copy_tokenizer(target, target)  # resumed into itself: nothing happens
     assert {file.name: file.read_bytes() for file in target.iterdir()} == contents
 
     (source / "vocab.json").symlink_to(__file__)
