@@ -5,48 +5,41 @@ import math
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 from common.errors import UserError, listed, one_line, out_of_memory
 from common.memory import readable_bytes
 from common.ranks import say
 
 
-class Signals:
-    """Within `with Signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`.
+@contextlib.contextmanager
+def caught_signals():
+    """Within `with caught_signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`.
 
     It is then "SIGTERM" or "SIGINT", else None; the loop looks at it after each step (with
     `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
     KeyboardInterrupt at once. Main thread only.
     """
+    signals = SimpleNamespace(requested=None, interrupted=None)  # when the first Ctrl-C came
+    # torchrun gets the terminal's Ctrl-C too, and passes it on to every rank a second time.
+    echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
-    def __init__(self):
-        self.requested = None
-        self.interrupted = None  # when the first Ctrl-C came
-        self.before = {}
-        # torchrun gets the terminal's Ctrl-C too, and passes it on to every rank a second time.
-        self.echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
+    def handle(number, frame):
         # This may run between any two bytecodes, even inside print: so only flags and a bare write.
-        self.requested = self.requested or signal.Signals(number).name
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self.interrupted is None:
-            self.interrupted = now
+        signals.requested = signals.requested or signal.Signals(number).name
+        if number == signal.SIGINT and signals.interrupted is None:
+            signals.interrupted = time.monotonic()
             with contextlib.suppress(OSError):  # a closed terminal is no reason not to save
                 os.write(2, b"\nCtrl-C: saving at the next step; once more to stop at once\n")
-        elif now - self.interrupted >= self.echo_seconds:
+        elif number == signal.SIGINT and time.monotonic() - signals.interrupted >= echo_seconds:
             raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class NonFinite:
@@ -74,11 +67,10 @@ class NonFinite:
         message = (f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}; documents: "
                    + listed(one for pack in documents for one in pack))
         if self.in_a_row >= self.limit:
-            back = (f"the last good checkpoint is {checkpoint}" if checkpoint
-                    else "no checkpoint was saved before")
             raise UserError(
-                f"{self.in_a_row} steps in a row were not finite, the last one {message}; {back};"
-                " try a lower --lr or --clip, a longer --warmup, or --dtype float32")
+                f"{self.in_a_row} steps in a row were not finite, the last one {message}; the last"
+                f" good checkpoint: {checkpoint or 'none yet'}; try a lower --lr or --clip, a"
+                " longer --warmup, or --dtype float32")
         say(f"{message}: skipped ({self.in_a_row} in a row, {self.skipped} in all)")
         return False
 

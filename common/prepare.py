@@ -197,37 +197,29 @@ def say_what_differs(chat, records):
         return
 
 
-def answer_questions(data, model, generate):
-    """The model's greedy answers: {quiz: [(Question, answer ids), ...]}. Leaves it in eval mode."""
+def ask(data, model, generate, when):
+    """Print the model's greedy answers to the first questions of each quiz; leaves it in eval mode.
+
+    Returns {"exact_match_<quiz>": share of all answers that equal the expected ones, token for
+    token, and stop where these do}, or {} if the answers are not scored.
+    """
     model.eval()
-    results = {}
+    scores = {}
     for name, quiz in data.quizzes.items():
         longest = 1 + max(len(one.expected) for one in quiz) if data.scored else 64
-        results[name] = list(zip(quiz, generate(
-            model, [one.prompt for one in quiz], longest, data.chat.stop_ids)))
-    return results
-
-
-def exact_match(results):
-    """{"exact_match_<quiz>": share of answers that equal the expected ones, token for token, and
-    stop where these do}."""
-    return {f"exact_match_{name}": sum(question.expected == answer for question, answer in answers)
-            / len(answers) for name, answers in results.items()}
-
-
-def show_answers(data, results, when):
-    """Print the first few answers of each quiz and, if they are scored, the exact match."""
-    for name, answers in results.items():
-        score = ""
+        answers = generate(model, [one.prompt for one in quiz], longest, data.chat.stop_ids)
+        right = [one.expected == answer for one, answer in zip(quiz, answers)]
+        title = f"\n{name}, {when} training"
         if data.scored:
-            (share,) = exact_match({name: answers}).values()
-            score = f": exact match {share:.0%} of {len(answers)}"
-        say(f"\n{name}{' skills' * data.scored}, {when} training{score}")
-        for question, answer in answers[:SHOWN]:
-            mark = " " if not data.scored else "+" if question.expected == answer else "-"
+            scores[f"exact_match_{name}"] = share = sum(right) / len(right)
+            title = f"\n{name} skills, {when} training: exact match {share:.0%} of {len(right)}"
+        say(title)
+        for question, answer, fits in list(zip(quiz, answers, right))[:SHOWN]:
+            mark = " " if not data.scored else "+" if fits else "-"
             say(f"  {mark} {_line(question.text)}\n      {_line(data.chat.decode(answer))}")
-            if question.expected != answer:
+            if not fits:
                 say(f"      (expected: {_line(data.chat.decode(question.expected))})")
+    return scores
 
 
 def _line(text):

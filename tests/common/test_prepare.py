@@ -118,8 +118,8 @@ def test_an_answer_that_goes_on_is_not_the_right_one(tmp_path):
     def generate(model, prompts, longest, stops):  # one that never stops
         return [(question.expected * longest)[:longest]]
 
-    results = prepare.answer_questions(scored, torch.nn.Linear(1, 1), generate)
-    assert prepare.exact_match(results) == {"exact_match_held-out": 0}
+    assert prepare.ask(scored, torch.nn.Linear(1, 1), generate, "before") == {
+        "exact_match_held-out": 0}
 
 
 def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_path, capsys):
@@ -131,15 +131,25 @@ def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_
         assert longest == 64 and stops == data.chat.stop_ids and len(prompts) == 2
         return answers
 
-    results = prepare.answer_questions(data, torch.nn.Linear(1, 1), generate)
     capsys.readouterr()
-    prepare.show_answers(data, results, "before")
+    assert prepare.ask(data, torch.nn.Linear(1, 1), generate, "before") == {}
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["", "held-out, before training"]
     assert lines[2].startswith("    first word word") and lines[2].endswith("…")
     assert lines[3:] == ["      yes and no", "    b", "      x", "      (expected: c)"]
     assert max(map(len, lines)) <= 100
-    assert prepare.exact_match(results) == {"exact_match_held-out": 0.5}
+
+
+def test_answers_that_are_scored_are_marked(tmp_path, capsys):
+    data = load(tmp_path, [row("a", "yes"), row("b", "c")])
+    scored = prepare.Data(data.source, data.train, data.held_out, data.chat, data.quizzes, True)
+    answers = [data.quizzes["held-out"][0].expected, data.chat.encode_prompt("x")]
+    capsys.readouterr()
+    assert prepare.ask(scored, torch.nn.Linear(1, 1), lambda *given: answers, "after") == {
+        "exact_match_held-out": 0.5}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "held-out skills, after training: exact match 50% of 2"
+    assert [line[:4] for line in lines[2:]] == ["  + ", "    ", "  - ", "    ", "    "]
 
 
 # --- what is asked is what is trained ---
