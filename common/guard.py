@@ -83,19 +83,17 @@ def memory_advice(options, predicted):
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not out_of_memory(error):
             raise
         largest = sorted(predicted.items(), key=lambda item: -item[1])[:3]
         shares = ", ".join(f"{name} {readable_bytes(size)}" for name, size in largest if size)
         smaller = options.batch_tokens // 2
-        advice = ("--batch-tokens is small already: take a smaller model, or chapter 3 with"
+        cut = f"; documents over {smaller} tokens are then cut" * (options.max_seq_len > smaller)
+        advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
+                  f" tokens in a step){cut}" if smaller >= 128 else
+                  "--batch-tokens is small already: take a smaller model, or chapter 3 with"
                   " --quantize nf4 and --activation-checkpointing")
-        if smaller >= 128:
-            advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
-                      " tokens in a step)")
-            if options.max_seq_len > smaller:
-                advice += f"; documents over {smaller} tokens are then cut"
         # PyTorch's message goes on for a paragraph about its allocator.
         raise UserError(f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak"
                         f" {readable_bytes(sum(predicted.values()))} ({shares}); {advice}"
