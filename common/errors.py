@@ -9,11 +9,8 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Wrong input of any kind. Its text is one line that says where, what, and what to do.
-
-    Scripts print it as `error: ...` and end with exit code 2 (`run_main`). Control characters are
-    escaped, so text quoted from a hostile file cannot control the terminal.
-    """
+    """Wrong input of any kind. Its text is one line that says where, what, and what to do; control
+    characters are escaped, so text quoted from a hostile file cannot control the terminal."""
 
     def __str__(self):
         return printable(super().__str__(), 2000)

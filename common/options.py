@@ -176,9 +176,8 @@ def choose_dtype(name, device):
     """The torch.dtype for --dtype: auto takes bfloat16 where the hardware multiplies it."""
     if name == "auto":
         cpu = torch.cpu.get_capabilities()
-        fast_cpu = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-        fast = device.type == "cuda" or (device.type == "cpu" and fast_cpu)
-        name = "bfloat16" if fast else "float32"
+        fast = {"cuda": True, "cpu": cpu.get("amx_bf16") or cpu.get("avx512_bf16")}
+        name = "bfloat16" if fast.get(device.type) else "float32"
     return getattr(torch, name)
 
 
@@ -237,11 +236,9 @@ def _choose_model_and_data(options, device, tiny, real):
     big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= GPU_MEMORY
     model, data = options.model, " ".join(options.data)
     if data == "auto" and model not in ("auto", "tiny"):
-        raise UserError(f"--model {model} needs --data: your own file, or --data virtual "
-                        "for random tokens")
+        raise UserError(f"--model {model} needs --data: your own, or virtual for random tokens")
     if model == "auto" and data not in ("auto", "tiny") and not big:
-        raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id such as "
-                        f"{GPU_MODEL}")
+        raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id ({GPU_MODEL})")
     small = not big or "tiny" in (model, data)
     if model == "auto":
         options.model = "tiny" if small else GPU_MODEL

@@ -85,9 +85,9 @@ def load(options, source, config, skills):
         asked = {name: tiny.records(name, "eval", 200, options.seed) for name in (skills, "base")}
     else:
         columns = parse_columns(options.columns) if options.columns else None
+        flags = {"--data": options.data, "--eval-data": options.eval_data}
         records, *others = (Records(hub.resolve_data(names, flag), columns, options.rendered)
-                            for names, flag in ((options.data, "--data"),
-                                                (options.eval_data, "--eval-data")) if names)
+                            for flag, names in flags.items() if names)
         asked = {"held-out": one for one in others}
 
     def encoded(records, title):
@@ -100,19 +100,18 @@ def load(options, source, config, skills):
 
     train = encoded(records, "data")
     say_what_differs(chat, records)
-    held_out = {name: encoded(one, "held out" if name in (skills, "held-out") else "base skills")
-                for name, one in asked.items()}
+    titles = "held out", "base skills"
+    held_out = [encoded(one, title) for one, title in zip(asked.values(), titles)]
     if not asked:
         asked = {"held-out": records}
-        train, held_out["held-out"] = encode.split(train, options.seed)
-    first = next(iter(held_out.values()))
-    shared = np.isin(first.documents["digest"], train.documents["digest"]).sum()
+        train, *held_out = encode.split(train, options.seed)
+    shared = np.isin(held_out[0].documents["digest"], train.documents["digest"]).sum()
     if shared:
         say(f"held out: {shared:,} of these documents are in the training data too, so their loss "
             "says little")
-    quizzes = {name: questions(chat, held_out[name], one, SCORED if embedded else SHOWN, limit)
-               for name, one in asked.items()}
-    data = Data(source, train, first, chat, quizzes, scored=bool(embedded))
+    quizzes = {name: questions(chat, documents, one, SCORED if embedded else SHOWN, limit)
+               for documents, (name, one) in zip(held_out, asked.items())}
+    data = Data(source, train, held_out[0], chat, quizzes, scored=bool(embedded))
     if options.resume and not options.allow_changes:
         began = read_json(Path(options.resume) / "train_config.json").get("data")
         if began not in (None, data.digest()):
@@ -171,8 +170,7 @@ def _question(chat, record, ids=(), trained=()):
 
 def say_what_differs(chat, records):
     """Warn if what is asked is not what is trained, checked on the first few conversations."""
-    conversations = (record for record in islice(records, 200) if "messages" in record)
-    for record in islice(conversations, SHOWN):
+    for record in [one for one in islice(records, 200) if "messages" in one][:SHOWN]:
         try:
             one = _question(chat, record)
         except Refused:
