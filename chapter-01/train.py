@@ -141,9 +141,7 @@ def main(argv=None):
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
         data.show_example()
         say(f"run folder: {run}")
-        scores = prepare.ask(data, model, generate, "before")
-        if scores:
-            metrics.log_eval(0, eval_loss=None, **scores)
+        prepare.ask(data, model, generate, metrics, 0)
 
     # --- loop ---
     nonfinite = guard.NonFinite()
@@ -217,12 +215,8 @@ def main(argv=None):
             return runs.stopped(run, state, signals)
 
     # --- after ---
-    scores = prepare.ask(data, model, generate, "after")
-    if scores:
-        metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **scores)
-    say(f"wrote {run / 'final'}: a Hugging Face model folder")
-    if data.chat is not None:
-        say(runs.how_to_ask("model", run / "final"))
+    prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
+    say(runs.wrote("model", run / "final", data.chat is not None))
     metrics.close()
     stop_ranks()
     return 0

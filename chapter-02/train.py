@@ -186,9 +186,7 @@ def main(argv=None):
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
         data.show_example()
         say(f"run folder: {run}")
-        scores = prepare.ask(data, model, generate, "before")
-        if scores:
-            metrics.log_eval(0, eval_loss=None, **scores)
+        prepare.ask(data, model, generate, metrics, 0)
 
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
@@ -270,13 +268,9 @@ def main(argv=None):
             return runs.stopped(run, state, signals)
 
     # --- after --- Changed from chapter-01: it may be an adapter.
-    scores = prepare.ask(data, model, generate, "after")
-    if scores:
-        metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **scores)
+    prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(f"wrote {run / 'final'}: a Hugging Face {kind} folder")
-    if data.chat is not None:
-        say(runs.how_to_ask(kind, run / "final"))
+    say(runs.wrote(kind, run / "final", data.chat is not None))
     metrics.close()
     stop_ranks()
     return 0

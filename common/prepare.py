@@ -195,11 +195,12 @@ def say_what_differs(chat, records):
         return
 
 
-def ask(data, model, generate, when):
-    """Print the model's greedy answers to the first questions of each quiz; leaves it in eval mode.
+def ask(data, model, generate, metrics, step, eval_loss=None):
+    """Print the model's greedy answers to the first questions of each quiz, before training (step
+    0) or after it; leaves the model in eval mode.
 
-    Returns {"exact_match_<quiz>": share of all answers that equal the expected ones, token for
-    token, and stop where these do}, or {} if the answers are not scored.
+    If the answers are scored, `metrics` gets `eval_loss` and, as exact_match_<quiz>, the share of
+    all answers that equal the expected ones, token for token, and stop where these do.
     """
     model.eval()
     scores = {}
@@ -207,17 +208,18 @@ def ask(data, model, generate, when):
         longest = 1 + max(len(one.expected) for one in quiz) if data.scored else 64
         answers = generate(model, [one.prompt for one in quiz], longest, data.chat.stop_ids)
         right = [one.expected == answer for one, answer in zip(quiz, answers)]
-        title = f"\n{name}, {when} training"
+        score = ""
         if data.scored:
             scores[f"exact_match_{name}"] = share = sum(right) / len(right)
-            title = f"\n{name} skills, {when} training: exact match {share:.0%} of {len(right)}"
-        say(title)
+            score = f": exact match {share:.0%} of {len(right)}"
+        say(f"\n{name}{' skills' * data.scored}, {'after' if step else 'before'} training{score}")
         for question, answer, fits in list(zip(quiz, answers, right))[:SHOWN]:
             mark = " " if not data.scored else "+" if fits else "-"
             say(f"  {mark} {_line(question.text)}\n      {_line(data.chat.decode(answer))}")
             if not fits:
                 say(f"      (expected: {_line(data.chat.decode(question.expected))})")
-    return scores
+    if scores:
+        metrics.log_eval(step, eval_loss=eval_loss, **scores)
 
 
 def _line(text):
