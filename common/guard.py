@@ -14,12 +14,10 @@ from common.ranks import say
 
 @contextlib.contextmanager
 def caught_signals():
-    """Within `with caught_signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`.
-
-    It is then "SIGTERM" or "SIGINT", else None; the loop looks at it after each step (with
-    `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
-    KeyboardInterrupt at once. Main thread only.
-    """
+    """Within `with caught_signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`,
+    else None, to "SIGTERM" or "SIGINT". The loop looks at it after each step (with `any_rank`, as a
+    signal may reach one rank first), saves and ends. A second Ctrl-C raises KeyboardInterrupt at
+    once. Main thread only."""
     signals = SimpleNamespace(requested=None, interrupted=None)  # when the first Ctrl-C came
     # torchrun gets the terminal's Ctrl-C too, and passes it on to every rank a second time.
     echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
@@ -43,10 +41,8 @@ def caught_signals():
 
 
 class NonFinite:
-    """Counts the steps whose loss or gradient norm is not finite, for the loop to skip.
-
-    `skipped` is how many there were; after `limit` in a row `check` raises UserError.
-    """
+    """Counts the steps whose loss or gradient norm is not finite, for the loop to skip; after
+    `limit` in a row `check` raises UserError."""
 
     def __init__(self, limit=5):
         self.limit = limit
@@ -77,10 +73,8 @@ class NonFinite:
 
 @contextlib.contextmanager
 def memory_advice(options, predicted):
-    """Turn running out of memory into a UserError: what was predicted, and the next flags to try.
-
-    `options` has batch_tokens, grad_accum and max_seq_len; `predicted` is bytes by category.
-    """
+    """Turn running out of memory into a UserError: what was `predicted` (bytes by category), and
+    the next flags to try."""
     try:
         yield
     except Exception as error:

@@ -33,8 +33,8 @@ def option(default, text, choices=None, least=None):
 
 @dataclass
 class TrainOptions:
-    """The options of every chapter's train.py. After `parse`, every option that a run needs has a
-    value, except `batch_tokens` on a GPU (see `predict.fit_batch`)."""
+    """The options of every chapter's train.py; `parse` gives each that a run needs a value, except
+    `batch_tokens` on a GPU (see `predict.fit_batch`)."""
 
     # --- what ---
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")

@@ -1,5 +1,4 @@
-"""From --model and --data to documents of token ids, and to the questions that are asked before and
-after training, to show what the model has learned."""
+"""From --data to documents of token ids, and to the questions asked before and after training."""
 
 import hashlib
 from contextlib import suppress
@@ -61,11 +60,10 @@ class Data:
 
 
 def load(options, source, config, skills):
-    """The `Data` of this run.
+    """The `Data` of this run; `source` is the model's folder, for its tokenizer.
 
-    `source` is the model's folder, for its tokenizer. `skills` are what --data tiny stands for:
-    "base", which the embedded model learns from scratch, or "new", which it has never seen; then
-    the base skills are asked too, to show what is forgotten.
+    `skills` are what --data tiny stands for: "base", which the embedded model learns from scratch,
+    or "new", which it has never seen; the base skills are then asked too: what is forgotten?
     """
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
