@@ -57,14 +57,6 @@ def loss_sum(model, pack):
     return F.cross_entropy(logits, pack["labels"], ignore_index=IGNORE, reduction="sum")
 
 
-def to_device(pack, device):
-    """The same pack with its tensors on `device`. A GPU copies pinned memory in the background;
-    with other memory Python would wait until the GPU has finished all earlier work."""
-    pinned = torch.device(device).type == "cuda"
-    return {name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
-            if torch.is_tensor(value) else value for name, value in pack.items()}
-
-
 @torch.no_grad()
 def evaluate(model, dataset, options):
     """Mean loss per labelled token of `dataset`. Every rank computes the whole of it."""
@@ -74,7 +66,7 @@ def evaluate(model, dataset, options):
     for index in range(sampler.packs_in(1)):
         pack = packed_sequence_collate_fn([dataset[i] for i in sampler.pack(index)])
         targets += int((pack["labels"] != IGNORE).sum())
-        total += loss_sum(model, to_device(pack, options.device)).item()
+        total += loss_sum(model, memory.to_device(pack, options.device)).item()
     model.train()
     return total / max(1, targets)
 
@@ -149,16 +141,13 @@ def main(argv=None):
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
         data.show_example()
         say(f"run folder: {run}")
-        before = prepare.answer_questions(data, model, generate)
-        prepare.show_answers(data, before, "before")
-        if data.scored:
-            metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
+        prepare.ask(data, model, generate, metrics, 0)
 
     # --- loop ---
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
     model.train()
-    with guard.Signals() as signals, guard.memory_advice(options, predicted):
+    with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
 
@@ -177,7 +166,7 @@ def main(argv=None):
             for pack in packs:
                 # Divided by the labelled tokens of the *whole* step, so that every labelled
                 # token weighs the same, in whichever pack or rank it lies.
-                loss = loss_sum(model, to_device(pack, device)) / max(1, targets)
+                loss = loss_sum(model, memory.to_device(pack, device)) / max(1, targets)
                 loss.backward()
                 total_loss += loss.detach()
             total_loss = all_sum(total_loss)
@@ -226,13 +215,8 @@ def main(argv=None):
             return runs.stopped(run, state, signals)
 
     # --- after ---
-    after = prepare.answer_questions(data, model, generate)
-    prepare.show_answers(data, after, "after")
-    if data.scored:
-        metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
-    say(f"wrote {run / 'final'}: a Hugging Face model folder")
-    if data.chat is not None:
-        say(runs.how_to_ask("model", run / "final"))
+    prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
+    say(runs.wrote("model", run / "final", data.chat is not None))
     metrics.close()
     stop_ranks()
     return 0

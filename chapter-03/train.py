@@ -91,15 +91,6 @@ def learning_rate(step, total, options):
     return options.min_lr + share * (options.lr - options.min_lr)
 
 
-# Copied from chapter-02/train.py
-def to_device(pack, device):
-    """The same pack with its tensors on `device`. A GPU copies pinned memory in the background;
-    with other memory Python would wait until the GPU has finished all earlier work."""
-    pinned = torch.device(device).type == "cuda"
-    return {name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
-            if torch.is_tensor(value) else value for name, value in pack.items()}
-
-
 # Changed from chapter-01: without dropout; static shapes.
 @torch.no_grad()
 def evaluate(model, dataset, options, shape):
@@ -110,7 +101,7 @@ def evaluate(model, dataset, options, shape):
     for index in range(sampler.packs_in(1)):
         pack = packed_sequence_collate_fn([dataset[i] for i in sampler.pack(index)], shape)
         targets += len(pack["labelled"])
-        total += model(**to_device(pack, options.device)).item()
+        total += model(**memory.to_device(pack, options.device)).item()
     model.train()
     return total / max(1, targets)
 
@@ -181,10 +172,7 @@ def main(argv=None):
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
         data.show_example()
         say(f"run folder: {run}")
-        before = prepare.answer_questions(data, model, generate)
-        prepare.show_answers(data, before, "before")
-        if data.scored:
-            metrics.log_eval(0, eval_loss=None, **prepare.exact_match(before))
+        prepare.ask(data, model, generate, metrics, 0)
 
     # --- loop --- Changed from chapter-02: static shapes; a step's packs are made beforehand.
     shape, ready = None, None
@@ -203,12 +191,12 @@ def main(argv=None):
                  for pack in documents]
         counts = torch.tensor([sum(len(pack["labelled"]) for pack in packs),
                                sum(int(sampler.lengths[pack].sum()) for pack in documents)])
-        return [to_device(pack, device) for pack in packs], documents, counts
+        return [memory.to_device(pack, device) for pack in packs], documents, counts
 
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
     model.train()
-    with guard.Signals() as signals, guard.memory_advice(options, predicted):
+    with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
 
@@ -279,14 +267,9 @@ def main(argv=None):
             return runs.stopped(run, state, signals)
 
     # --- after --- Copied from chapter-02/train.py
-    after = prepare.answer_questions(data, model, generate)
-    prepare.show_answers(data, after, "after")
-    if data.scored:
-        metrics.log_eval(total_steps, eval_loss=state["eval_loss"], **prepare.exact_match(after))
+    prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(f"wrote {run / 'final'}: a Hugging Face {kind} folder")
-    if data.chat is not None:
-        say(runs.how_to_ask(kind, run / "final"))
+    say(runs.wrote(kind, run / "final", data.chat is not None))
     metrics.close()
     stop_ranks()
     return 0

@@ -9,11 +9,8 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Wrong input of any kind. Its text is one line that says where, what, and what to do.
-
-    Scripts print it as `error: ...` and end with exit code 2 (`run_main`). Control characters are
-    escaped, so text quoted from a hostile file cannot control the terminal.
-    """
+    """Wrong input of any kind. Its text is one line that says where, what, and what to do; control
+    characters are escaped, so text quoted from a hostile file cannot control the terminal."""
 
     def __str__(self):
         return printable(super().__str__(), 2000)
@@ -71,7 +68,7 @@ def out_of_memory(error):
 
 def run_main(main):
     """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130,
-    SIGTERM 143. (During training `common.guard.Signals` saves first.)"""
+    SIGTERM 143. (During training `common.guard.caught_signals` saves first.)"""
     def terminated(signum, frame):
         print(f"\nstopped by {signal.Signals(signum).name}", file=sys.stderr)
         raise SystemExit(128 + signum)
@@ -81,17 +78,16 @@ def run_main(main):
         stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        print(f"error: out of memory: {one_line(error, 300)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output (`| head`) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        if out_of_memory(error):
+            error = f"out of memory: {one_line(error, 300)}"
+        elif not isinstance(error, UserError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

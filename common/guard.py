@@ -5,55 +5,44 @@ import math
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 from common.errors import UserError, listed, one_line, out_of_memory
 from common.memory import readable_bytes
 from common.ranks import say
 
 
-class Signals:
-    """Within `with Signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`.
+@contextlib.contextmanager
+def caught_signals():
+    """Within `with caught_signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`,
+    else None, to "SIGTERM" or "SIGINT". The loop looks at it after each step (with `any_rank`, as a
+    signal may reach one rank first), saves and ends. A second Ctrl-C raises KeyboardInterrupt at
+    once. Main thread only."""
+    signals = SimpleNamespace(requested=None, interrupted=None)  # when the first Ctrl-C came
+    # torchrun gets the terminal's Ctrl-C too, and passes it on to every rank a second time.
+    echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
-    It is then "SIGTERM" or "SIGINT", else None; the loop looks at it after each step (with
-    `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
-    KeyboardInterrupt at once. Main thread only.
-    """
-
-    def __init__(self):
-        self.requested = None
-        self.interrupted = None  # when the first Ctrl-C came
-        self.before = {}
-        # torchrun gets the terminal's Ctrl-C too, and passes it on to every rank a second time.
-        self.echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
+    def handle(number, frame):
         # This may run between any two bytecodes, even inside print: so only flags and a bare write.
-        self.requested = self.requested or signal.Signals(number).name
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self.interrupted is None:
-            self.interrupted = now
+        signals.requested = signals.requested or signal.Signals(number).name
+        if number == signal.SIGINT and signals.interrupted is None:
+            signals.interrupted = time.monotonic()
             with contextlib.suppress(OSError):  # a closed terminal is no reason not to save
                 os.write(2, b"\nCtrl-C: saving at the next step; once more to stop at once\n")
-        elif now - self.interrupted >= self.echo_seconds:
+        elif number == signal.SIGINT and time.monotonic() - signals.interrupted >= echo_seconds:
             raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class NonFinite:
-    """Counts the steps whose loss or gradient norm is not finite, for the loop to skip.
-
-    `skipped` is how many there were; after `limit` in a row `check` raises UserError.
-    """
+    """Counts the steps whose loss or gradient norm is not finite, for the loop to skip; after
+    `limit` in a row `check` raises UserError."""
 
     def __init__(self, limit=5):
         self.limit = limit
@@ -74,36 +63,31 @@ class NonFinite:
         message = (f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}; documents: "
                    + listed(one for pack in documents for one in pack))
         if self.in_a_row >= self.limit:
-            back = (f"the last good checkpoint is {checkpoint}" if checkpoint
-                    else "no checkpoint was saved before")
             raise UserError(
-                f"{self.in_a_row} steps in a row were not finite, the last one {message}; {back};"
-                " try a lower --lr or --clip, a longer --warmup, or --dtype float32")
+                f"{self.in_a_row} steps in a row were not finite, the last one {message}; the last"
+                f" good checkpoint: {checkpoint or 'none yet'}; try a lower --lr or --clip, a"
+                " longer --warmup, or --dtype float32")
         say(f"{message}: skipped ({self.in_a_row} in a row, {self.skipped} in all)")
         return False
 
 
 @contextlib.contextmanager
 def memory_advice(options, predicted):
-    """Turn running out of memory into a UserError: what was predicted, and the next flags to try.
-
-    `options` has batch_tokens, grad_accum and max_seq_len; `predicted` is bytes by category.
-    """
+    """Turn running out of memory into a UserError: what was `predicted` (bytes by category), and
+    the next flags to try."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not out_of_memory(error):
             raise
         largest = sorted(predicted.items(), key=lambda item: -item[1])[:3]
         shares = ", ".join(f"{name} {readable_bytes(size)}" for name, size in largest if size)
         smaller = options.batch_tokens // 2
-        advice = ("--batch-tokens is small already: take a smaller model, or chapter 3 with"
+        cut = f"; documents over {smaller} tokens are then cut" * (options.max_seq_len > smaller)
+        advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
+                  f" tokens in a step){cut}" if smaller >= 128 else
+                  "--batch-tokens is small already: take a smaller model, or chapter 3 with"
                   " --quantize nf4 and --activation-checkpointing")
-        if smaller >= 128:
-            advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
-                      " tokens in a step)")
-            if options.max_seq_len > smaller:
-                advice += f"; documents over {smaller} tokens are then cut"
         # PyTorch's message goes on for a paragraph about its allocator.
         raise UserError(f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak"
                         f" {readable_bytes(sum(predicted.values()))} ({shares}); {advice}"

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -97,27 +97,24 @@ def _similar(path, names=()):
 
 def _files_below(folder):
     """The files of a folder as paths below it."""
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*")
-                  if file.is_file())
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 
 def _choose(repo, part, flag):
     """The files of a data set on the Hub that `part`, which is not one of them, stands for."""
-    offline = None
+    page = f"{constants.ENDPOINT}/datasets/{repo}"
     try:
         with _plain_words(repo, "dataset"):
             names = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset")
-    except UserError as error:
-        offline = error
-        try:  # what an earlier run has left in the Hub's cache
+    except UserError:
+        with suppress(errors.LocalEntryNotFoundError):  # what an earlier run has left in the cache
             names = _files_below(Path(huggingface_hub.snapshot_download(
                 repo, repo_type="dataset", local_files_only=True, allow_patterns=[])))
-        except errors.LocalEntryNotFoundError:
-            raise error from None
-    chosen = splits.choose(names, part, repo, flag, f"{constants.ENDPOINT}/datasets/{repo}")
-    if offline and splits.missing(chosen):
-        raise offline
-    return chosen
+            chosen = splits.choose(names, part, repo, flag, page)
+            if not splits.missing(chosen):
+                return chosen
+        raise
+    return splits.choose(names, part, repo, flag, page)
 
 
 @contextmanager
@@ -126,10 +123,10 @@ def _plain_words(repo, kind, file=None):
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
     data = " --data tiny" if script.endswith("train.py ") else ""
-    again = f"try again, or, to do without the Hub: {script}--model tiny{data}"
     offline = "HF_HUB_OFFLINE is set: unset it, or " if constants.HF_HUB_OFFLINE else ""
     failed = (f"{repo} is no folder here, nor complete in the Hub's cache, and the Hub, or the way "
-              f"there, failed: {offline}{again} (what has been downloaded is kept)")
+              f"there, failed: {offline}try again, or, to do without the Hub: {script}--model tiny"
+              f"{data} (what has been downloaded is kept)")
     words = {  # the first match counts: a gated repository, say, is also a kind of missing one
         errors.GatedRepoError: f"{repo} is gated and you have no access: ask for it, or accept its "
         f"licence, at {page}, then `hf auth login` or set HF_TOKEN (`hf auth whoami`: who you are)",

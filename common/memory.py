@@ -1,4 +1,5 @@
-"""A process's memory: how much it has used, and how to use the same blocks in every step."""
+"""Memory: how much a process has used, how it uses the same blocks in every step, how packs get to
+the device."""
 
 import contextlib
 import ctypes
@@ -20,6 +21,14 @@ def keep_freed(device):
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never given back
+
+
+def to_device(pack, device):
+    """The same pack with its tensors on `device`. A GPU copies pinned memory in the background;
+    with other memory Python would wait until the GPU has finished all earlier work."""
+    pinned = torch.device(device).type == "cuda"
+    return {name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
+            if torch.is_tensor(value) else value for name, value in pack.items()}
 
 
 def peak_memory_bytes(device):

@@ -48,7 +48,7 @@ class Metrics:
             except ImportError as error:
                 raise UserError("--tensorboard needs it: pip install tensorboard") from error
             self.board = SummaryWriter(str(self.path.with_name("tensorboard")),
-                                       purge_step=start_step + 1 if start_step else None)
+                                       purge_step=start_step + 1)
         with writing(self.path):
             if self.path.exists() and is_main():
                 self._cut(start_step)

@@ -1,8 +1,5 @@
-"""The options of a run: flags, a --config file, presets and --resume put together.
-
-What a person typed wins over the file, the file over the run that is resumed, and that over the
-preset. `--batch-tokens` is `batch_tokens` in code and in files.
-"""
+"""The options of a run. What was typed wins over a --config file, that over the run that is
+resumed, and that over the preset. `--batch-tokens` is `batch_tokens` in code and in files."""
 
 import argparse
 import json
@@ -23,31 +20,30 @@ from common.ranks import is_main, say, world_size
 
 GPU_MODEL, GPU_DATA = "Qwen/Qwen3-0.6B", "yahma/alpaca-cleaned"
 GPU_MEMORY = 16e9  # bytes of GPU memory from which `auto` chooses the real model
+# What does not alter the resulting weights; of ranks and --grad-accum, the product does.
+HARMLESS = ("eval_data", "out", "dry_run", "eval_every", "save_every", "keep", "keep_best",
+            "log_every", "tensorboard", "ranks", "grad_accum")
 
 
-def option(default, text, *, choices=None, least=None, result=True):
+def option(default, text, choices=None, least=None):
     """A dataclass field that is also a flag, of the field's type (`list`: one or more words).
-
-    `default=None` leaves the value to the preset; `least` is the smallest legal number;
-    `result=False` marks an option that does not affect the resulting weights.
-    """
-    return field(default=default, metadata={
-        "text": text, "choices": choices, "least": least, "result": result})
+    `default=None` leaves the value to the preset; `least` is the smallest legal number."""
+    return field(default=default, metadata={"text": text, "choices": choices, "least": least})
 
 
 @dataclass
 class TrainOptions:
-    """The options of every chapter's train.py. After `parse`, every option that a run needs has a
-    value, except `batch_tokens` on a GPU (see `predict.fit_batch`)."""
+    """The options of every chapter's train.py; `parse` gives each that a run needs a value, except
+    `batch_tokens` on a GPU (see `predict.fit_batch`)."""
 
     # --- what ---
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
     init: str = option(None, "weights to start from", choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
-                        "folders, or a Hub dataset as owner/name[:split or file]")
+                        "folders, or a Hub dataset as owner/name[:split or file] (default: auto)")
     columns: str = option(None, "rename a dataset's keys, e.g. prompt=question,completion=answer")
     eval_data: str = option(None, "held-out data, written as --data is (default: 2 %% of the data, "
-                            "1 to 200 examples)", result=False)
+                            "1 to 200 examples)")
     chat_template: str = option(None, "a file with a chat template to use instead of the model's; "
                                 "it is copied into the result")
     strict_template: bool = option(False, "stop if the chat template leaves out something that an "
@@ -55,13 +51,11 @@ class TrainOptions:
     rendered: bool = option(False, "each \"text\" of the data is a conversation that a chat "
                             "template has already rendered, control tokens included")
     # --- where ---
-    out: str = option(None, "the run's folder (default: runs/chapter-0N/ and the next number)",
-                      result=False)
-    resume: str = option(None, "go on with the run in this folder", result=False)
-    config: str = option(None, "a JSON file with any of these options, as {\"lr\": 1e-4}",
-                         result=False)
+    out: str = option(None, "the run's folder (default: runs/chapter-0N/ and the next number)")
+    resume: str = option(None, "go on with the run in this folder")
+    config: str = option(None, "a JSON file with any of these options, as {\"lr\": 1e-4}")
     dry_run: bool = option(False, "print the resolved options, the parameter counts and the "
-                           "predicted memory, then stop", result=False)
+                           "predicted memory, then stop")
     # --- how long, how much ---
     steps: int = option(None, "optimizer steps", least=1)
     epochs: int = option(None, "passes over the data, when --steps is not given", least=1)
@@ -89,24 +83,23 @@ class TrainOptions:
                         choices=("auto", "cpu", "cuda", "mps"))
     seed: int = option(0, "fixes the initial weights, the order of the data and dropout", least=0)
     # --- reports and checkpoints ---
-    eval_every: int = option(None, "steps between evaluations; 0 for none", least=0, result=False)
-    save_every: int = option(None, "steps between checkpoints; 0 for none", least=0, result=False)
-    keep: int = option(2, "how many checkpoints to keep", least=1, result=False)
-    keep_best: bool = option(False, "also keep the checkpoint of the lowest evaluation loss",
-                             result=False)
-    log_every: int = option(10, "steps between lines on the screen", least=1, result=False)
-    tensorboard: bool = option(False, "write TensorBoard files too", result=False)
-    allow_changes: bool = option(False, "on --resume, accept options that change the result",
-                                 result=False)
+    eval_every: int = option(None, "steps between evaluations; 0 for none", least=0)
+    save_every: int = option(None, "steps between checkpoints; 0 for none", least=0)
+    keep: int = option(2, "how many checkpoints to keep", least=1)
+    keep_best: bool = option(False, "also keep the checkpoint of the lowest evaluation loss")
+    log_every: int = option(10, "steps between lines on the screen", least=1)
+    tensorboard: bool = option(False, "write TensorBoard files too")
+    allow_changes: bool = option(False, "on --resume, accept options that change the result")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and exit code 2; suggests the nearest flag."""
 
     def error(self, message):
-        wrong = re.match(r"unrecognized arguments: (\S+)", message)
-        if wrong:
-            message = f"{wrong[1]} is not an option{nearest(wrong[1], self._option_string_actions)}"
+        if flag := re.match(r"unrecognized arguments: (\S+)", message):
+            message = f"{flag[1]} is not an option{nearest(flag[1], self._option_string_actions)}"
+        elif choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += nearest(choice[1], re.findall(r"[^', ]+", choice[2]))
         raise UserError(f"{message.removeprefix('argument ')}; --help explains every option")
 
 
@@ -118,26 +111,22 @@ def read_flags(options_class, description, argv):
                     argument_default=argparse.SUPPRESS,
                     formatter_class=partial(argparse.HelpFormatter, max_help_position=26))
     for one in fields(options_class):
-        flag, text, choices = _flag(one.name), one.metadata["text"], one.metadata["choices"]
+        text, choices = one.metadata["text"], one.metadata["choices"]
         if choices:
             text += f" [{' | '.join(choices)}]"
         if one.default not in (None, False) and "default" not in text:
-            default = " ".join(one.default) if one.type is list else one.default
-            text += f" (default: {default})"
+            text += f" (default: {one.default})"
         if one.type is bool:
-            action = argparse.BooleanOptionalAction if one.default else "store_true"
-            parser.add_argument(flag, action=action, help=text)
+            how = {"action": argparse.BooleanOptionalAction if one.default else "store_true"}
+        elif one.type is list:
+            how = {"nargs": "+", "metavar": "TEXT"}
         else:
-            several = one.type is list
-            parser.add_argument(flag, type=str if several else one.type, help=text,
-                                nargs="+" if several else None,
-                                metavar={int: "N", float: "X"}.get(one.type, "TEXT"))
+            how = {"type": one.type, "choices": choices,
+                   "metavar": {int: "N", float: "X", str: "TEXT"}[one.type]}
+        parser.add_argument(_flag(one.name), help=text, **how)
     typed = vars(parser.parse_args(argv))
     for one in fields(options_class):
-        choices, least, value = one.metadata["choices"], one.metadata["least"], typed.get(one.name)
-        if choices and value not in (None, *choices):
-            parser.error(f"{_flag(one.name)}: {value} is none of {', '.join(choices)}"
-                         f"{nearest(value, choices)}")
+        least, value = one.metadata["least"], typed.get(one.name)
         if None not in (least, value) and not least <= value < math.inf:
             parser.error(f"{_flag(one.name)}: {value}: the least is {least}, and it must be a "
                          "finite number")
@@ -187,15 +176,13 @@ def choose_dtype(name, device):
     """The torch.dtype for --dtype: auto takes bfloat16 where the hardware multiplies it."""
     if name == "auto":
         cpu = torch.cpu.get_capabilities()
-        fast_cpu = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-        fast = device.type == "cuda" or (device.type == "cpu" and fast_cpu)
-        name = "bfloat16" if fast else "float32"
+        fast = {"cuda": True, "cpu": cpu.get("amx_bf16") or cpu.get("avx512_bf16")}
+        name = "bfloat16" if fast.get(device.type) else "float32"
     return getattr(torch, name)
 
 
 def parse(options_class, chapter, description, tiny, real, argv=None):
-    """The options of this run of `chapter` "01", "02" or "03", an `options_class`; all resolved
-    except --batch-tokens on a GPU.
+    """The options of this run of `chapter` "01", "02" or "03", an `options_class`.
 
     `tiny` and `real` are the presets, dicts of option values, for the embedded model (`init` and
     `steps` only on the embedded data) and for all others; a value that depends on --method is
@@ -213,7 +200,6 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     if "resume" in given:
         return _resumed(options_class, chapter, given)
     options = options_class(**given)
-    options.data = list(options.data)
     device = choose_device(options.device)
     options.device = device.type
     for name, value in _choose_model_and_data(options, device, tiny, real).items():
@@ -233,9 +219,8 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
 def _summary(options):
     """What was resolved: a line, or with --dry-run every option."""
     if options.dry_run:
-        shown = asdict(options)
-        if options.batch_tokens is None:
-            shown["batch_tokens"] = "what the GPU has room for, with more --grad-accum: see below"
+        room = "what the GPU has room for, with more --grad-accum: see below"
+        shown = {**asdict(options), "batch_tokens": options.batch_tokens or room}
         return "\n".join(f"{name:<22} {value}" for name, value in shown.items())
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
     packs = (f"up to {options.grad_accum} x {options.batch_tokens} tokens"
@@ -251,21 +236,19 @@ def _choose_model_and_data(options, device, tiny, real):
     big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= GPU_MEMORY
     model, data = options.model, " ".join(options.data)
     if data == "auto" and model not in ("auto", "tiny"):
-        raise UserError(f"--model {model} needs --data: your own file, or --data virtual "
-                        "for random tokens")
+        raise UserError(f"--model {model} needs --data: your own, or virtual for random tokens")
     if model == "auto" and data not in ("auto", "tiny") and not big:
-        raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id such as "
-                        f"{GPU_MODEL}")
+        raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id ({GPU_MODEL})")
     small = not big or "tiny" in (model, data)
     if model == "auto":
         options.model = "tiny" if small else GPU_MODEL
     if data == "auto":
         options.data = ["tiny" if small else GPU_DATA]
     if model == data == "auto":
-        why = "a GPU is here" if big else "no GPU of 16 GB or more is here"
-        other = ("for the small one add --model tiny" if big else
-                 f"for the real thing add --model {GPU_MODEL} --data my.jsonl")
-        say(f"auto: {why}, so --model {options.model} --data {options.data[0]};\n      {other}")
+        other = ("the small one add --model tiny" if big else
+                 f"the real thing add --model {GPU_MODEL} --data my.jsonl")
+        say(f"auto: {'a' if big else 'no'} GPU of 16 GB or more is here, so --model "
+            f"{options.model} --data {options.data[0]};\n      for {other}")
     # On a GPU `predict.fit_batch` chooses --batch-tokens, once the model's shapes are known.
     preset = {"init": "pretrained", "eval_every": 200, "save_every": 200,
               "batch_tokens": None if on_gpu else 2048,
@@ -283,8 +266,9 @@ def save_options(options, chapter, run, data):
     record = {"chapter": chapter, "options": asdict(options), "world_size": world_size(),
               "data": data.digest(),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
-    with writing(run / "train_config.json"):
-        write_whole(run / "train_config.json", (json.dumps(record, indent=2) + "\n").encode())
+    file = run / "train_config.json"
+    with writing(file):
+        write_whole(file, f"{json.dumps(record, indent=2)}\n".encode())
 
 
 def _resumed(options_class, chapter, given):
@@ -295,34 +279,29 @@ def _resumed(options_class, chapter, given):
     if not os.path.isfile(path):
         raise UserError(f"{run}: no train_config.json, so this is not the folder of a run")
     record = read_json(path)
+    saved, ranks = record.get("options"), record.get("world_size")
     if record.get("chapter") != chapter:
         raise UserError(f"{path}: a run of chapter {record.get('chapter')!r}, not of {chapter!r}; "
                         "go on with it there")
-    saved, ranks = record.get("options"), record.get("world_size")
     if not isinstance(saved, dict) or type(ranks) is not int:
         raise UserError(f"{path}: options or world_size is missing")
     saved = _read_values(options_class, path, saved)
     old = options_class(**saved)
     options = options_class(**{**saved, "dry_run": False, "allow_changes": False, **given})
-    altering = []
-    for one in fields(options_class):
-        before, after = getattr(old, one.name), getattr(options, one.name)
-        if before == after or one.name in ("resume", "allow_changes", "config"):
-            continue
-        say(f"changed since the run began: {one.name} {before!r} -> {after!r}")
-        longer = (one.name == "steps" and options.schedule == "constant" and before
-                  and after > before)
-        if one.metadata["result"] and one.name != "grad_accum" and not longer:
-            altering.append(one.name)
-    packs, packs_now = old.grad_accum * ranks, options.grad_accum * world_size()
-    if ranks != world_size():
-        say(f"ranks {ranks} -> {world_size()}")
-    if packs != packs_now:
-        say(f"packs per step {packs} -> {packs_now} (ranks x --grad-accum)")
-        altering.append("packs per step")
+
+    def compared(options, ranks):
+        return {**asdict(options), "ranks": ranks, "packs per step": ranks * options.grad_accum,
+                "resume": None, "allow_changes": None, "config": None}
+
+    before, after = compared(old, ranks), compared(options, world_size())
+    changed = [name for name in before if before[name] != after[name]]
+    for name in changed:
+        say(f"changed since the run began: {name} {before[name]!r} -> {after[name]!r}")
+    altering = [name for name in changed if name not in HARMLESS]
+    if options.schedule == "constant" and old.steps and options.steps > old.steps:
+        altering.remove("steps")
     if altering and not options.allow_changes:
         raise UserError(f"--resume {run}: changing {', '.join(altering)} alters the result: leave"
                         " it as it was, or say --allow-changes if that is intended")
     options.device = choose_device(options.device).type
-    options.out = None
     return options

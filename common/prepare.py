@@ -1,5 +1,4 @@
-"""From --model and --data to documents of token ids, and to the questions that are asked before and
-after training, to show what the model has learned."""
+"""From --data to documents of token ids, and to the questions asked before and after training."""
 
 import hashlib
 from contextlib import suppress
@@ -61,11 +60,10 @@ class Data:
 
 
 def load(options, source, config, skills):
-    """The `Data` of this run.
+    """The `Data` of this run; `source` is the model's folder, for its tokenizer.
 
-    `source` is the model's folder, for its tokenizer. `skills` are what --data tiny stands for:
-    "base", which the embedded model learns from scratch, or "new", which it has never seen; then
-    the base skills are asked too, to show what is forgotten.
+    `skills` are what --data tiny stands for: "base", which the embedded model learns from scratch,
+    or "new", which it has never seen; the base skills are then asked too: what is forgotten?
     """
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
@@ -85,9 +83,9 @@ def load(options, source, config, skills):
         asked = {name: tiny.records(name, "eval", 200, options.seed) for name in (skills, "base")}
     else:
         columns = parse_columns(options.columns) if options.columns else None
+        flags = {"--data": options.data, "--eval-data": options.eval_data}
         records, *others = (Records(hub.resolve_data(names, flag), columns, options.rendered)
-                            for names, flag in ((options.data, "--data"),
-                                                (options.eval_data, "--eval-data")) if names)
+                            for flag, names in flags.items() if names)
         asked = {"held-out": one for one in others}
 
     def encoded(records, title):
@@ -100,19 +98,18 @@ def load(options, source, config, skills):
 
     train = encoded(records, "data")
     say_what_differs(chat, records)
-    held_out = {name: encoded(one, "held out" if name in (skills, "held-out") else "base skills")
-                for name, one in asked.items()}
+    titles = "held out", "base skills"
+    held_out = [encoded(one, title) for one, title in zip(asked.values(), titles)]
     if not asked:
         asked = {"held-out": records}
-        train, held_out["held-out"] = encode.split(train, options.seed)
-    first = next(iter(held_out.values()))
-    shared = np.isin(first.documents["digest"], train.documents["digest"]).sum()
+        train, *held_out = encode.split(train, options.seed)
+    shared = np.isin(held_out[0].documents["digest"], train.documents["digest"]).sum()
     if shared:
         say(f"held out: {shared:,} of these documents are in the training data too, so their loss "
             "says little")
-    quizzes = {name: questions(chat, held_out[name], one, SCORED if embedded else SHOWN, limit)
-               for name, one in asked.items()}
-    data = Data(source, train, first, chat, quizzes, scored=bool(embedded))
+    quizzes = {name: questions(chat, documents, one, SCORED if embedded else SHOWN, limit)
+               for documents, (name, one) in zip(held_out, asked.items())}
+    data = Data(source, train, held_out[0], chat, quizzes, scored=bool(embedded))
     if options.resume and not options.allow_changes:
         began = read_json(Path(options.resume) / "train_config.json").get("data")
         if began not in (None, data.digest()):
@@ -171,8 +168,7 @@ def _question(chat, record, ids=(), trained=()):
 
 def say_what_differs(chat, records):
     """Warn if what is asked is not what is trained, checked on the first few conversations."""
-    conversations = (record for record in islice(records, 200) if "messages" in record)
-    for record in islice(conversations, SHOWN):
+    for record in [one for one in islice(records, 200) if "messages" in one][:SHOWN]:
         try:
             one = _question(chat, record)
         except Refused:
@@ -197,37 +193,31 @@ def say_what_differs(chat, records):
         return
 
 
-def answer_questions(data, model, generate):
-    """The model's greedy answers: {quiz: [(Question, answer ids), ...]}. Leaves it in eval mode."""
+def ask(data, model, generate, metrics, step, eval_loss=None):
+    """Print the model's greedy answers to the first questions of each quiz, before training (step
+    0) or after it; leaves the model in eval mode.
+
+    If the answers are scored, `metrics` gets `eval_loss` and, as exact_match_<quiz>, the share of
+    all answers that equal the expected ones, token for token, and stop where these do.
+    """
     model.eval()
-    results = {}
+    scores = {}
     for name, quiz in data.quizzes.items():
         longest = 1 + max(len(one.expected) for one in quiz) if data.scored else 64
-        results[name] = list(zip(quiz, generate(
-            model, [one.prompt for one in quiz], longest, data.chat.stop_ids)))
-    return results
-
-
-def exact_match(results):
-    """{"exact_match_<quiz>": share of answers that equal the expected ones, token for token, and
-    stop where these do}."""
-    return {f"exact_match_{name}": sum(question.expected == answer for question, answer in answers)
-            / len(answers) for name, answers in results.items()}
-
-
-def show_answers(data, results, when):
-    """Print the first few answers of each quiz and, if they are scored, the exact match."""
-    for name, answers in results.items():
+        answers = generate(model, [one.prompt for one in quiz], longest, data.chat.stop_ids)
+        right = [one.expected == answer for one, answer in zip(quiz, answers)]
         score = ""
         if data.scored:
-            (share,) = exact_match({name: answers}).values()
-            score = f": exact match {share:.0%} of {len(answers)}"
-        say(f"\n{name}{' skills' * data.scored}, {when} training{score}")
-        for question, answer in answers[:SHOWN]:
-            mark = " " if not data.scored else "+" if question.expected == answer else "-"
+            scores[f"exact_match_{name}"] = share = sum(right) / len(right)
+            score = f": exact match {share:.0%} of {len(right)}"
+        say(f"\n{name}{' skills' * data.scored}, {'after' if step else 'before'} training{score}")
+        for question, answer, fits in list(zip(quiz, answers, right))[:SHOWN]:
+            mark = " " if not data.scored else "+" if fits else "-"
             say(f"  {mark} {_line(question.text)}\n      {_line(data.chat.decode(answer))}")
-            if question.expected != answer:
+            if not fits:
                 say(f"      (expected: {_line(data.chat.decode(question.expected))})")
+    if scores:
+        metrics.log_eval(step, eval_loss=eval_loss, **scores)
 
 
 def _line(text):

@@ -45,11 +45,12 @@ def save_files(folder, write_files, data, size=0):
     commit(folder, write, bytes_needed=size)
 
 
-def how_to_ask(kind, folder):
-    """The command that asks the "model" or "adapter" in `folder`, with the running script's
-    generate.py."""
-    script = Path(sys.argv[0]).with_name("generate.py")
-    return f'ask it:\npython {shlex.join([str(script), f"--{kind}", str(folder)])} --prompt "..."'
+def wrote(kind, folder, can_answer=True):
+    """What is said of the finished "model" or "adapter" in `folder`, with the command that asks it
+    by the running script's generate.py."""
+    words = [str(Path(sys.argv[0]).with_name("generate.py")), f"--{kind}", str(folder)]
+    asking = f'\nask it:\npython {shlex.join(words)} --prompt "..."'
+    return f"wrote {folder}: a Hugging Face {kind} folder" + asking * can_answer
 
 
 def stopped(run, state, signals):

@@ -90,9 +90,9 @@ def test_it_saves_at_the_next_step_boundary(
     ("data preparation", lambda: (encode, "encode"), 1),
     ("data preparation", lambda: (Chat, "finish"), 5),  # in the midst of the documents
     ("data preparation", lambda: (encode.os, "replace"), 1),  # as they are kept
-    ("before the first step", lambda: (prepare, "answer_questions"), 1),
+    ("before the first step", lambda: (prepare, "ask"), 1),
     ("saving final/", lambda: (weights, "save_weights"), 1),
-    ("after the last step", lambda: (prepare, "answer_questions"), 2),
+    ("after the last step", lambda: (prepare, "ask"), 2),
 ])
 def test_outside_of_the_steps_it_stops_and_nothing_is_lost(
         tmp_path, undisturbed, monkeypatch, name, code, phase, where, call):

@@ -22,10 +22,11 @@ from torch.profiler import profile
 from buckets import seconds_of
 from common.errors import run_main
 from common.files.checkpoint import new_run_folder
+from common.memory import to_device
 from common.options import choose_device, option, read_flags
 from packing import packed_sequence_collate_fn
 from profile_step import first_packs, set_up, step_of
-from train import CHAPTER, Options, to_device
+from train import CHAPTER, Options
 
 SHOWN = 12  # operators
 

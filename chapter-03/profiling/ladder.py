@@ -26,12 +26,12 @@ from buckets import seconds_of
 from common import predict
 from common.errors import UserError, one_line, run_main
 from common.files.json_files import write_whole
-from common.memory import readable_bytes
+from common.memory import readable_bytes, to_device
 from common.options import choose_device, option, read_flags
 from compiling import compile_model
 from packing import IGNORE, packed_sequence_collate_fn
 from profile_step import first_packs, set_up, step_of
-from train import Options, to_device
+from train import Options
 
 SIZES = {  # folder or name of the config, tokens of documents per step, longest document
     "tiny": ("tiny", 256, 64), "mid": (Path(__file__).with_name("mid"), 2048, 512),

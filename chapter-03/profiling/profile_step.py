@@ -27,7 +27,7 @@ import operators
 from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
 from common.files.checkpoint import new_run_folder, verify
-from common.memory import keep_freed, readable_bytes
+from common.memory import keep_freed, readable_bytes, to_device
 from common.options import option, parse
 from common.ranks import world_size
 from compiling import compile_model
@@ -35,7 +35,7 @@ from lora import AdapterConfig, after_step, before_step, optimizer_groups
 from modeling_llama import LlamaConfig
 from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from quantized_model import build, check_base, check_options
-from train import CHAPTER, REAL, TINY, Options, to_device
+from train import CHAPTER, REAL, TINY, Options
 
 
 @dataclass

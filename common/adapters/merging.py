@@ -104,8 +104,7 @@ def show(report, out, more=()):
     print(f"on a sample prompt of {report['tokens']} tokens: largest logit difference "
           f"{report['logit_difference']:.2e}\n(largest logit {report['largest_logit']:.1f}), "
           f"likeliest next token changed at {report['tokens_changed']}")
-    print(*more, f"wrote {out}: a Hugging Face model folder", runs.how_to_ask("model", out),
-          sep="\n")
+    print(*more, runs.wrote("model", out), sep="\n")
 
 
 def save(model, dtype, out, adapter, base, write_model=weights.save_weights):

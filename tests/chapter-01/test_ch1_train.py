@@ -89,7 +89,7 @@ def test_the_embedded_model_on_other_data_starts_pretrained_at_its_own_learning_
     options = options_for(["--model", "tiny", "--data", "my.jsonl", "--device", "cpu"])
     assert (options.init, options.steps, options.epochs) == ("pretrained", None, 1)
     assert (options.lr, options.dtype) == (train.TINY["lr"], "float32")
-    with pytest.raises(UserError, match=r"--dtype: floaty is none of .*did you mean float32"):
+    with pytest.raises(UserError, match=r"--dtype: invalid choice: 'floaty' .*did you mean float32"):
         options_for(["--dtype", "floaty"])
 
 

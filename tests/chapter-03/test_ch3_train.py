@@ -46,7 +46,6 @@ def run(data, tmp_path_factory):
     live = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "generate", lambda model, *others: live.append(logits(model)) or [])
-        patch.setattr(train.prepare, "show_answers", lambda *others: None)
         assert train.main([*arguments(data, "--double-quant"), "--out", str(folder)]) == 0
     return folder, live[-1]
 

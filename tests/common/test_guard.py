@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 
 from common.errors import UserError, out_of_memory
-from common.guard import NonFinite, Signals, memory_advice
+from common.guard import NonFinite, caught_signals, memory_advice
 
 
 def send(name):
@@ -22,7 +22,7 @@ def send(name):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_only_sets_a_flag(name):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Signals() as signals:
+    with caught_signals() as signals:
         assert signals.requested is None
         send(name)
         assert signals.requested == name
@@ -30,7 +30,7 @@ def test_a_signal_only_sets_a_flag(name):
 
 
 def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(capfd):
-    with Signals() as signals:
+    with caught_signals() as signals:
         send("SIGTERM")
         send("SIGTERM")
         send("SIGINT")
@@ -42,14 +42,14 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(capfd):
 
 def test_handlers_come_back_after_an_error():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ZeroDivisionError), Signals():
+    with pytest.raises(ZeroDivisionError), caught_signals():
         1 / 0
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_torchrun_sends_every_ctrl_c_twice(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with Signals() as signals:
+    with caught_signals() as signals:
         send("SIGINT")
         send("SIGINT")  # the launcher's echo
         assert signals.requested == "SIGINT"
@@ -61,8 +61,8 @@ def test_torchrun_sends_every_ctrl_c_twice(monkeypatch):
 def test_signals_in_the_middle_of_printing(tmp_path):
     """A thousand signals at a process that prints all the time: no reentrant call, no loss."""
     script = """
-from common.guard import Signals
-with Signals() as signals:
+from common.guard import caught_signals
+with caught_signals() as signals:
     print("ready", flush=True)
     lines = 0
     while signals.requested is None or lines < 20000:
@@ -101,7 +101,7 @@ def test_after_a_few_in_a_row_it_stops_and_names_the_last_good_checkpoint():
         assert guard.check(float("nan"), 1.0, step, [[step]], "runs/x/step-000100") is False
     with pytest.raises(UserError, match="3 steps in a row.*documents: 3.*runs/x/step-000100"):
         guard.check(1.0, float("-inf"), 3, [[3]], "runs/x/step-000100")
-    with pytest.raises(UserError, match="no checkpoint was saved"):
+    with pytest.raises(UserError, match="good checkpoint: none"):
         NonFinite(limit=1).check(float("nan"), 1.0, 1, [])
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,14 @@ def test_an_untrained_or_empty_last_turn_is_not_asked(tmp_path, capsys):
     assert "warning" not in out and "1 with an empty answer, which is not trained" in out
 
 
+def asked(data, generate, step, *eval_loss):
+    """What `prepare.ask` logs."""
+    logged = []
+    metrics = SimpleNamespace(log_eval=lambda *step, **scores: logged.append((step, scores)))
+    prepare.ask(data, torch.nn.Linear(1, 1), generate, metrics, step, *eval_loss)
+    return logged
+
+
 def test_an_answer_that_goes_on_is_not_the_right_one(tmp_path):
     data = load(tmp_path, [row("a", "b")])
     (question,) = data.quizzes["held-out"]
@@ -118,8 +127,7 @@ def test_an_answer_that_goes_on_is_not_the_right_one(tmp_path):
     def generate(model, prompts, longest, stops):  # one that never stops
         return [(question.expected * longest)[:longest]]
 
-    results = prepare.answer_questions(scored, torch.nn.Linear(1, 1), generate)
-    assert prepare.exact_match(results) == {"exact_match_held-out": 0}
+    assert asked(scored, generate, 0) == [((0,), {"eval_loss": None, "exact_match_held-out": 0})]
 
 
 def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_path, capsys):
@@ -131,15 +139,25 @@ def test_answers_are_shown_whole_on_lines_of_their_own_and_cut_on_the_right(tmp_
         assert longest == 64 and stops == data.chat.stop_ids and len(prompts) == 2
         return answers
 
-    results = prepare.answer_questions(data, torch.nn.Linear(1, 1), generate)
     capsys.readouterr()
-    prepare.show_answers(data, results, "before")
+    assert asked(data, generate, 0) == []
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["", "held-out, before training"]
     assert lines[2].startswith("    first word word") and lines[2].endswith("…")
     assert lines[3:] == ["      yes and no", "    b", "      x", "      (expected: c)"]
     assert max(map(len, lines)) <= 100
-    assert prepare.exact_match(results) == {"exact_match_held-out": 0.5}
+
+
+def test_answers_that_are_scored_are_marked(tmp_path, capsys):
+    data = load(tmp_path, [row("a", "yes"), row("b", "c")])
+    scored = prepare.Data(data.source, data.train, data.held_out, data.chat, data.quizzes, True)
+    answers = [data.quizzes["held-out"][0].expected, data.chat.encode_prompt("x")]
+    capsys.readouterr()
+    assert asked(scored, lambda *given: answers, 7, 1.5) == [
+        ((7,), {"eval_loss": 1.5, "exact_match_held-out": 0.5})]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "held-out skills, after training: exact match 50% of 2"
+    assert [line[:4] for line in lines[2:]] == ["  + ", "    ", "  - ", "    ", "    "]
 
 
 # --- what is asked is what is trained ---
