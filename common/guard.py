@@ -15,9 +15,9 @@ from common.ranks import say
 @contextlib.contextmanager
 def caught_signals():
     """Within `with caught_signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`,
-    else None, to "SIGTERM" or "SIGINT". The loop looks at it after each step (with `any_rank`, as a
-    signal may reach one rank first), saves and ends. A second Ctrl-C raises KeyboardInterrupt at
-    once. Main thread only."""
+    before that None, to their names, "SIGTERM" and "SIGINT". The loop looks at it after each step
+    (with `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
+    KeyboardInterrupt at once. Main thread only."""
     signals = SimpleNamespace(requested=None, interrupted=None)  # when the first Ctrl-C came
     # torchrun gets the terminal's Ctrl-C too, and passes it on to every rank a second time.
     echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
