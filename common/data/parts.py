@@ -2,9 +2,8 @@
 
 A part is a piece of a record's text: a message's words, the assistant's thoughts, the name and the
 arguments of a tool call, the name of a tool. Each is put between marks, private-use characters, and
-rendered by the template; the result counts only if removing the marks gives the plain rendering. So
-every part is found in its place, or known to be left out by the template. Comparing renderings of
-growing prefixes, the obvious way, fails: Qwen3's template drops the thoughts of earlier turns.
+rendered by the template; the result counts only if removing the marks gives the plain rendering.
+(Comparing renderings of growing prefixes fails: Qwen3's template drops thoughts of earlier turns.)
 """
 
 import json
@@ -135,9 +134,9 @@ def find(messages, tools, text, render):
 
 
 def left_out(messages, missing):
-    """What the record says and its rendering does not (`missing`, from `find`), in words for people.
-    Thoughts of earlier turns, which templates drop by design, do not count. Raises LeftOut for a
-    tool call: what remains would be misleading."""
+    """What the record says and its rendering does not (`missing`, from `find`), for people to read;
+    not thoughts of earlier turns, which templates drop by design. Raises LeftOut for a tool call:
+    what remains would be misleading."""
     asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
     names = []
     for message, kind, _ in missing:
