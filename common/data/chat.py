@@ -36,10 +36,8 @@ class Layout(NamedTuple):
 
 
 class Chat:
-    """A tokenizer with its chat template. Made by `Chat.load(folder)`.
-
-    Its public fields are those that `tokenizer.read_tokenizer` gives.
-    """
+    """A tokenizer with its chat template, made by `Chat.load(folder)`; its public fields are those
+    that `tokenizer.read_tokenizer` gives."""
 
     @classmethod
     def load(cls, folder, template=None):

@@ -252,10 +252,8 @@ def virtual(count, vocab_size, max_length, seed):
 
 
 def split(encoded, seed, share=0.02, most=200):
-    """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many.
-
-    All copies of a document go to the same side: training, unless there are only copies.
-    """
+    """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many. All
+    copies of a document go to the same side: training, unless there are only copies."""
     count = len(encoded)
     _, groups, copies = np.unique(encoded.documents["digest"], return_inverse=True,
                                   return_counts=True)
