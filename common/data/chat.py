@@ -36,17 +36,13 @@ class Layout(NamedTuple):
 
 
 class Chat:
-    """A tokenizer with its chat template. Made by `Chat.load(folder)`.
-
-    Its public fields are those that `tokenizer.read_tokenizer` gives.
-    """
+    """A tokenizer with its chat template, made by `Chat.load(folder)`; its public fields are those
+    that `tokenizer.read_tokenizer` gives."""
 
     @classmethod
     def load(cls, folder, template=None):
         """Read the tokenizer files of `folder`; `template` is a file with another chat template.
-
-        Raises UserError if anything is wrong with them.
-        """
+        Raises UserError if anything is wrong with them."""
         self = cls()
         vars(self).update(read_tokenizer(folder, template))
         self._given = template is not None
@@ -57,8 +53,7 @@ class Chat:
         special = [token.content for token in added if token.special]
         named = [token.content for token in added  # say <think>, which means something to it
                  if token.content.strip() and token.content in source]
-        self._special = masks.any_of(special)
-        self._special_or_named = masks.any_of(special + named)
+        self._special, self._special_or_named = masks.any_of(special), masks.any_of(special + named)
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
         self._header, ends = masks.learn(self.render, self._special, self._special_or_named)
@@ -149,27 +144,25 @@ class Chat:
         where, missing = parts.find(messages, tools, text, render)
         left_out = parts.left_out(messages, missing)
 
-        own, eos = [], False
+        own = []
         if untrained or not self._marks_generation:
             if where is None:
                 raise Refused("the chat template rewrites the assistant's words, so it is not "
                               "clear what to train on; mark them in the template with "
                               "{% generation %}")
             own = masks.regions(where, text, self._header, self._stops)
+        on = [one for one in own if one[2] not in untrained]
+        spans = [(start, end) for start, end, *_ in on]
+        eos = any(end == len(text) and not ended for _, end, _, ended in on)  # teaches it to stop
         if self._marks_generation:
             off = [one for one in own if one[2] in untrained]
             if len(off) < len(untrained):
                 raise Refused("a turn with the weight 0 in which the template writes nothing")
-            spans = [(start, end) for start, end, _ in generated or () if not any(
+            eos, spans = False, [(start, end) for start, end, _ in generated or () if not any(
                 start < last and first < end for first, last, *_ in off)]
-        else:
-            spans = [(start, end) for start, end, n, _ in own if n not in untrained]
-            eos = any(end == len(text) and not ended and n not in untrained
-                      for _, end, n, ended in own)  # no end-of-turn token: eos teaches it to stop
-        plain = self.template is None
-        if plain:
+        if self.template is None:
             self._refuse_control_tokens(text)  # one may span two contents
-        return Layout(text, spans, plain, eos, left_out, self._notes(messages))
+        return Layout(text, spans, self.template is None, eos, left_out, self._notes(messages))
 
     def finish(self, layout, encoding):
         """(ids int32, trained bool), arrays, from a Layout and the Encoding of its text (or just
@@ -243,7 +236,7 @@ class Chat:
             found = pattern.search(self._normalizer.normalize_str(text))
         if found:
             raise Refused(f"its text spells the control token {one_line(found.group())}{advice}")
-        found = None if text.isascii() else odd.search(text)
+        found = odd.search(text)
         if found:
             raise Refused(f"its text holds {ascii(found.group())}, half of a surrogate pair or a "
                           "private-use character")
@@ -251,14 +244,12 @@ class Chat:
 
 def _plain(messages):
     """The messages without None and our "train"; thoughts under every name that templates use."""
-    plain = []
-    for message in messages:
-        message = {key: value for key, value in message.items()
-                   if value is not None and key != "train"}
-        thoughts = [message[name] for name in parts.THOUGHTS if name in message]
-        if thoughts:
-            message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
-        plain.append(message)
+    plain = [{key: value for key, value in message.items() if value is not None and key != "train"}
+             for message in messages]
+    for n, message in enumerate(plain):
+        thoughts = next((message[name] for name in parts.THOUGHTS if name in message), None)
+        if thoughts is not None:
+            plain[n] = {"thinking": thoughts, **message, "reasoning_content": thoughts}
     return plain
 
 

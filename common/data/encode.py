@@ -94,27 +94,26 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
         count, first = reasons.get(reason, (0, where))
         reasons[reason] = count + 1, first
 
-    for chunk in _chunks(records):
-        for number, where, record, layout, ids, trained in _tokenise(chunk, chat, note):
-            if vocab_size is not None and len(ids) and ids.max() >= vocab_size:
-                raise UserError(f"{where}: token {ids.max()} is not below the model's vocab_size "
-                                f"{vocab_size}: is this its tokenizer?")
-            for what in layout.left_out:
-                note(f"without {what}: the chat template leaves that out", where, True)
-            for reason in layout.notes if trained[1:].any() else ():
-                note(reason, where)
-            tokens = np.empty(len(ids), TOKEN)
-            tokens["id"], tokens["trained"] = ids, trained
-            for start, end in _documents(where, record, len(ids), max_length, too_long, note):
-                if not trained[start + 1:end].any():  # nothing predicts a document's first token
-                    note("skipped, nothing in it to train on"
-                         + (f" within {max_length} tokens" if end < len(ids) else ""), where)
-                    continue
-                file.write(tokens[start:end].tobytes())
-                digest = hashlib.sha256(ids[start:end]).digest()[:8]
-                rows.extend((written, end - start, int(trained[start:end].sum()), number,
-                             int.from_bytes(digest, "little", signed=True)))
-                written += end - start
+    for number, where, record, layout, ids, trained in _tokenise(records, chat, note):
+        if vocab_size is not None and len(ids) and ids.max() >= vocab_size:
+            raise UserError(f"{where}: token {ids.max()} is not below the model's vocab_size "
+                            f"{vocab_size}: is this its tokenizer?")
+        for what in layout.left_out:
+            note(f"without {what}: the chat template leaves that out", where, True)
+        for reason in layout.notes if trained[1:].any() else ():
+            note(reason, where)
+        tokens = np.empty(len(ids), TOKEN)
+        tokens["id"], tokens["trained"] = ids, trained
+        for start, end in _documents(where, record, len(ids), max_length, too_long, note):
+            if not trained[start + 1:end].any():  # nothing predicts a document's first token
+                note("skipped, nothing in it to train on"
+                     + (f" within {max_length} tokens" if end < len(ids) else ""), where)
+                continue
+            file.write(tokens[start:end].tobytes())
+            digest = hashlib.sha256(ids[start:end]).digest()[:8]
+            rows.extend((written, end - start, int(trained[start:end].sum()), number,
+                         int.from_bytes(digest, "little", signed=True)))
+            written += end - start
     notes = [f"{count:,} {reason} (first: {first})" for reason, (count, first)
              in sorted(reasons.items(), key=lambda item: -item[1][0])]
     if isinstance(records, Records) and records.ignored:
@@ -128,36 +127,33 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     return made.announce(title)
 
 
-def _chunks(records):
-    """Lists of (number, place, record) of limited length, with a progress bar for their use."""
+def _tokenise(records, chat, note):
+    """(number, place, record, layout, ids, trained) of all records that can be used."""
     files = isinstance(records, Records)  # they know how many bytes they have
-    chunk, characters = [], 0
+    batch, characters = [], 0
     with tqdm(total=records.size if files else None, unit="B" if files else " documents",
               unit_scale=True, desc="tokenising", delay=2, leave=False,
               disable=None if is_main() else True) as bar:
         for number, record in enumerate(records):
-            chunk.append((number, record.get("where", f"example {number + 1}"), record))
-            texts = record.get("messages", [record])
-            characters += sum(len(str(text.get("text") or text.get("content"))) for text in texts)
-            if len(chunk) == BATCH or characters > CHARACTERS:
-                yield chunk
-                bar.update(records.done - bar.n if files else len(chunk))
-                chunk, characters = [], 0
-        yield chunk
+            where = record.get("where", f"example {number + 1}")
+            try:
+                if "refused" in record:
+                    raise Refused(record["refused"])
+                layout = chat.layout(record)
+                batch.append((number, where, record, layout))
+                characters += len(layout.text)
+            except Refused as error:
+                note(f"skipped, {error}", where, isinstance(error, LeftOut))
+            if len(batch) == BATCH or characters > CHARACTERS:
+                yield from _finished(batch, chat)
+                batch, characters = [], 0
+            bar.update(records.done - bar.n if files else 1)
+        yield from _finished(batch, chat)
 
 
-def _tokenise(chunk, chat, note):
-    """(number, place, record, layout, ids, trained) of all records that can be used."""
-    kept = []
-    for number, where, record in chunk:
-        try:
-            if "refused" in record:
-                raise Refused(record["refused"])
-            kept.append((number, where, record, chat.layout(record)))
-        except Refused as error:
-            note(f"skipped, {error}", where, isinstance(error, LeftOut))
-    # Tokenizers are fast on many texts at once, in parallel.
-    for (whole, long), group in itertools.groupby(kept, lambda one: (
+def _finished(batch, chat):
+    """The same with ids and trained. Tokenizers are fast on many texts at once, in parallel."""
+    for (whole, long), group in itertools.groupby(batch, lambda one: (
             one[-1].whole, one[-1].spans is None and len(one[-1].text) > PIECE)):
         group = list(group)
         texts = [layout.text for *_, layout in group]
@@ -170,17 +166,15 @@ def _tokenise(chunk, chat, note):
 def _long(text, whole, chat):
     """The ids of a long text, tokenised in pieces if this tokenizer never looks across the line
     ends between them; otherwise all at once, which takes more memory."""
-    def tokenised(pieces):
+    def tokenised(*pieces):
         batches = [pieces[:1]] + [pieces[n:n + 16] for n in range(1, len(pieces), 16)]
         return np.concatenate([np.array(one.ids, np.int32) for n, batch in enumerate(batches)
                                for one in chat.tokenise(batch, whole and n == 0)])
 
-    pieces = re.findall(rf"(?s:.{{{PIECE},}}?)\n(?=\w)|(?s:.+)", text)
-    for probe in ("a\nb", "It ends.\nNext", "1\n2", ":\n\nx", " \nA"):
-        at = probe.rindex("\n") + 1
-        if not np.array_equal(tokenised([probe[:at], probe[at:]]), tokenised([probe])):
-            pieces = [text]
-    return tokenised(pieces)
+    probes = ("a\n", "b"), ("It ends.\n", "Next"), ("1\n", "2"), (":\n\n", "x"), (" \n", "A")
+    if all(np.array_equal(tokenised(*probe), tokenised("".join(probe))) for probe in probes):
+        return tokenised(*re.findall(rf"(?s:.{{{PIECE},}}?)\n(?=\w)|(?s:.+)", text))
+    return tokenised(text)
 
 
 def _documents(where, record, length, max_length, too_long, note):
@@ -202,10 +196,9 @@ def cached(make, key, files=(), title="data"):
     """The `Encoded` that `make(file)` gives, or gave with the same `key` and `files` earlier.
 
     `make` writes the tokens to the file that it is given, as `encode` does. `key` is anything that
-    JSON can write; of `files` and of our own code, the content counts. The tokens, the documents,
-    and a manifest with the notes are kept in $XDG_CACHE_HOME or ~/.cache, and may be deleted at any
-    time. A damaged entry is made again, with a warning. Of several processes, one makes the data
-    and the others wait for it.
+    JSON can write; of `files` and of our own code, the content counts. What is kept lies in
+    $XDG_CACHE_HOME or ~/.cache, and may be deleted at any time; if it is damaged, it is made again,
+    with a warning. Of several processes, one makes the data and the others wait for it.
     """
     contents = [(Path(file).suffix, checkpoint.fingerprint(file)) for file in [*CODE, *files]]
     name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
@@ -236,8 +229,8 @@ def cached(make, key, files=(), title="data"):
             made = make(file)
         made.documents.tofile(Path(new, "documents"))
         prints = {file.name: checkpoint.fingerprint(file) for file in Path(new).iterdir()}
-        text = checkpoint.encoded(prints, {"notes": made.notes})
-        write_whole(Path(new, checkpoint.MANIFEST), text)
+        write_whole(Path(new, checkpoint.MANIFEST),
+                    checkpoint.encoded(prints, {"notes": made.notes}))
         shutil.rmtree(path, ignore_errors=True)  # what was damaged
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(new, path)
@@ -259,11 +252,8 @@ def virtual(count, vocab_size, max_length, seed):
 
 
 def split(encoded, seed, share=0.02, most=200):
-    """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many.
-
-    All copies of a document go to the same side: training, unless there is nothing else to hold
-    out.
-    """
+    """(training, held-out): 2 % of the documents, 1 to 200, are held out; prints how many. All
+    copies of a document go to the same side: training, unless there are only copies."""
     count = len(encoded)
     _, groups, copies = np.unique(encoded.documents["digest"], return_inverse=True,
                                   return_counts=True)

@@ -141,14 +141,13 @@ def _conversation(value, key, where, ignored):
     joins the assistant's turn before it, if there is one."""
     messages = []
     for turn in _take(value, key, list, where):
-        message = _message(turn, where, ignored)
-        before = messages[-1] if messages else {"role": None}
-        if message["role"] == CALLER:
-            message["role"] = "assistant"
-            if before["role"] == "assistant" and before.get("train") == message.get("train"):
-                before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
-                continue
-        messages.append(message)
+        message, before = _message(turn, where, ignored), messages[-1] if messages else {}
+        if message["role"] != CALLER:
+            messages.append(message)
+        elif before.get("role") != "assistant" or before.get("train") != message.get("train"):
+            messages.append({**message, "role": "assistant"})
+        else:
+            before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
     return messages
 
 
@@ -162,12 +161,10 @@ def _message(turn, where, ignored):
     if role is None:
         raise UserError(f"{where}: role {quoted(name)} is none of {', '.join(ROLES)}")
     content, calls = _content(turn, where), _take(turn, "tool_calls", list, where)
-    legacy = _take(turn, "function_call", dict, where)
+    calls = calls + [call for call in [_take(turn, "function_call", dict, where)] if call]
     if role == CALLER:
         called = _json(content, Refused("a turn that calls a function and is not JSON"))
-        calls, content = called if isinstance(called, list) else [called], ""
-    elif legacy:
-        calls = [*calls, legacy]
+        calls, content = calls + (called if isinstance(called, list) else [called]), ""
     if calls and role not in (CALLER, "assistant"):
         raise UserError(f"{where}: tool_calls belong in a turn of the assistant")
     message = {"role": role, "content": content, **turn}
@@ -194,8 +191,8 @@ def _content(turn, where):
 def _call(call, schemas):
     """A call as {"type": "function", "function": {"name", "arguments": object}, "id"?}, without the
     null keys that Arrow adds to arguments, unless the function's schema names them."""
-    call = {key: one for key, one in call.items() if one is not None} if (
-        isinstance(call, dict)) else {}
+    call = call if isinstance(call, dict) else {}
+    call = {key: one for key, one in call.items() if one is not None}
     if "function" not in call:
         call.pop("type", None)
         inner = {key: call.pop(key) for key in ("name", "arguments", "parameters") if key in call}

@@ -6,6 +6,7 @@ ends, through the end-of-turn token. Both are learned from the chat template.
 
 import os
 import re
+from contextlib import suppress
 from itertools import groupby
 
 import numpy as np
@@ -43,7 +44,7 @@ def learn(render, special, named):
 
     header, ends, atoms = "", [], re.compile(f"{special.pattern}|(?s:.)")
     for first in ([], [{"role": "system", "content": "?"}]):  # some insist on a system message
-        try:
+        with suppress(Refused):
             before, after = (atoms.findall(render([*first, USER], prompt))
                              for prompt in (False, True))
             header = "".join(after[len(os.path.commonprefix([before, after])):])
@@ -54,8 +55,6 @@ def learn(render, special, named):
             last = tokens(text)[-1:]
             if last and not (ends and ends[0] in text) and text.rstrip().endswith(last[0]):
                 ends += last  # a call ends differently: with the last token
-        except Refused:
-            pass
         if header:
             break
     return any_of({header, header.partition("<think>")[0]}), ends

@@ -2,9 +2,8 @@
 
 A part is a piece of a record's text: a message's words, the assistant's thoughts, the name and the
 arguments of a tool call, the name of a tool. Each is put between marks, private-use characters, and
-rendered by the template; the result counts only if removing the marks gives the plain rendering. So
-every part is found in its place, or known to be left out by the template. Comparing renderings of
-growing prefixes, the obvious way, fails: Qwen3's template drops the thoughts of earlier turns.
+rendered by the template; the result counts only if removing the marks gives the plain rendering.
+(Comparing renderings of growing prefixes fails: Qwen3's template drops thoughts of earlier turns.)
 """
 
 import json
@@ -42,29 +41,26 @@ def marked(messages, tools, kinds):
     """
     found = []
 
-    def mark(text, message, kind):
-        k, words = len(found), text.strip()
-        found.append(Part(message, kind, text))
-        if not words or kind not in kinds:
-            return text
-        return text.replace(words, f"{chr(_FIRST + 2 * k)}{words}{chr(_FIRST + 2 * k + 1)}", 1)
-
-    def mark_strings(value, message):  # of the arguments of a call
-        if isinstance(value, str):
-            return mark(value, message, "arguments")
+    def mark(value, message, kind):  # a text, or all texts in the arguments of a call
         if isinstance(value, dict):  # its keys are only looked for: templates sort by them
-            return {mark(key, message, "keys"): mark_strings(one, message)
+            return {mark(key, message, "keys"): mark(one, message, kind)
                     for key, one in value.items()}
-        return [mark_strings(one, message) for one in value] if isinstance(value, list) else value
-
-    def mark_name(value, message, kind):  # of a call or a tool
-        inner = value.get("function", value) if isinstance(value, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        if isinstance(value, list):
+            return [mark(one, message, kind) for one in value]
+        if not isinstance(value, str):
             return value
-        inner = {**inner, "name": mark(inner["name"], message, kind)}
-        if kind == "call" and "arguments" in inner:
-            inner["arguments"] = mark_strings(inner["arguments"], message)
-        return {**value, "function": inner} if "function" in value else inner
+        k, words = len(found), value.strip()
+        found.append(Part(message, kind, value))
+        if not words or kind not in kinds:
+            return value
+        return value.replace(words, f"{chr(_FIRST + 2 * k)}{words}{chr(_FIRST + 2 * k + 1)}", 1)
+
+    def mark_function(one, message, **kinds):  # a call or a tool; `kinds` by key
+        inner = one.get("function")
+        if isinstance(inner, dict):
+            inner = {key: mark(value, message, kinds[key]) if key in kinds else value
+                     for key, value in inner.items()}
+        return {**one, "function": inner} if inner else one
 
     copies = []
     for n, message in enumerate(messages):
@@ -82,10 +78,11 @@ def marked(messages, tools, kinds):
             for i in range(0, len(pieces), 2):
                 pieces[i] = mark(pieces[i], n, "words" if i >= answer else "thoughts")
             message["content"] = "".join(pieces)
-        if isinstance(message.get("tool_calls"), list):
-            message["tool_calls"] = [mark_name(call, n, "call") for call in message["tool_calls"]]
-    if isinstance(tools, list):
-        tools = [mark_name(tool, None, "tools") for tool in tools]
+        if "tool_calls" in message:
+            message["tool_calls"] = [mark_function(call, n, name="call", arguments="arguments")
+                                     for call in message["tool_calls"]]
+    if tools:
+        tools = [mark_function(tool, None, name="tools") for tool in tools]
     if len(found) > GENERATED:
         raise Refused(f"a conversation of more than {GENERATED:,} parts")
     return found, copies, tools
@@ -94,17 +91,15 @@ def marked(messages, tools, kinds):
 def take_marks(text):
     """(the text without marks, [(start, end, k)] of what was between those of part k, or None if
     marks are missing)."""
-    found, opened, whole = [], [], True
+    found, opened = [], []
     for n, mark in enumerate(_MARK.finditer(text)):
         k, closing = divmod(ord(mark.group()) - _FIRST, 2)
         place = mark.start() - n  # without the marks before it
-        if not closing:
-            opened.append((k, place))
-        elif opened and opened[-1][0] == k:
+        if closing and opened and opened[-1][0] == k:
             found.append((opened.pop()[1], place, k))
-        else:
-            whole = False
-    return _MARK.sub("", text), found if whole and not opened else None
+        else:  # a closing mark that closes nothing stays, too
+            opened.append((None if closing else k, place))
+    return _MARK.sub("", text), None if opened else found
 
 
 def find(messages, tools, text, render):
@@ -128,21 +123,20 @@ def find(messages, tools, text, render):
     else:
         where, kinds = None, ()
     placed = {k for _, _, k in where or ()}
-    missing = [part for k, part in enumerate(found) if not (
-        k in placed if part.kind in kinds else _is_in(part.text, text)) and part.text.strip()]
+
+    def written(k, part):  # what was not marked may stand there as JSON writes it
+        words = part.text.strip()
+        return k in placed if part.kind in kinds else (
+            words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text)
+
+    missing = [part for k, part in enumerate(found) if part.text.strip() and not written(k, part)]
     return where and [(start, end, found[k]) for start, end, k in where], missing
 
 
-def _is_in(words, text):
-    """Whether the text has the words, maybe as JSON writes them."""
-    words = words.strip()
-    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
-
-
 def left_out(messages, missing):
-    """What the record says and its rendering does not, in words for people; `missing` is from
-    `find`. Thoughts of earlier turns, which templates drop by design, do not count. Raises LeftOut
-    for a tool call: what remains would be misleading."""
+    """What the record says and its rendering does not (`missing`, from `find`), for people to read;
+    not thoughts of earlier turns, which templates drop by design. Raises LeftOut for a tool call:
+    what remains would be misleading."""
     asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
     names = []
     for message, kind, _ in missing:

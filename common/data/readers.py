@@ -1,7 +1,6 @@
 """Data files to records, one example at a time, with the place of each.
 
-Any bytes in a file give values, or a UserError that names the file and the line. What an example
-may look like is in `formats.py`.
+Any bytes give records or a UserError with file and line; `formats.py` has what an example may be.
 """
 
 import csv
@@ -59,12 +58,12 @@ class Records:
         self.done, self.ignored = 0, {}
 
     def __iter__(self):
-        before, unmet = 0, {*self.columns.values()}  # bytes of earlier files; columns to be met
-        wanted = {*self.columns.values(), *NAMES, *MEANT}
+        unmet = {*self.columns.values()}
+        self.done, wanted = 0, {*unmet, *NAMES, *MEANT}
         for path in self.paths:
-            kind, empty = check_kind(path), True
+            before, kind, where = self.done, suffix(path), None
             for where, value, done in READERS[kind](path, wanted):
-                empty, self.done = False, before + done
+                self.done = before + done
                 try:
                     if self.columns and kind != ".txt" and isinstance(value, dict):
                         unmet -= value.keys()
@@ -73,9 +72,9 @@ class Records:
                 except Refused as error:
                     record = {"refused": str(error)}
                 yield {**record, "where": where}
-            if empty:
+            if where is None:
                 raise UserError(f"{path}: empty, no example in it")
-            self.done = before = before + path.stat().st_size
+            self.done = before + path.stat().st_size
         for column in unmet:
             self.ignored.setdefault(f"{quoted(column)} of --columns, which no example has",
                                     str(self.paths[-1]))
@@ -86,13 +85,13 @@ class Records:
                 raise UserError(f"{where}: {quoted(column)} is not there, or null (--columns "
                                 f"{name}={one_line(column)}); its keys are "
                                 f"{listed(map(quoted, value)) or '(none)'}")
-        mapped = {*self.columns.values()}
         renamed = {name: value[column] for name, column in self.columns.items() if column in value}
         for key in value:
-            if key in MEANT and key not in renamed and key not in mapped:
-                renamed[key] = value[key]
-            elif key not in mapped:
-                self.ignored.setdefault(quoted(key), where)
+            if key not in self.columns.values():
+                if key in MEANT and key not in renamed:
+                    renamed[key] = value[key]
+                else:
+                    self.ignored.setdefault(quoted(key), where)
         return renamed
 
 
@@ -164,9 +163,8 @@ def json_file(path, wanted):
         yield from lines(path, wanted)
     elif text.strip():
         values = _parse(text, path)
-        if isinstance(values, dict) and isinstance(values.get("data"), list):
-            values = values["data"]
-        values = values if isinstance(values, list) else [values]
+        data = values.get("data") if isinstance(values, dict) else values
+        values = data if isinstance(data, list) else [values]
         for number, value in enumerate(values, 1):
             yield f"{path}: example {number}", value, size * number // len(values)
 

@@ -96,15 +96,14 @@ def _labels(groups, part, local, place, flag):
              or [one for one in groups if one.rpartition("/")[2] == path]
              or [one for one in groups if not path or one.startswith(path + "/")])
     says = {one: (_PURPOSE.findall(one.lower()) or [""])[-1] for one in found}
-    train = [one for one in found if says[one] == "train"]
-    held_out = [one for one in found if says[one] not in ("", "train")]
-    wanted = held_out if flag == "--eval-data" and held_out else train
-    unmarked = [one for one in found if not says[one]]
-    if local and not wanted and unmarked:
+    train, unmarked = ([one for one in found if says[one] == said] for said in ("train", ""))
+    held_out = [one for one in found if one not in train + unmarked]
+    meant = (held_out if flag == "--eval-data" and held_out else train) or found
+    if local and unmarked and meant is found:
         return unmarked
-    meant, why = wanted or found, ""
     if len(meant) == 1:
         return meant
+    why = ""
     if not meant:
         near = nearest(part, [*groups, *sum(groups.values(), [])])
         meant, why = [*groups], f"{place} has no {part!r}{near}; "

@@ -37,10 +37,6 @@ class _Generation(Extension):
         return OPENED + caller() + CLOSED
 
 
-def _raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
 def compiled(source, where):
     """A function that gives the text for the variables of a chat template, a dict.
 
@@ -48,34 +44,35 @@ def compiled(source, where):
     The function raises Refused if the template itself fails or objects (`raise_exception`, a role
     or a key that it does not know), and UserError if it writes more than LONGEST characters.
     """
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # no HTML escapes
     environment.globals.update(
-        raise_exception=_raise_exception,
+        raise_exception=raise_exception,
         strftime_now=lambda format: datetime.datetime.now().strftime(format))
     del environment.globals["lipsum"]  # random text
     try:
         template = environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{where}: chat template, line {error.lineno}: {one_line(error)}") from None
-    except Exception as error:  # of Python's compiler, say for a thousand brackets
-        raise UserError(f"{where}: chat template failed: {one_line(error)}") from None
+    except Exception as error:  # Python's compiler has its own, say for a thousand brackets
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise UserError(f"{where}: chat template{line}: {one_line(error)}") from None
     template.globals = dict(environment.globals)  # jinja2's ChainMap is slow to copy
 
     def write(variables):
-        pieces, length = [], 0
+        text = ""
         try:
             for piece in template.generate(variables):
-                pieces.append(piece)
-                length += len(piece)
-                if length > LONGEST:
-                    break
+                text += piece
+                if len(text) > LONGEST:
+                    raise UserError(f"{where}: chat template stopped: it writes more than "
+                                    f"{LONGEST:,} characters")
+        except UserError:
+            raise
         except Exception as error:  # a template can raise anything that Python's operators can
             raise Refused(f"{where}: chat template failed: {one_line(error)}") from None
-        if length > LONGEST:
-            raise UserError(f"{where}: chat template stopped: it writes more than {LONGEST:,} "
-                            "characters")
-        return "".join(pieces)
+        return text
 
     return write

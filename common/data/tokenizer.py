@@ -48,10 +48,7 @@ def read_tokenizer(folder, template=None):
     template, where = config.get("chat_template"), folder / "tokenizer_config.json"
     if "chat_template.jinja" in raw:
         where = files["chat_template.jinja"]
-        try:
-            template = raw["chat_template.jinja"].decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 (byte {error.start})") from None
+        template = call(f"{where}: not UTF-8", raw["chat_template.jinja"].decode, "utf-8-sig")
     elif isinstance(template, list):
         template = next((one.get("template") for one in template if isinstance(one, dict)
                          and one.get("name") == "default"), template)

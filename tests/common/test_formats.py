@@ -68,6 +68,8 @@ def test_callers_and_observers_of_sharegpt():
     turns[2:2] = [turns[2]]  # two calls at once
     assert messages({"conversations": turns})[1]["tool_calls"] == [CALL, CALL]
     assert len(messages({"conversations": [turns[0], *turns[2:]]})) == 4  # and no words beside
+    beside = {**turns[3], "tool_calls": [CALL]}  # a caller's turn may have both
+    assert messages({"conversations": [turns[0], beside]})[1]["tool_calls"] == [CALL, CALL]
     turns[1]["weight"] = 0  # then they are a turn of their own
     found = messages({"conversations": turns})
     assert found[1] == {"role": "assistant", "content": "I look.", "train": False}
