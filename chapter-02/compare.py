@@ -27,9 +27,8 @@ from common.options import Parser
 from lora import METHODS
 
 TRAIN = Path(__file__).with_name("train.py")
-# Where each grid is centred; its other rates are factors of three away.
+# The rate that --factors multiply; 5e-3 for the other methods.
 CENTRE = {"full": 1e-3, "vera": 9e-2, "lora+": 1e-3, "lora-fa": 1.5e-2}
-OTHERS = 5e-3
 
 
 def run_one(folder, method, rate, seed, extra):
@@ -135,7 +134,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.seeds < 1 or min(options.factors) <= 0:
         raise UserError("--seeds must be 1 or more, and --factors above 0")
-    plan = [(method, float(f"{CENTRE.get(method, OTHERS) * factor:.2g}"), seed)
+    plan = [(method, float(f"{CENTRE.get(method, 5e-3) * factor:.2g}"), seed)
             for method in options.methods for factor in options.factors
             for seed in range(options.seeds)]
     out = Path(options.out)

@@ -43,11 +43,10 @@ def loss_of(model, pack):
 def bucket(names, kernels=False):
     """The bucket of an operator, from its name and those of all that it runs in, inside out.
 
-    All operators of the optimizer are in its bucket. Among the rest, a matrix product counts as one
-    wherever it occurs, also in the output head; what remains of the loss is the softmax. A name
-    that is not an operator's (a region, a node of autograd) stands for the Python and C++ around
-    the operators, during which the device is idle, unless it has started `kernels` itself, as
-    compiled code does on a GPU.
+    A matrix product counts as one wherever it occurs but in the optimizer; what remains of the loss
+    is the softmax. A name that is not an operator's (a region, a node of autograd) stands for the
+    Python and C++ around the operators, during which the device is idle, unless it has started
+    `kernels` itself, as compiled code does on a GPU.
     """
     part = next((name for name in names if name in ("forward", "loss", "optimizer")), None)
     if part == "optimizer" or any(name.startswith("Optimizer.") for name in names):
