@@ -71,7 +71,11 @@ class _AddProduct(torch.autograd.Function):
 
 def add_low_rank(y, x, A, B):
     """`lora.add_low_rank` for compiled layers: y += x Aᵀ Bᵀ, really in place."""
-    return _AddProduct.apply(y, F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    u, B = F.linear(x, A.to(x.dtype)), B.to(x.dtype)
+    if torch.is_grad_enabled():  # otherwise the compiler does not know `mark_dirty`
+        return _AddProduct.apply(y, u, B)
+    addmm_(y, u, B.t())
+    return y
 
 
 def plus_low_rank(y, x, A, B):
