@@ -23,7 +23,7 @@ from common.files.config import read_config, write_config
 from common.files.tensors import iter_tensors, save_tensors
 
 STATE = "quant_state.bitsandbytes__nf4"
-PARTS = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 # What "quantization_config" has to say, and what it means if it does not mention it.
 NF4 = {"quant_method": ("bitsandbytes", "bitsandbytes"), "load_in_8bit": (False, False),
        "load_in_4bit": (True, False), "bnb_4bit_quant_type": ("nf4", "fp4"),
@@ -57,13 +57,13 @@ def iter_bnb(path):
     is_bnb(read_config(path))
     waiting = {}  # name of a weight -> its parts so far
     for name, tensor in iter_tensors(path):
-        weight, dot, part = name.partition(".weight.")
+        layer, dot, part = name.partition(".weight.")
         if not dot and tensor.dtype != torch.uint8:
             yield name, tensor
             continue
-        if dot and part not in PARTS[1:]:
+        if dot and part not in PARTS:
             raise UserError(f"{path}: {name} is not a part of an NF4 weight")
-        weight += dot.removesuffix(".")
+        weight = f"{layer}.weight" if dot else name
         parts = waiting.setdefault(weight, {})
         with located(f"{path}: {weight}"):
             parts[part or "packed"] = _read_state(tensor) if part == STATE else tensor
@@ -88,8 +88,7 @@ def _parts(quantized):
 
 
 def _read_state(tensor):
-    """What the JSON text says of a weight: an `NF4Weight` with its offset, else on the meta device.
-    """
+    """The `NF4Weight` that the JSON text describes, on the meta device but for its offset."""
     try:
         state = json.loads(bytes(tensor.tolist()))
         sizes = state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK)
@@ -134,11 +133,10 @@ def save_bnb(model, config, path, dtype=None, metadata=None):
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4Linear to save")
-    double = {layer.absmax2 is not None for layer in layers.values()}
     kept = dtype or model.get_parameter("model.embed_tokens.weight").dtype
     dense = {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     quantization = {name: wanted for name, (wanted, _) in NF4.items()} | {
-        "bnb_4bit_use_double_quant": double == {True},
+        "bnb_4bit_use_double_quant": all(layer.absmax2 is not None for layer in layers.values()),
         "bnb_4bit_compute_dtype": str(kept).removeprefix("torch."),
         "llm_int8_skip_modules": sorted(dense | {"lm_head"}),  # despite its name for 4 bits too
     }

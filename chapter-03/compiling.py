@@ -17,11 +17,10 @@ def compile_model(model, backend="inductor"):
 
     One graph, made at the first step, serves all layers, except that the first layer above a frozen
     embedding has its own; evaluation has another. They fit packs of the same T, N and max_seqlen
-    (`packing.StaticShape`). Within them attention is an operator that the compiler does not look
-    into. On CUDA the softmax of the loss is compiled too, for any number of tokens (and once more
-    for a single one). Embedding and generation are not compiled. Call it last, when weights,
-    adapters and checkpointing are in place. Raises UserError if nothing can be compiled here, as
-    without a C++ compiler.
+    (`packing.StaticShape`). Attention is an operator in them. On CUDA the softmax of the loss is
+    compiled too, for any number of tokens (and once more for a single one); embedding and
+    generation are not. Call it last, when weights, adapters and checkpointing are in place. Raises
+    UserError if nothing can be compiled here, as without a C++ compiler.
     """
     device = next(model.parameters()).device
     try:
@@ -73,7 +72,7 @@ class _AddProduct(torch.autograd.Function):
 def add_low_rank(y, x, A, B):
     """`lora.add_low_rank` for compiled layers: y += x Aᵀ Bᵀ, really in place."""
     u, B = F.linear(x, A.to(x.dtype)), B.to(x.dtype)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():  # otherwise the compiler does not know `mark_dirty`
         return _AddProduct.apply(y, u, B)
     addmm_(y, u, B.t())
     return y

@@ -5,8 +5,7 @@
 
 An adapter that was trained on a four-bit base was fitted to that base, rounding errors included.
 Merged into the dequantised base it gives the model that was trained; merged into the original
-weights it gives another one, and the report says how far off each is. The sum W + ΔW is formed in
-float32 and rounded once, to --dtype. Needs 4 bytes of main memory per parameter.
+weights it gives another one, and the report says how far off each is. The rest is chapter 2's.
 """
 
 import sys
@@ -40,11 +39,8 @@ def dequantize(network):
 
 
 def quantize_anew(network, dtype, double_quant):
-    """Merge within the decoder and quantise the sums anew, from `dtype` if the base is not NF4.
-
-    Gives norms as `merging.merge_into` does, and the share of ΔW that is left: the change that was
-    realised, projected on ΔW.
-    """
+    """Merge within the decoder and quantise anew, what is not NF4 from `dtype`. Gives norms as
+    `merging.merge_into` does, and the share of ΔW that is left: the change projected on ΔW."""
     norms, left = {}, 0.0
     for name, module in list(adapter_modules(network.model)):  # without the head, which stays dense
         base, delta = module.base, module.delta()
@@ -68,12 +64,11 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
           requantize=False):
     """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
 
-    As chapter 2's, but `dtype` may be "nf4": quantised anew, which needs `requantize`. Merges into
-    the base as it was in training, dequantised, or into the `original` weights. `trained_on` is
-    one of `BASES`, or "auto", what the adapter's file says.
-
-    Adds to `merging.report` the `choices`, which are the largest logit difference for each base
-    that could be merged into, and `left`, the share of ΔW that quantising anew leaves, or None.
+    As chapter 2's, but into the base as it was in training, dequantised, or the `original` weights,
+    and `dtype` may be "nf4": quantised anew, which needs `requantize`. `trained_on` is one of
+    `BASES`, or "auto", what the adapter's file says. Adds to `merging.report` the `choices`, the
+    largest logit difference for each base that could be merged into, and `left`, the share of ΔW
+    that quantising anew leaves, or None.
     """
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")

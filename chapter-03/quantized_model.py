@@ -47,8 +47,7 @@ def check_base(config, options):
 def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
     """The model with its adapters, its weights from folder `source` or random; on "meta" shapes
     alone. A base that does not change has four bits or the run's dtype; what is trained is float32.
-    Random weights are drawn on the CPU, where a seed means the same numbers on every machine; to
-    draw billions of them quickly, `draw_on` a GPU.
+    Random weights are drawn on the CPU, where a seed gives the same everywhere, or `draw_on` a GPU.
     """
     dtype = getattr(torch, options.dtype)
     kept = torch.float32 if options.method in DENSE_ONLY else dtype
@@ -70,8 +69,7 @@ def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained
 
     `config` is the LlamaConfig, `source` the folder of the weights, 16-bit or bitsandbytes NF4
     (which is taken as it is, whatever `base` says). `init` "random" draws the weights of a fresh
-    model, and "shapes" gives a model on the meta device, from which memory can be predicted.
-    Raises UserError for weights that do not fit.
+    model, and "shapes" gives one on the meta device. Raises UserError for weights that do not fit.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -95,11 +93,9 @@ def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained
 def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quantize=True):
     """Fill a model built on the meta device from a stream of (name, tensor), and freeze it.
 
-    The weights of the linear layers inside `layers` are quantised as they come, each layer becoming
-    an `NF4Linear`; embedding, norms, biases and head are kept in `dtype` (default: the
-    checkpoint's), to which a weight is also cast before it is quantised. So the peak is the
-    quantised model and one or two tensors. A tensor may also be an `NF4Weight`, which is taken as
-    it is; with `quantize=False` no other is quantised. ValueError names what is missing,
+    Each tensor is cast to `dtype` (default: its own) as it comes. With `quantize`, a linear layer
+    inside `layers` then becomes an `NF4Linear`, as it does in any case from an `NF4Weight`. So the
+    peak is the quantised model and one or two tensors. ValueError names what is missing,
     unexpected, mis-shaped or not finite.
     """
     missing = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -151,10 +147,9 @@ def load_model(name, device, dtype, adapter=None, base="auto"):
         raise UserError(f"{adapter}: trained on {base!r}, which is not known here")
     config_json = weights.read_config(folder)
     with located(folder / "config.json"):
-        quantised = is_bnb(config_json)
         config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
     kept = dtype
-    if quantised or base != "none":
+    if base != "none" or is_bnb(config_json):
         kept = DTYPES.get(said.get("dtype"))  # None: as in the checkpoint
     model = base_model(config, folder, kept, device, base).to(dtype)
     model.compute_dtype = dtype

@@ -22,6 +22,7 @@ SHARE = 0.85  # the part of a GPU's memory that a run may take
 # The kind of a parameter, by a part of its name; all others belong to the blocks.
 KINDS = {"lora_": "adapters", "vera_": "adapters", "embed_tokens": "embedding", "lm_head": "head",
          "norm": "norms"}
+SHOWN = ("blocks", "embedding", "head", "norms", "adapters")  # all kinds
 # Dense TFLOP/s from the makers' data sheets, without structured sparsity: in bfloat16 with
 # float32 accumulation, and in float32 without tensor cores.
 PEAK_TFLOPS = {
@@ -40,14 +41,14 @@ def parameters(model):
 
     A tied matrix counts once, as the embedding; a quantised weight as the weight it stands for.
     """
-    counts = dict.fromkeys(("total", "trainable", "blocks", *KINDS.values()), 0)
+    counts = dict.fromkeys(("total", "trainable", *SHOWN), 0)
     for name, parameter in model.named_parameters():
         kind = next((kind for part, kind in KINDS.items() if part in name), "blocks")
         counts[kind] += parameter.numel()
         counts["trainable"] += parameter.numel() * parameter.requires_grad
     counts["blocks"] += sum(prod(cost.shape) for layer in model.model.layers
                             for cost in layer_costs(layer) if cost.weight is None)
-    counts["total"] = sum(counts[kind] for kind in {"blocks", *KINDS.values()})
+    counts["total"] = sum(counts[kind] for kind in SHOWN)
     return counts
 
 
@@ -60,16 +61,15 @@ def mean_attended(lengths):
 def flops_per_token(model, attended):
     """FLOPs of one token of a training step: dict with matrices, head, attention, total, full.
 
-    `attended` is `mean_attended`, or S for documents that are all S tokens long. `total` counts
-    what causal attention needs: a token looks at half of its document on average. `full` follows
-    the other convention in use: it looks at all of it. Recomputation (activation checkpointing,
-    dequantising) does not count, since the model itself does not need it.
+    `attended` is `mean_attended`, or S for documents that are all S tokens long. In `total` a token
+    looks at half of its document on average, as causal attention does; in `full`, the other
+    convention in use, at all of it. Recomputation (checkpointing, dequantising) does not count.
     """
+    config = model.config
     matrices = sum(cost.flops() for layer in model.model.layers for cost in layer_costs(layer))
     head = linear_cost(model.lm_head or model.model.embed_tokens).flops()
-    config = model.config
-    width = config.num_attention_heads * config.head_dim
-    attention = 6 * config.num_hidden_layers * width * attended
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    attention *= attended
     total = matrices + head + attention
     return {"matrices": matrices, "head": head, "attention": attention, "total": total,
             "full": total + attention}
@@ -81,23 +81,17 @@ def peak_flops(device, dtype):
     `device` is a torch.device, or a name as torch.cuda.get_device_name gives it.
     """
     if isinstance(device, torch.device):
-        if device.type != "cuda":
-            return None
-        device = torch.cuda.get_device_name(device)
-    if dtype not in (torch.bfloat16, torch.float32) or "Laptop" in device:
+        device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
+    if not known or dtype not in (torch.bfloat16, torch.float32) or "Laptop" in device:
         return None
-    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):  # "H100 PCIe" before "H100"
-        if re.search(rf"\b{name}\b", device):
-            return PEAK_TFLOPS[name][dtype == torch.float32] * 1e12
-    return None
+    return PEAK_TFLOPS[max(known, key=len)][dtype == torch.float32] * 1e12  # not H100, if H100 PCIe
 
 
 class Prediction(dict):
-    """What `costs` predicts: bytes by category at the fullest moment of a step, on each rank.
-
-    Its attributes are `parameters`, `flops` (of one token, see `flops_per_token`), `peak_flops` (of
-    all ranks together, or None) and `tokens` (of the largest pack).
-    """
+    """What `costs` predicts: bytes by category at the fullest moment of a step, on each rank; and
+    `parameters`, `flops` (of one token, see `flops_per_token`), `peak_flops` (of all ranks
+    together, or None) and `tokens` (of the largest pack)."""
 
     def __init__(self, categories, **known):
         super().__init__(categories)
@@ -110,18 +104,16 @@ class Prediction(dict):
 
     def mfu(self, tokens_per_second, full=False):
         """Model FLOPs utilisation, 0 to 1: the FLOPs that the model needs over those the hardware
-        could have done. `full` counts attention over all of the document. None if the hardware's
-        peak is not known."""
-        if self.peak_flops is None:
-            return None
-        return self.flops["full" if full else "total"] * tokens_per_second / self.peak_flops
+        could have done, None if that is not known. `full` counts attention over the whole document.
+        """
+        needed = self.flops["full" if full else "total"] * tokens_per_second
+        return None if self.peak_flops is None else needed / self.peak_flops
 
     def report(self):
         """The prediction as text: parameters, FLOPs, memory by category."""
         counts, flops = self.parameters, self.flops
         share = 100 * counts["trainable"] / counts["total"]
-        kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in
-                          ("blocks", "embedding", "head", "norms", "adapters") if counts[kind])
+        kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in SHOWN if counts[kind])
         return "\n".join((
             f"parameters  {_short(counts['total'])}, of which {_short(counts['trainable'])} are "
             f"trained ({share:.3g} %):",
@@ -139,15 +131,12 @@ def costs(model, lengths, options, chunk=None):
     """Predict a step of a run of `model` on documents of these lengths; gives a `Prediction`.
 
     `options` are the run's: batch_tokens, grad_accum, dtype, device and, in chapter 3,
-    activation_checkpointing and compile (whose packs are padded to batch_tokens). `chunk` is the
-    rows of the chunked loss, None for the plain one. The model may be on the "meta" device; it has
-    its adapters already.
+    activation_checkpointing and compile (whose packs are padded to batch_tokens). For `model` and
+    `chunk` see `memory`.
     """
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     compiled = getattr(options, "compile", False)
-    tokens = options.batch_tokens
-    if not compiled:
-        tokens = int(min(tokens, np.sum(lengths)))
+    tokens = options.batch_tokens if compiled else int(min(options.batch_tokens, np.sum(lengths)))
     sizes = memory(
         model, tokens, dtype, grad_accum=options.grad_accum, chunk=chunk, ranks=world_size(),
         checkpointing=getattr(options, "activation_checkpointing", "none"), compiled=compiled,
@@ -161,10 +150,10 @@ def costs(model, lengths, options, chunk=None):
 def fit_batch(options, model, chunk=None):
     """Choose --batch-tokens on a GPU if it was not given, and say so.
 
-    The largest of PACKS whose predicted peak is at most SHARE of the GPU's memory; --grad-accum
-    grows so that a step keeps its tokens. (The rest of the memory is for CUDA itself, for kernels'
-    scratch space, and for fragmentation.) `model` needs only shapes. Raises UserError if the
-    smallest does not fit, or one document of --max-seq-len does not.
+    The largest of PACKS whose predicted peak is at most SHARE of the GPU's memory (the rest is for
+    CUDA, kernels' scratch space and fragmentation); --grad-accum grows so that a step keeps its
+    tokens. `model` needs only shapes. Raises UserError if the smallest does not fit, or one
+    document of --max-seq-len does not.
     """
     if options.batch_tokens is not None:
         return

@@ -62,12 +62,11 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     are added. So the peak is at the loss, or at the end, when all gradients exist.
 
     `model` needs only shapes (the "meta" device will do), with adapters in place and frozen
-    parameters marked. `tokens` is T, of the largest pack. `dtype` is the compute dtype.
-    `checkpointing` is "none", "selective" or "full"; `chunk` is the rows of the chunked loss, or
-    None for the plain one; `ranks` share the parameters (FSDP2: a rough figure, as gathered
-    weights are not freed at once). `varlen_kernel`: attention is one kernel for all documents
-    (CUDA, 16 bits) rather than one call for each. `compiled`: layers are, except for attention. The
-    optimizer is AdamW, fused, whose step needs no memory of its own.
+    parameters marked. `tokens` is T, of the largest pack; `dtype` is the compute dtype; `chunk` is
+    the rows of the chunked loss, None for the plain one; `checkpointing` is "none", "selective" or
+    "full". `ranks` share the parameters (FSDP2: a rough figure, as gathered weights are not freed
+    at once). `varlen_kernel`: attention is one kernel for all documents (CUDA, 16 bits) rather than
+    one call for each. `compiled`: layers are, except for attention. AdamW is fused.
     """
     c, layers = dtype.itemsize, model.model.layers
     embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
@@ -75,6 +74,8 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     head = linear_cost(model.lm_head or model.model.embed_tokens)
     if head.factors:
         chunk = None  # a head with an adapter gives logits
+    q, k, v, *_, up, down = first = layer_costs(layers[0])
+    d = layers[0].self_attn.head_dim
 
     # --- what stays from step to step ---
     weights = sum(t.nbytes for t in model.parameters()) // ranks
@@ -85,12 +86,10 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
 
     # --- what the forward keeps for the backward ---
     per_layer = [saved_per_token(layer, dtype, varlen_kernel, compiled) for layer in layers]
-    copies = [weight_copies(layer, dtype) for layer in layers]
+    kept, copies = sum(per_layer), [weight_copies(layer, dtype) for layer in layers]
     head_copy = c * V * D if head.weight.dtype.itemsize != c else 0
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
-    first = layer_costs(layers[0])
-    F = linear_cost(layers[-1].mlp.up_proj).shape[0]
-    at_work = tokens * (2 * c * D + 2 * c * F)
+    at_work = tokens * 2 * c * (D + up.shape[0])
     # A quantised layer's matrices are dequantised one by one, or, in a compiled layer that is
     # computed again, all at once.
     whole = [prod(cost.shape) for cost in first if cost.weight is None]
@@ -102,20 +101,39 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         copies, head_copy = [0] * len(layers), 0
         # Its whole gradient, also in float32 for the reduction; the gathering's buffer.
         at_work += (2 * c + FLOAT32) * one_layer
-    kept = sum(per_layer)
     if checkpointing != "none":
-        # Kept: the layer's input, and if selective what is expensive to compute. The layer at work
-        # is computed again, so its own tensors exist as well.
-        expensive = (expensive_per_token(layers[0], dtype, compiled)
-                     if checkpointing == "selective" else 0)
-        at_work += (max(per_layer) - expensive) * tokens + max(copies)
+        # Kept: a layer's input, and if selective the outputs of attention and of the products
+        # (compiled, the last one's only if DoRA needs it). The layer at work is computed again, so
+        # its own tensors exist as well.
+        again = 0
+        if checkpointing == "selective":
+            again = q.shape[0] + sum(cost.shape[0] for cost in first)
+            again += sum(len(cost.factors[0]) for cost in first if cost.factors)  # x Aᵀ
+            again -= down.shape[0] * (compiled and not down.keeps_output)
+            again = c * again + FLOAT32 * q.shape[0] // d
+        at_work += (max(per_layer) - again) * tokens + max(copies)
         if not varlen_kernel:  # attention in blocks also holds q, k and v arranged by head
-            at_work += c * tokens * sum(cost.shape[0] for cost in first[:3])
-        kept = len(layers) * (c * D + expensive)
-        copies = [0] * len(layers)
+            at_work += c * tokens * (q.shape[0] + k.shape[0] + v.shape[0])
+        kept, copies = len(layers) * (c * D + again), [0] * len(layers)
     last = norm_per_token(model.model.norm, D, chunk is None and head.keeps_input, dtype=dtype)
-    tables = c * tokens * model.model.config.head_dim  # cos and sin, once for all layers
+    tables = c * tokens * d  # cos and sin, once for all layers
     activations = tokens * (kept + last) + tables
+
+    # --- the loss, and then the backward of the head ---
+    if chunk is None:
+        # Of the softmax: log-probabilities, their gradient, the logits' gradient. Then of the
+        # head: the gradients of logits, of what goes in, and of the weight, all in c.
+        loss = max(3 * FLOAT32 * tokens * V,
+                   c * (tokens * (D + V) + V * D * head.weight.requires_grad))
+    else:
+        # Both gradients are formed in the forward, chunk by chunk (loss.py): the logits in c, with
+        # float32 pieces that fit a cache (none in a GPU's compiled softmax). The backward scales
+        # both gradients, and briefly holds them twice, without the copies of weights.
+        rows = -(-tokens // -(-tokens // chunk))
+        pieces = 0 if varlen_kernel and compiled else (1 + (c < FLOAT32)) * FLOAT32 * min(
+            rows * V, 2**23 if varlen_kernel else 2**21)
+        both = c * tokens * D + head_gradient
+        loss = both + max(c * rows * (V + 2 * D) + pieces, both - head_copy - gathered)
 
     # --- the moments ---
     # A tied matrix has two gradients in the backward: the head's, apart from those of earlier
@@ -127,8 +145,6 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         extra = (tied or grad_accum > 1 or ranks > 1) + (tied and c == FLOAT32 and chunk is None)
         in_embedding = FLOAT32 * V * D * extra + tokens * D * (c + FLOAT32) + waiting
         not_yet = 0 if tied or held else FLOAT32 * V * D // ranks
-    loss = loss_bytes(tokens, V, D, c, chunk, head.weight.requires_grad, head_copy + gathered,
-                      varlen_kernel, compiled)
     fullest = max((  # gradients, activations, copies of weights, the loss, the layer at work
         (held, activations, sum(copies) + head_copy, loss, 0),  # loss, and backward of the head
         (held + waiting if held else head_gradient, activations, sum(copies), 0, at_work),
@@ -138,26 +154,6 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     return {"weights": weights, "optimizer moments": 2 * gradients, "gradients": fullest[0],
             "activations": fullest[1], f"copies of weights in {compute}": fullest[2] + gathered,
             "logits and loss": fullest[3], "layer at work": fullest[4]}
-
-
-def loss_bytes(tokens, V, D, c, chunk, trained, copy, on_gpu, compiled):
-    """The most bytes that the loss needs, and then the backward of the head.
-
-    `trained`: whether the head is. `copy`: bytes of its weight in c, which is freed after the
-    head's backward.
-    """
-    if chunk is None:
-        # Backward of the softmax: log-probabilities, their gradient, the logits' gradient. Then of
-        # the head: the gradients of logits, of what goes in, and of the weight, all in c.
-        return max(3 * FLOAT32 * tokens * V, c * (tokens * (D + V) + V * D * trained))
-    # Both gradients are formed in the forward, chunk by chunk (loss.py): the logits in c, with
-    # float32 pieces that fit a cache (none in a GPU's compiled softmax). The backward scales both
-    # gradients, and briefly holds them twice.
-    rows = -(-tokens // -(-tokens // chunk))
-    both = c * tokens * D + FLOAT32 * V * D * trained
-    pieces = (1 + (c < FLOAT32)) * FLOAT32 * min(rows * V, 2**23 if on_gpu else 2**21)
-    pieces *= not (on_gpu and compiled)
-    return both + max(c * rows * (V + 2 * D) + pieces, both - copy)
 
 
 # --- a decoder layer ---
@@ -170,16 +166,13 @@ def saved_per_token(layer, dtype, varlen_kernel=False, compiled=False):
     norm = partial(norm_per_token, dtype=dtype, compiled=compiled)
     attention = layer.self_attn
     q, k, v, o, gate, up, down = costs = layer_costs(layer)
-    d, qk_norm = attention.head_dim, not isinstance(attention.q_norm, nn.Identity)
-    (Hd, D), Kd, F = q.shape, k.shape[0], up.shape[0]
+    (Hd, D), Kd, F, d = q.shape, k.shape[0], up.shape[0], attention.head_dim
+    qk_norm = not isinstance(attention.q_norm, nn.Identity)
     kept = norm(layer.input_layernorm, D, q.keeps_input or k.keeps_input or v.keeps_input)
     kept += norm(layer.post_attention_layernorm, D, gate.keeps_input or up.keeps_input)
-    scaled = costs
-    if compiled:
-        scaled = (v, o, down) if qk_norm else (q, k, v, o, down)
     if qk_norm:  # their result is then rotated, for which nothing is kept
-        kept += norm(attention.q_norm, Hd, False, Hd // d) + norm(
-            attention.k_norm, Kd, False, Kd // d)
+        kept += norm(attention.q_norm, Hd, False, Hd // d)
+        kept += norm(attention.k_norm, Kd, False, Kd // d)
     numbers = Hd + 2 * Kd  # q, k, v
     # Chapter 3's attention recomputes its output in the backward, unless it is one GPU kernel.
     if varlen_kernel or getattr(attention, "keeps_output", True):
@@ -189,6 +182,7 @@ def saved_per_token(layer, dtype, varlen_kernel=False, compiled=False):
         numbers += Hd * o.keeps_input
     numbers += F * ((2 if compiled else 3) + down.keeps_input)  # gate, up, silu(gate); product
     numbers += sum(cost.keeps for cost in costs)  # adapters
+    scaled = costs if not compiled else (v, o, down) if qk_norm else (q, k, v, o, down)
     numbers += sum(cost.shape[0] for cost in scaled if cost.keeps_output)  # DoRA's, to be scaled
     return kept + dtype.itemsize * numbers
 
@@ -201,20 +195,6 @@ def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):
     if compiled:
         return FLOAT32 * rows + c * width * (1 + keeps_result)
     return FLOAT32 * (width + rows) + c * width * (norm.weight.requires_grad + keeps_result)
-
-
-def expensive_per_token(layer, dtype, compiled=False):
-    """Outputs of the matrix products and of attention: what selective checkpointing keeps.
-
-    Compiled code does not keep the last product, unless DoRA needs it.
-    """
-    c, d, costs = dtype.itemsize, layer.self_attn.head_dim, layer_costs(layer)
-    (Hd, _), down = costs[0].shape, costs[-1]
-    kept = Hd + sum(cost.shape[0] for cost in costs)
-    kept += sum(len(cost.factors[0]) for cost in costs if cost.factors)  # x Aᵀ
-    if compiled and not down.keeps_output:
-        kept -= down.shape[0]
-    return c * kept + FLOAT32 * Hd // d
 
 
 def weight_copies(layer, dtype):

@@ -1,8 +1,7 @@
 """What a training step's memory is made of at its fullest moment: predicted, and measured.
 
-`common/predict.py` predicts it. Here every allocation of one step is followed from beginning to
-end: where it was made (forward, loss, backward) and whether it outlives the backward tells what it
-is. It needs no list of tensors, so nothing is missed.
+Every allocation of one step is followed: where it was made (forward, loss, backward) and whether it
+outlives the backward tells what it is. It needs no list of tensors, so nothing is missed.
 """
 
 import itertools
@@ -46,16 +45,15 @@ def measured(step, model, optimizer, device):
     memory = sorted((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size)
                     for event in events if event.typed[0] == _EventType.Allocation
                     and event.typed[1].device.type == device.type)
-    alive, lives = {}, []  # lives: (time of allocation, bytes, time when it is freed)
+    alive, lives = {}, []  # [time of allocation, bytes, time when it is freed]
     for time, address, size in memory:
         if size > 0:
-            alive[address] = time, size
+            alive[address] = [time, size, math.inf]
+            lives.append(alive[address])
         elif address in alive:  # or it is older than the step
-            lives.append((*alive.pop(address), time))
-    lives += [(*block, math.inf) for block in alive.values()]
-    changes = sorted(change for born, size, died in lives
-                     for change in ((born, size), (died, -size)))
-    times, sizes = zip(*changes)
+            alive.pop(address)[2] = time
+    times, sizes = zip(*sorted(change for born, size, died in lives
+                               for change in ((born, size), (died, -size))))
     _, fullest = max(zip(itertools.accumulate(sizes), times))
     states = (tensor for state in optimizer.state.values() for tensor in state.values())
     sizes = predicted(model, {
@@ -68,8 +66,7 @@ def measured(step, model, optimizer, device):
 
 
 def category(born, died, spans):
-    """The category of what was allocated and freed at these times; `spans` is {region: (begin,
-    end)}."""
+    """The category of what lived between these times; `spans` is {region: (begin, end)}."""
     where = next((name for name in REGIONS if spans[name][0] <= born < spans[name][1]), "forward")
     if where == "backward" and died > spans["backward"][1]:
         return "gradients"  # all else that the backward makes is freed before it ends

@@ -1,7 +1,7 @@
-"""Where the time of a training step goes, by bucket: as measured, and beside the prediction.
+"""Where the time of a training step goes, by bucket.
 
-One function, `bucket`, sorts all operators: those that torch.profiler has timed and, in
-operators.py, those that are only predicted. So both columns mean the same.
+One function, `bucket`, sorts both the operators that torch.profiler has timed and those that
+operators.py predicts.
 """
 
 import contextlib
@@ -32,8 +32,7 @@ def region(name):
 
 
 def loss_of(model, pack):
-    """The model's loss of a pack, in the region "loss"; what comes before the head is in a region
-    "forward" within it."""
+    """The model's loss of a pack, in a region "loss"; all before the head in a "forward" within."""
     with (region("loss"), contextlib.ExitStack() as forward,
           model.model.register_forward_pre_hook(
               lambda *_: forward.enter_context(region("forward"))),
@@ -44,11 +43,10 @@ def loss_of(model, pack):
 def bucket(names, kernels=False):
     """The bucket of an operator, from its name and those of all that it runs in, inside out.
 
-    All operators of the optimizer are in its bucket. Among the rest, a matrix product counts as one
-    wherever it occurs, also in the output head; what remains of the loss is the softmax. A name
-    that is not an operator's (a region, a node of autograd) stands for the Python and C++ around
-    the operators, during which the device is idle, unless it has started `kernels` itself, as
-    compiled code does on a GPU.
+    A matrix product counts as one wherever it occurs but in the optimizer; what remains of the loss
+    is the softmax. A name that is not an operator's (a region, a node of autograd) stands for the
+    Python and C++ around the operators, during which the device is idle, unless it has started
+    `kernels` itself, as compiled code does on a GPU.
     """
     part = next((name for name in names if name in ("forward", "loss", "optimizer")), None)
     if part == "optimizer" or any(name.startswith("Optimizer.") for name in names):
@@ -68,11 +66,8 @@ def bucket(names, kernels=False):
 # --- measured ---
 
 def duration(function, device, prepare=lambda: None, repeats=5):
-    """Seconds of a call: the median of a few measurements, after one that does not count.
-
-    `prepare` runs before each and is not timed. On CUDA each measurement is ten calls in a row, so
-    that the wait for the first one hardly counts.
-    """
+    """Seconds of a call: the median of a few measurements, after one that does not count. On CUDA
+    each is ten calls in a row. `prepare` runs before each and is not timed."""
     calls, times = 10 if device.type == "cuda" else 1, []
     for _ in range(repeats + 1):
         prepare()
@@ -99,9 +94,9 @@ def wait(device):
 def measure(step, device, trace, repeats=3):
     """Run `step()` under the profiler: seconds by bucket, which add up to those of the step.
 
-    The first run warms up; of the others, the one of median length counts. `trace` is a file for
-    its timeline. On a CPU an operator's time excludes the operators that it calls; on CUDA it is
-    that of its kernels, and idle is the rest of the step.
+    Of the runs after the first, the one of median length counts; its timeline goes to file `trace`.
+    On a CPU an operator's time excludes the operators that it calls; on CUDA it is that of its
+    kernels, and idle is the rest of the step.
     """
     measured = []
     for _ in range(repeats + 1):
@@ -132,11 +127,3 @@ def sum_up(events, device):
         (whole,) = (event for event in events if event.name == "step")
         times["idle"] = whole.cpu_time_total / 1e6 - sum(times.values())
     return times
-
-
-def explained(predicted, measured):
-    """The share of the measured step that the prediction explains: 1 less the sum of the buckets'
-    absolute differences, so that one that is too slow cannot make up for one that is too fast."""
-    rest = sum(abs(measured[name] - predicted[name][1]) for name in BUCKETS)
-    return 1 - rest / sum(measured.values())
-

@@ -4,9 +4,8 @@
     python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and where does it
                                                     come from?
 
-Each prints the time of every step and how often PyTorch has compiled so far, then the slowest
-operators of the last step and how often each ran, and where its timeline is. Read that, not this
-file.
+Each prints the time of every step, then the slowest operators of the last one and where its
+timeline is. Read that, not this file.
 """
 
 import contextlib
@@ -22,13 +21,9 @@ from torch.profiler import profile
 from buckets import seconds_of
 from common.errors import run_main
 from common.files.checkpoint import new_run_folder
-from common.memory import to_device
 from common.options import choose_device, option, read_flags
-from packing import packed_sequence_collate_fn
 from profile_step import first_packs, set_up, step_of
 from train import CHAPTER, Options
-
-SHOWN = 12  # operators
 
 
 @dataclass
@@ -69,23 +64,19 @@ def main(argv=None):
     torch._dynamo.utils.counters.clear()
     torch._dynamo.config.recompile_limit = max(8, 2 * options.steps)
 
-    lists, shape = first_packs(training, data, options.steps)
+    lists, pack_of = first_packs(training, data, options.steps)
     for number, examples in enumerate(lists, 1):
-        if options.bug_2:
-            examples = examples[number - 1:]
-        pack = to_device(packed_sequence_collate_fn(examples, shape), device)
+        pack = pack_of(examples[number - 1:] if options.bug_2 else examples)
         step = step_of(model, optimizer, pack, adapter, 1.0)
-        last = number == options.steps
-        with profile() if last else contextlib.nullcontext() as profiler:
+        with profile() if number == options.steps else contextlib.nullcontext() as profiler:
             seconds = seconds_of(step, device)
-        print(f"step {number}: {1e3 * seconds:8.1f} ms, "
-              f"{len(pack['labels'])} tokens, compiled so far: "
-              f"{torch._dynamo.utils.counters['stats']['unique_graphs']}")
+        print(f"step {number}: {1e3 * seconds:8.1f} ms, {len(pack['labels'])} tokens, compiled so "
+              f"far: {torch._dynamo.utils.counters['stats']['unique_graphs']}")
 
     rows = {row.key: row for row in profiler.key_averages()}
     time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(f"\n{'operators of the last step':<52}{'ms':>10}{'calls':>10}")
-    for row in sorted(rows.values(), key=lambda row: -getattr(row, time_of))[:SHOWN]:
+    for row in sorted(rows.values(), key=lambda row: -getattr(row, time_of))[:12]:
         print(f"{row.key[:50]:<52}{getattr(row, time_of) / 1e3:>10.2f}{row.count:>10}")
     # If an operator itself asks for a number, it is not Python that waits.
     waits = sum(event.name == "aten::item" and "::" not in getattr(event.cpu_parent, "name", "")

@@ -3,9 +3,9 @@
     python chapter-03/profiling/ladder.py --size tiny    half a minute; without, the mid-size model
     python chapter-03/profiling/ladder.py --size 0.6b    Qwen3-0.6B's shapes, for a GPU
 
-Every rung trains on the same documents. Only their own tokens count, so padding shows as lost
-speed. A rung keeps what the rungs before it have changed. Writes ladder.md and ladder.json after
-each rung: after an interruption, run it again, and it goes on.
+Every rung trains on the same documents, whose own tokens count, not padding. A rung keeps what the
+rungs before it have changed. Writes ladder.md and ladder.json after each: after an interruption,
+run it again, and it goes on.
 """
 
 import gc
@@ -26,10 +26,10 @@ from buckets import seconds_of
 from common import predict
 from common.errors import UserError, one_line, run_main
 from common.files.json_files import write_whole
-from common.memory import readable_bytes, to_device
+from common.memory import readable_bytes
 from common.options import choose_device, option, read_flags
 from compiling import compile_model
-from packing import IGNORE, packed_sequence_collate_fn
+from packing import IGNORE
 from profile_step import first_packs, set_up, step_of
 from train import Options
 
@@ -73,8 +73,8 @@ def padded(examples):
 
 
 def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
-    """Attention document by document, on slices. The backward of a slice fills a gradient as large
-    as the whole pack with zeros, for every document."""
+    """Attention document by document, on slices, whose backward fills a gradient as large as the
+    whole pack with zeros for each."""
     if q.is_cuda and q.dtype == torch.float32:  # see `varlen_attention` of chapter 1
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     ends = cu_seqlens.tolist()
@@ -100,10 +100,9 @@ def climb(rung, options, device):
             layer.self_attn.attend = sliced_attention
     if not chunked:
         model.chunk = None
-    lists, shape = first_packs(training, data, options.steps + 1)
+    lists, pack_of = first_packs(training, data, options.steps + 1)
     tokens = [sum(len(ids) for ids, _ in examples) for examples in lists]
-    packs = [to_device(packed_sequence_collate_fn(
-        examples if packed else padded(examples), shape), device) for examples in lists]
+    packs = [pack_of(examples if packed else padded(examples)) for examples in lists]
 
     foreseen = operators.predict(model, packs[-1], training.compile, fused)
     if training.compile:

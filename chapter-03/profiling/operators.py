@@ -1,10 +1,9 @@
 """The operators of a training step on shapes alone, and how long they will take on this device.
 
-A copy of the model runs on tensors without numbers (PyTorch's fake tensors), and every operator,
-forward and backward, is recorded: its FLOPs and bytes. Divided by two ceilings, the FLOPs per
-second of a large matrix product and the bytes per second of a large copy, they give its roofline.
-No model reaches it: its products have other shapes, its other operators read tensors that may or
-may not be in the cache. So each operator is also measured alone, on its own shapes.
+A copy of the model runs on tensors without numbers (PyTorch's fake tensors), and the FLOPs and
+bytes of every operator are recorded. Divided by two ceilings, those of a large matrix product and
+of a large copy, they give its roofline. No model reaches it: its products have other shapes, and
+what is read may not be in the cache. So each operator is also measured alone, on its own shapes.
 """
 
 import collections
@@ -81,8 +80,7 @@ class Layout(NamedTuple):
 @functools.cache
 @torch.no_grad()
 def alone(device, function, leaves, tree):
-    """Seconds of an operator on such arguments: flattened, with a `Layout` in place of each
-    tensor."""
+    """Seconds of an operator on flattened arguments with a `Layout` in place of each tensor."""
     made = [leaf.tensor(device) if isinstance(leaf, Layout) else leaf for leaf in leaves]
     args, kwargs = tree_unflatten(made, tree)
     original = args[0].clone() if function._schema.is_mutable else None
@@ -102,7 +100,7 @@ def alone(device, function, leaves, tree):
 # --- the operators of a step ---
 
 class Op(NamedTuple):
-    """An operator on shapes: what it computes and moves."""
+    """An operator on shapes: what it computes, reads and writes."""
 
     name: str
     bucket: str
@@ -110,11 +108,6 @@ class Op(NamedTuple):
     flops: int
     reads: dict  # storage: bytes
     writes: dict
-
-    @property
-    def bytes(self):
-        """Bytes read and written."""
-        return sum(self.reads.values()) + sum(self.writes.values())
 
 
 class Recorder(TorchDispatchMode):
@@ -156,11 +149,8 @@ def _tensors(tree):
 
 
 def record(model, pack, compiled=False):
-    """The `Op`s of one forward and backward of `pack`, without computing anything; if the model
-    will be `compiled`, those that `fused` gives.
-
-    Attention is two operators a layer, one each way, on any device. Call it before `compile_model`.
-    """
+    """The `Op`s of one forward and backward of `pack`; those that `fused` gives if the model, not
+    compiled yet, will be `compiled`. Attention is two operators a layer, one each way."""
     compile_loss = compiled and pack["labels"].device.type == "cuda"
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
@@ -200,8 +190,7 @@ def fused(ops, kinds=("element-wise",)):
 def predict(model, pack, compiled=False, fused_optimizer=True):
     """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run.
 
-    The first number is FLOPs and bytes divided by the two ceilings; the second adds up what every
-    operator takes alone on its own shapes. For idle it is the cost of calling them.
+    Alone adds up what every operator takes by itself; for idle, what calling them costs.
     """
     config, device = model.config, pack["labels"].device
     ops = record(model, pack, compiled)
@@ -216,7 +205,8 @@ def predict(model, pack, compiled=False, fused_optimizer=True):
             roofline[op.bucket] += (5 if again else 2) * 2 * width * pairs / peak
             own[op.bucket] += backward if again else forward
             continue
-        best = op.flops / peak if op.flops else op.bytes / bandwidth
+        moved = sum(op.reads.values()) + sum(op.writes.values())
+        best = op.flops / peak if op.flops else moved / bandwidth
         roofline[op.bucket] += best
         own[op.bucket] += alone(device, *op.call) if op.call else best
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

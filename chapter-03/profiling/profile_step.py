@@ -6,9 +6,8 @@
     python chapter-03/profiling/profile_step.py --model qwen3-0.6b --init random --data virtual \
         --method full --quantize none --compile
 
-It takes the options of train.py, and profiles a step on the first pack of that run. Time is divided
-into six buckets (buckets.py), memory into six categories (anatomy.py). Writes `trace.json.gz`, a
-timeline of the step, and `profile.json`, all figures.
+It takes the options of train.py, and profiles a step on the first pack of that run. Writes
+`trace.json.gz`, a timeline of the step, and `profile.json`, all figures.
 """
 
 import json
@@ -42,8 +41,7 @@ from train import CHAPTER, REAL, TINY, Options
 class ProfileOptions(Options):
     """The options of train.py, and one more."""
 
-    snapshot: bool = option(False, "on CUDA: write snapshot.pickle, a record of every "
-                                "allocation")
+    snapshot: bool = option(False, "on CUDA: write snapshot.pickle, a record of every allocation")
 
 
 def set_up(options, fused=True):
@@ -64,11 +62,11 @@ def set_up(options, fused=True):
 
 
 def first_packs(options, data, count):
-    """The documents of each of a run's first packs, and the `StaticShape` that fits all, if the
-    run is compiled."""
+    """The documents of each of a run's first packs, and the function that makes a pack of them."""
     sampler = PackSampler(data.lengths, options.batch_tokens, options.seed)
     shape = StaticShape.of((sampler, count)) if options.compile else None
-    return [[data[i] for i in sampler.pack(number)] for number in range(count)], shape
+    return [[data[i] for i in sampler.pack(number)] for number in range(count)], (
+        lambda examples: to_device(packed_sequence_collate_fn(examples, shape), options.device))
 
 
 def step_of(model, optimizer, pack, adapter, clip):
@@ -108,8 +106,8 @@ def main(argv=None):
     device = torch.device(options.device)
     keep_freed(device)
     model, optimizer, adapter, data = set_up(options)
-    (examples,), shape = first_packs(options, data, 1)
-    pack = to_device(packed_sequence_collate_fn(examples, shape), device)
+    (examples,), pack_of = first_packs(options, data, 1)
+    pack = pack_of(examples)
     tokens = len(pack["labels"])
 
     # --- predicted ---
@@ -135,13 +133,14 @@ def main(argv=None):
     found = anatomy.measured(step, model, optimizer, device)
 
     # --- side by side ---
-    share = buckets.explained(times, seconds)
+    # Bucket by bucket, so that one that is too slow cannot make up for one that is too fast.
+    rest = sum(abs(seconds[name] - times[name][1]) for name in seconds)
+    share = 1 - rest / sum(seconds.values())
     show("milliseconds", ("roofline", "alone", "measured", "rest"),
          {name: (*times[name], seconds[name]) for name in seconds}, "step",
          lambda number: f"{1e3 * number:.1f}")
-    print(f"explained {share:.1%}: bucket by bucket {1e3 * (1 - share) * sum(seconds.values()):.1f}"
-          f" ms are not\nwithout the profiler a step takes {1e3 * plain:.1f} ms: "
-          f"{tokens / plain:,.0f} tokens a second")
+    print(f"explained {share:.1%}: bucket by bucket {1e3 * rest:.1f} ms are not\nwithout the "
+          f"profiler a step takes {1e3 * plain:.1f} ms: {tokens / plain:,.0f} tokens a second")
     mfu = prediction.mfu(tokens / plain)
     flops = prediction.flops["total"] * tokens / plain
     print(f"{flops / 1e9:,.0f} GFLOP/s, " + (
@@ -156,8 +155,7 @@ def main(argv=None):
     print(f"\n{out / 'trace.json.gz'}: the timeline; open it at https://ui.perfetto.dev or in "
           "Chrome at chrome://tracing\n" + f"{out / 'profile.json'}: the figures above")
     if options.snapshot and device.type == "cuda":
-        # PyTorch's record, a pickle that is not read here. Python's frames only: looking up the
-        # names of C++'s takes minutes.
+        # A pickle, which is not read here. Looking up the names of C++'s frames takes minutes.
         torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python")
         step()
         torch.cuda.memory._dump_snapshot(str(out / "snapshot.pickle"))
