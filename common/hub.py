@@ -24,11 +24,9 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve(name, flag="--model"):
-    """The folder of a model: `tiny`, a built-in architecture, a local folder, or a Hub id.
-
-    One of ARCHITECTURES holds config.json only, for `--init random`. A Hub id (`owner/name`) is
-    downloaded, or found in the Hub's cache. Raises UserError, naming `flag`, for anything else.
-    """
+    """The folder of a model: `tiny`, one of ARCHITECTURES (config.json only, for `--init random`),
+    a local folder, or a Hub id (`owner/name`), which is downloaded, or found in the Hub's cache.
+    Raises UserError, naming `flag`, for anything else."""
     text = str(name)
     if text in ("tiny", *ARCHITECTURES):
         return COMMON / "tiny" if text == "tiny" else COMMON / "architectures" / text
@@ -45,12 +43,10 @@ def resolve(name, flag="--model"):
 
 
 def resolve_data(name, flag="--data"):
-    """The data files that `name` stands for, as a list of paths; `name` may be a list of names.
-
-    A name is a file, a folder, a data set on the Hub (`owner/name`), or a split or file of one of
-    the latter two: `owner/name:test`. `common/data/splits.py` decides which files that means, and
-    prints its choice. Raises UserError, naming `flag`, if that is nothing, or not clear.
-    """
+    """The data files that `name`, or each of a list of names, stands for, as a list of paths. A
+    name is a file, a folder, a data set on the Hub (`owner/name`), or a split or file of one of the
+    latter two: `owner/name:test`. `splits.choose` decides which files that means. Raises UserError,
+    naming `flag`, if that is nothing, or not clear."""
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]
     path, part = _local(str(name))
@@ -96,7 +92,6 @@ def _similar(path, names=()):
 
 
 def _files_below(folder):
-    """The files of a folder as paths below it."""
     return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 

@@ -33,8 +33,7 @@ def option(default, text, choices=None, least=None):
 
 @dataclass
 class TrainOptions:
-    """The options of every chapter's train.py; `parse` gives each that a run needs a value, except
-    `batch_tokens` on a GPU (see `predict.fit_batch`)."""
+    """The options of every chapter's train.py; `parse` gives each that a run needs a value."""
 
     # --- what ---
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
@@ -182,12 +181,10 @@ def choose_dtype(name, device):
 
 
 def parse(options_class, chapter, description, tiny, real, argv=None):
-    """The options of this run of `chapter` "01", "02" or "03", an `options_class`.
-
-    `tiny` and `real` are the presets, dicts of option values, for the embedded model (`init` and
-    `steps` only on the embedded data) and for all others; a value that depends on --method is
-    itself a dict, with a "default". Raises UserError before any file of the model is touched.
-    """
+    """The options of this run of `chapter` "01", "02" or "03", an `options_class`. `tiny` and
+    `real` are the presets, dicts of option values, for the embedded model (`init` and `steps` only
+    on the embedded data) and for all others; a value that depends on --method is itself a dict,
+    with a "default". Raises UserError before any file of the model is touched."""
     given = read_flags(options_class, description, argv)
     if "config" in given:
         path = given["config"]

@@ -11,7 +11,6 @@ import numpy as np
 from common import hub
 from common.data import encode
 from common.data.chat import Chat, fixed_date
-from common.data.encode import Encoded
 from common.data.parts import THOUGHTS
 from common.data.readers import Records, parse_columns
 from common.data.template import Refused
@@ -24,7 +23,6 @@ SHOWN = 4  # questions whose answers are printed
 TINY_DOCUMENTS = 20_000  # of --data tiny
 SCORED = 100  # documents of each set on which exact match is measured (tiny data only)
 ANSWER = ("content", "tool_calls", *THOUGHTS)  # keys under which an assistant's turn has its answer
-WIDTH = 76  # characters of a line that shows a question or an answer
 
 
 @dataclass(frozen=True)
@@ -43,28 +41,24 @@ class Data:
     """What a run works on. `quizzes` are lists of questions on held-out documents, by name."""
 
     source: Path  # the model's folder
-    train: Encoded
-    held_out: Encoded
+    train: encode.Encoded
+    held_out: encode.Encoded
     chat: Chat | None  # None: random tokens, nothing to ask
     quizzes: dict
     scored: bool  # whether exact match means something for these answers
 
     def digest(self):
-        """A hash of the documents that are trained on, in their order."""
         return hashlib.sha256(self.train.documents["digest"].tobytes()).hexdigest()
 
     def show_example(self):
-        """Print one training document with the trained tokens marked."""
         if self.chat is not None:
             say(encode.show_example(self.train, self.chat))
 
 
 def load(options, source, config, skills):
-    """The `Data` of this run; `source` is the model's folder, for its tokenizer.
-
-    `skills` are what --data tiny stands for: "base", which the embedded model learns from scratch,
-    or "new", which it has never seen; the base skills are then asked too: what is forgotten?
-    """
+    """The `Data` of this run; `source` is the model's folder, for its tokenizer. `skills` are what
+    --data tiny stands for: "base", which the embedded model learns from scratch, or "new", which it
+    has never seen; the base skills are then asked too: what is forgotten?"""
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
     own = ("eval_data", "columns", "rendered", "chat_template", "strict_template")
@@ -98,8 +92,7 @@ def load(options, source, config, skills):
 
     train = encoded(records, "data")
     say_what_differs(chat, records)
-    titles = "held out", "base skills"
-    held_out = [encoded(one, title) for one, title in zip(asked.values(), titles)]
+    held_out = [*map(encoded, asked.values(), ("held out", "base skills"))]
     if not asked:
         asked = {"held-out": records}
         train, *held_out = encode.split(train, options.seed)
@@ -120,18 +113,13 @@ def load(options, source, config, skills):
 
 
 def questions(chat, documents, records, count, limit):
-    """A `Question` on each of the first `count` documents of an `Encoded`, made from `records`.
-
-    The question is the prompt before a conversation's last trained turn, as the template writes it
-    for generation; for a text, its first words. There is none where the template refuses, or the
-    prompt has `limit` tokens or more.
-    """
+    """A `Question` on each of the first `count` documents of an `Encoded`, made from `records`: the
+    prompt before a conversation's last trained turn, as the template writes it for generation, or a
+    text's first words. There is none where the template refuses, or the prompt fills `limit`."""
     numbers = documents.documents["record"][:count].tolist()
-    wanted = {number: record for number, record in zip(range(max(numbers) + 1), records)
-              if number in numbers}
+    wanted = {n: one for n, one in enumerate(islice(records, max(numbers) + 1)) if n in numbers}
     found = []
-    for i, number in enumerate(numbers):
-        ids, labels = documents[i]
+    for number, (ids, labels) in zip(numbers, documents):
         with suppress(Refused):  # say, a conversation after which the template has no prompt
             found.append(_question(chat, wanted[number], ids.tolist(), (labels >= 0).tolist()))
     return [one for one in found if 0 < len(one.prompt) < limit]
@@ -195,11 +183,9 @@ def say_what_differs(chat, records):
 
 def ask(data, model, generate, metrics, step, eval_loss=None):
     """Print the model's greedy answers to the first questions of each quiz, before training (step
-    0) or after it; leaves the model in eval mode.
-
-    If the answers are scored, `metrics` gets `eval_loss` and, as exact_match_<quiz>, the share of
-    all answers that equal the expected ones, token for token, and stop where these do.
-    """
+    0) or after it; leaves the model in eval mode. If the answers are scored, `metrics` gets
+    `eval_loss` and, as exact_match_<quiz>, the share of all answers that equal the expected ones,
+    token for token, and stop where these do."""
     model.eval()
     scores = {}
     for name, quiz in data.quizzes.items():
@@ -221,4 +207,4 @@ def ask(data, model, generate, metrics, step, eval_loss=None):
 
 
 def _line(text):
-    return one_line(text.strip() or "(nothing)", WIDTH)
+    return one_line(text.strip() or "(nothing)", limit=76)

@@ -1,8 +1,5 @@
-"""tokenizer.json and the checkpoint's own chat template: text to token ids, and which to train on.
-
-The model is trained on what it must write itself (see `masks`). Text that spells a control token is
-refused: it would become one.
-"""
+"""tokenizer.json and the checkpoint's own chat template: text to token ids, and which to train on
+(see `masks`). Text that spells a control token is refused: it would become one."""
 
 import datetime
 import json
@@ -36,13 +33,11 @@ class Layout(NamedTuple):
 
 
 class Chat:
-    """A tokenizer with its chat template, made by `Chat.load(folder)`; its public fields are those
-    that `tokenizer.read_tokenizer` gives."""
+    """A tokenizer with its chat template; `tokenizer.read_tokenizer` gives its public fields."""
 
     @classmethod
     def load(cls, folder, template=None):
-        """Read the tokenizer files of `folder`; `template` is a file with another chat template.
-        Raises UserError if anything is wrong with them."""
+        """Read the tokenizer files of `folder`, as `read_tokenizer` does. Raises UserError."""
         self = cls()
         vars(self).update(read_tokenizer(folder, template))
         self._given = template is not None
@@ -80,12 +75,9 @@ class Chat:
                 file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def render(self, messages, add_generation_prompt=False, **variables):
-        """The conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.
-
-        `messages` is a list of {"role", "content", ...}; `variables` go to the template (tools,
-        enable_thinking...). Without a template the contents are joined. Raises Refused for a
-        conversation that the template rejects.
-        """
+        """The conversation, a list of {"role", "content", ...}, as text, equal to transformers'
+        `apply_chat_template(tokenize=False)`. `variables` go to the template (tools,
+        enable_thinking...); without a template the contents are joined. Raises Refused."""
         return parts.take_marks(self._render(
             _plain(messages), add_generation_prompt=add_generation_prompt, **variables))[0]
 
@@ -121,17 +113,15 @@ class Chat:
                     skip_special_tokens=skip_special)
 
     def tokenise(self, texts, whole=False):
-        """A `tokenizers.Encoding` per text. `whole` adds what the tokenizer adds to a document;
-        a rendered conversation has its BOS from the template, and must not get a second."""
+        """A `tokenizers.Encoding` per text. `whole` adds what the tokenizer adds to a document; a
+        rendered conversation has its BOS from the template, and must not get a second."""
         return call("the tokenizer failed", self.tokenizer.encode_batch, texts,
                     add_special_tokens=whole)
 
     def layout(self, record):
-        """The Layout of a record: {"text"} or {"messages"} with what else the template takes.
-
-        Raises Refused. A template that asks for the date (Llama 3.2 writes it into the system
-        prompt) gets a fixed one, so that the same data give the same tokens tomorrow.
-        """
+        """The Layout of a record: {"text"} or {"messages"} with what else the template takes. A
+        template that asks for the date (as Llama 3.2's does) gets a fixed one, so that the same
+        data give the same tokens tomorrow. Raises Refused."""
         if "text" in record:
             return self._text(record["text"], record.get("rendered"))
         messages = _plain(record["messages"])
@@ -168,19 +158,17 @@ class Chat:
         """(ids int32, trained bool), arrays, from a Layout and the Encoding of its text (or just
         the ids, if all of it is trained)."""
         ids = np.array(getattr(encoding, "ids", encoding), dtype=np.int32)
-        trained = np.ones(len(ids), dtype=bool)
-        if layout.spans is not None:
-            trained = masks.tokens_in(layout.spans, encoding.offsets)
+        trained = (np.ones(len(ids), dtype=bool) if layout.spans is None else
+                   masks.tokens_in(layout.spans, encoding.offsets))
         if layout.eos and self.eos_id is not None:
             if self.eos_id not in ids[-1:]:
                 ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, True)
             trained[-1] = True
         return ids, trained
 
-    def _render(self, messages, tools=None, add_generation_prompt=False, **variables):
-        return self._write({
-            "messages": messages, "tools": tools, "documents": None,
-            "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables})
+    def _render(self, messages, tools=None, **variables):
+        return self._write({"messages": messages, "tools": tools, "documents": None,
+                            "add_generation_prompt": False, **self.special_tokens, **variables})
 
     def _text(self, text, rendered):
         """The Layout of a text. In a conversation that a template has `rendered`, the assistant's
@@ -198,7 +186,6 @@ class Chat:
         return Layout(text, spans or None, not (bos and text.startswith(bos)), False, (), notes)
 
     def _notes(self, messages):
-        """Remarks on what a user might not expect in the data."""
         notes = [f"with a key {one_line(repr(key), 40)} in their turns, which the chat template "
                  "does not use" for key in sorted(set().union(*messages) - TURN_KEYS)
                  if not re.search(rf"\b{re.escape(key)}\b", self.template or "")]

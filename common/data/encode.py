@@ -1,8 +1,5 @@
-"""Records to documents of token ids and labels, kept for the next run.
-
-The tokens of all documents are written to a file as they are made, and mapped from there: so a
-million short documents need some hundred megabytes of memory.
-"""
+"""Records to documents of token ids and labels, kept for the next run. Tokens go to a file as they
+are made and are mapped from there: a million short documents need some hundred MB of memory."""
 
 import contextlib
 import fcntl
@@ -41,11 +38,9 @@ CODE = sorted(Path(__file__).parent.glob("*.py"))  # on which tokens and masks d
 
 class Encoded:
     """Documents of token ids. `encoded[i]` is (input_ids, labels), int64, labels not yet shifted.
-
     `tokens` is an array of TOKEN, one document after another, and `documents` one of DOCUMENT:
     where each starts, its length, how many of its tokens are trained, the number of the record that
-    it came from (skipped ones count too), and a hash of its ids. `notes`: what was left out.
-    """
+    it came from (skipped ones count too), and a hash of its ids. `notes`: what was left out."""
 
     def __init__(self, tokens, documents, notes=()):
         self.tokens, self.documents, self.notes = tokens, documents, list(notes)
@@ -77,12 +72,10 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     """Tokenise `records` (see `formats.convert`) into an `Encoded`, saying what was left out.
 
     A conversation longer than `max_length` tokens is cut, dropped or an error, as `too_long` says.
-    A text is cut into consecutive documents, each of which begins with the last token of the one
-    before: so every token but the first is predicted once. Records that cannot be used (empty, say)
-    are skipped, counted and named; so is what the template leaves out of the others, unless
-    `strict`: then it is an error. Raises UserError if a token id is not below `vocab_size`, or
-    nothing is left. The tokens go to `file`, by default a temporary one.
-    """
+    A text is cut into documents that each begin with the last token of the one before: so every
+    token but the first is predicted once. Records that cannot be used are skipped, counted and
+    named; so is what the template leaves out of the others, or it is an error if `strict`. Raises
+    UserError if a token id is not below `vocab_size`, or nothing is left. Tokens go to `file`."""
     if max_length < 2:
         raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
     file = file or tempfile.TemporaryFile()
@@ -193,13 +186,10 @@ def _documents(where, record, length, max_length, too_long, note):
 
 
 def cached(make, key, files=(), title="data"):
-    """The `Encoded` that `make(file)` gives, or gave with the same `key` and `files` earlier.
-
-    `make` writes the tokens to the file that it is given, as `encode` does. `key` is anything that
-    JSON can write; of `files` and of our own code, the content counts. What is kept lies in
-    $XDG_CACHE_HOME or ~/.cache, and may be deleted at any time; if it is damaged, it is made again,
-    with a warning. Of several processes, one makes the data and the others wait for it.
-    """
+    """The `Encoded` that `make(file)` gives, writing the tokens to `file`, or gave earlier with the
+    same `key` (of JSON) and the same content of `files` and of our own code. What is kept lies in
+    $XDG_CACHE_HOME or ~/.cache, and may be deleted at any time; what is damaged is made again, with
+    a warning. Of several processes, one makes the data and the others wait for it."""
     contents = [(Path(file).suffix, checkpoint.fingerprint(file)) for file in [*CODE, *files]]
     name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -277,10 +267,9 @@ def show_example(encoded, chat, limit=400):
     is not a terminal or NO_COLOR is set. Of a long one, the beginning and the end."""
     ids, labels = encoded[0]
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    begin, end = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    begin, end, how = ("\033[32m", "\033[0m", "green") if colour else ("[", "]", "in [brackets]")
     hidden = range(limit * 3 // 4, len(ids) - limit // 4) if len(ids) > limit else ()
-    shown = ("an example; what the model learns to write is "
-             + ("green:\n" if colour else "in [brackets]:\n"))
+    shown = f"an example; what the model learns to write is {how}:\n"
     for kind, places in itertools.groupby(
             range(len(ids)), lambda i: "hidden" if i in hidden else bool(labels[i] >= 0)):
         places = list(places)

@@ -7,8 +7,7 @@
     text               {"text"}: all of it is trained
 
 An example with the keys of two formats is read as the first of them in this order. Null counts as
-absent. A key with a meaning is honoured or refused; other keys are noted.
-"""
+absent. A key with a meaning is honoured or refused; other keys are noted."""
 
 import json
 
@@ -30,20 +29,16 @@ ROLES = {  # what data sets call the speakers -> what chat templates call them
     "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "system": "system",
     "developer": "developer", "tool": "tool", "function": "tool", "observation": "tool",
     "function_response": "tool", "tool_response": "tool", "ipython": "tool",
-    "function_call": CALLER, "tool_call": CALLER,
-}
+    "function_call": CALLER, "tool_call": CALLER}
 POST_TRAINING = ("learning from preferences is post-training (DPO and its kin), which this script "
                  "does not do")
 
 
 def convert(value, where, ignored, rendered=False):
     """{"messages": [...], "tools"?} or {"text"} from an example, a dict as found in a file.
-
-    Each message is {"role", "content", ...} as OpenAI has it, calls in "tool_calls" with objects
-    as arguments, and with "train": False if it is not to be trained on. Keys that are not used are
-    added to the dict `ignored`, with the place. Raises Refused for an example that can be left out,
-    and UserError for a file that is not what it should be.
-    """
+    Messages are as OpenAI has them, but the arguments of calls are objects, and "train": False
+    marks what is not to be trained on. Unused keys are added to the dict `ignored`, with the place.
+    Raises Refused for an example that can be left out, UserError for what a file must not hold."""
     value = _present(value, "an example", where)  # what is read is taken out
     keys = next((keys for keys in FORMATS if value.keys() >= {*keys}), None)
     if keys is None:
@@ -234,7 +229,6 @@ def _without_nulls(value, schema):
 
 
 def _must_be(kind, value, what, where):
-    """`value`, which must be a dict, a list or a str."""
     if not isinstance(value, kind):
         names = {dict: "a JSON object", list: "a list", str: "text"}
         raise UserError(f"{where}: {what} must be {names[kind]}, not {type(value).__name__}")
@@ -257,7 +251,6 @@ def _take(value, key, kind, where):
 
 
 def _json(text, error):
-    """The value of a JSON text; raises `error` if it is not valid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,8 +1,5 @@
-"""Which characters of a rendered conversation, and which tokens, the model must learn to write.
-
-That is what the assistant writes: everything from the end of its turn's header, where a prompt
-ends, through the end-of-turn token. Both are learned from the chat template.
-"""
+"""What the model must learn to write, in characters and in tokens: what the assistant writes, from
+the end of its turn's header, where a prompt ends, through the end-of-turn token."""
 
 import os
 import re
@@ -33,12 +30,9 @@ def any_of(texts):
 
 def learn(render, special, named):
     """(a pattern of what a generation prompt adds, say "<|im_start|>assistant\\n", the tokens that
-    end a turn), learned from three small conversations.
-
-    `render` is that of a Chat, `special` a pattern of the tokenizer's special tokens, `named` of
-    these and of the added tokens that the template mentions. What the template refuses or does not
-    show is left empty.
-    """
+    end a turn), learned from three small conversations that the Chat's `render` writes. `special`
+    is a pattern of the tokenizer's special tokens, `named` of these and of the added tokens that
+    the template mentions. What the template refuses or does not show is left empty."""
     def tokens(text):
         return special.findall(text) or named.findall(text)[-1:]
 
@@ -61,14 +55,10 @@ def learn(render, special, named):
 
 
 def regions(where, text, header, stops):
-    """[(start, end, message, ended)] of what the assistant writes in `text`, a rendering in which
-    the parts of the conversation are `where` (see `parts.find`); `ended` says whether it ends with
-    one of the `stops`.
-
-    A region begins after the `header`, so what the template inserts before the words (Qwen3's
-    empty think block) is part of it; without a header it begins with the first of the words.
-    Raises Refused if it is not clear what to train on.
-    """
+    """[(start, end, message, ended)] of what the assistant writes in `text`, a rendering with the
+    conversation's parts at `where` (see `parts.find`); `ended`: with one of the `stops`. A region
+    begins after the `header`: what the template inserts there (Qwen3's empty think block) is part
+    of it; without one, with the first of the words. Raises Refused if that is unclear."""
     groups = [(owner, [*places]) for owner, places in groupby(where, lambda place: (
         place[2].message if place[2].kind in OWN else None))]
     floors = [0, *(places[-1][1] for _, places in groups)]
@@ -105,10 +95,8 @@ def regions(where, text, header, stops):
 
 def tokens_in(spans, offsets):
     """Which tokens lie in the spans, (start, end) in characters, at least in part: bool array (T,).
-
     `offsets` are the tokens' own (start, end). A tokenizer may trim white space off them: a token
-    with no characters left counts as the character before its end.
-    """
+    with no characters left counts as the character before its end."""
     start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     inside = np.zeros(end.max(initial=0) + 1, dtype=np.int64)
     for first, last in spans:

@@ -1,10 +1,8 @@
-"""What a conversation says, part by part, and where each part is in its rendered text.
-
-A part is a piece of a record's text: a message's words, the assistant's thoughts, the name and the
-arguments of a tool call, the name of a tool. Each is put between marks, private-use characters, and
-rendered by the template; the result counts only if removing the marks gives the plain rendering.
-(Comparing renderings of growing prefixes fails: Qwen3's template drops thoughts of earlier turns.)
-"""
+"""What a conversation says, part by part, and where each part is in its rendered text. A part is a
+message's words, the assistant's thoughts, the name or the arguments of a tool call, or the name of
+a tool. Each is put between marks, private-use characters, and rendered, which counts only if
+removing the marks gives the plain rendering. (Comparing renderings of growing prefixes fails:
+Qwen3's template drops thoughts of earlier turns.)"""
 
 import json
 import re
@@ -35,10 +33,8 @@ class Part(NamedTuple):
 
 def marked(messages, tools, kinds):
     """(the `Part`s of a conversation, messages, tools), the last two with marks around all parts of
-    these kinds that are not blank; white space at the edges stays outside.
-
-    An assistant's content is cut at <think> and </think>, which a template may look for.
-    """
+    these kinds that are not blank; white space at the edges stays outside. An assistant's content
+    is cut at <think> and </think>, which a template may look for."""
     found = []
 
     def mark(value, message, kind):  # a text, or all texts in the arguments of a call
@@ -89,8 +85,7 @@ def marked(messages, tools, kinds):
 
 
 def take_marks(text):
-    """(the text without marks, [(start, end, k)] of what was between those of part k, or None if
-    marks are missing)."""
+    """(text without marks, [(start, end, k)] between part k's, or None if marks are missing)."""
     found, opened = [], []
     for n, mark in enumerate(_MARK.finditer(text)):
         k, closing = divmod(ord(mark.group()) - _FIRST, 2)
@@ -104,10 +99,8 @@ def take_marks(text):
 
 def find(messages, tools, text, render):
     """([(start, end, Part)], the parts in their places, or None if the assistant's are not written
-    as they are; [Part], those that are not written).
-
-    `text` is the rendering of the conversation; render(messages, tools) makes others.
-    """
+    as they are; [Part], those that are not written). `text` is the rendering of the conversation;
+    render(messages, tools) makes others."""
     for kinds in ((*OWN, *ROLES, "tools"), OWN):
         found, *copies = marked(messages, tools, kinds)
         try:

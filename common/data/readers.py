@@ -1,12 +1,9 @@
-"""Data files to records, one example at a time, with the place of each.
-
-Any bytes give records or a UserError with file and line; `formats.py` has what an example may be.
-"""
+"""Data files to records (`formats.py` has what they may hold), one at a time, with the place of
+each. Any bytes give records or a UserError with file and line."""
 
 import csv
 import gzip
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -39,13 +36,10 @@ def parse_columns(text):
 
 
 class Records:
-    """The records of data files, in order, one at a time, as often as they are iterated over.
-
-    `columns` renames keys: {"prompt": "question"} reads "question" as the prompt. `rendered` says
-    that a "text" is a whole conversation, control tokens included. Paths are checked at once,
-    contents as they are read; an error is a UserError with file and line. `size` and `done` (bytes)
-    tell the progress, `ignored` which keys were not used, and where each first occurred.
-    """
+    """The records of data files, one at a time, as often as they are iterated over. `columns`
+    renames keys: {"prompt": "question"} reads "question" as the prompt; `rendered`: a "text" is a
+    whole conversation, control tokens included. Paths are checked at once, contents as they are
+    read. `size` and `done` (bytes) tell the progress, `ignored` the unused keys and where first."""
 
     def __init__(self, paths, columns=None, rendered=False):
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
@@ -117,10 +111,8 @@ def _lines(path):
     try:
         with open(path, "rb") as file:
             unpacked = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
-            for number in itertools.count(1):
-                line = unpacked.readline(LONGEST_LINE)
-                if not line:
-                    return
+            until_empty = iter(lambda: unpacked.readline(LONGEST_LINE), b"")
+            for number, line in enumerate(until_empty, 1):
                 if len(line) == LONGEST_LINE:
                     raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} "
                                     "MiB; give .jsonl, one JSON object a line")
@@ -151,8 +143,7 @@ def plain_text(path, wanted):
 def lines(path, wanted):
     """The JSON value of each line that is not blank."""
     for number, line, done in _lines(path):
-        text = line.rstrip()  # otherwise its end would count as another line
-        if text:
+        if text := line.rstrip():  # with its end it would count as two
             yield f"{path}:{number}", _parse(text, path, number), done
 
 
@@ -173,8 +164,7 @@ def table(path, wanted):
     """The rows of a CSV or TSV file as {column: text}; its first row names the columns."""
     header = next((line for _, line, _ in _lines(path) if line.strip()), "")
     said = re.match("sep=(.)\\s*$", header)  # a first line that Excel writes
-    # In countries that write numbers with a comma, Excel writes semicolons.
-    comma = ";" if ";" in header and "," not in header else ","
+    comma = ";" if ";" in header and "," not in header else ","  # Excel's, where 0,5 is a half
     separator = said[1] if said else "\t" if suffix(path) == ".tsv" else comma
 
     def text():
@@ -204,8 +194,7 @@ def table(path, wanted):
 
 
 def parquet(path, wanted):
-    """The rows of a Parquet file, as JSON would have them; of columns that are not `wanted`, which
-    may hold pictures, only the names."""
+    """The rows, as JSON has them; of columns not `wanted`, perhaps pictures, only the names."""
     import pyarrow.parquet
 
     number = 0

@@ -34,9 +34,7 @@ def choose(names, part, place, flag, page=None):
     `place` is the data set as it was named, `page` its address on the Hub, and `part` what followed
     the colon: a file, a label, the last component of one, a folder of several, or "". In a local
     folder (no `page`) with no files named for training, all are taken but those named as held out;
-    subfolders count only if it has no files itself. Raises UserError if nothing can be meant, or
-    more than one thing.
-    """
+    subfolders count only if it has no files itself. Raises UserError unless one thing is meant."""
     if part in names:
         return [part]
     data = sorted(filter(is_data, names))

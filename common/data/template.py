@@ -1,8 +1,5 @@
-"""A checkpoint's chat template: Jinja, rendered as transformers renders it.
-
-A template is a program that came with a download. jinja2's sandbox keeps it from reaching Python
-and from changing its arguments; an error in it becomes one line.
-"""
+"""A checkpoint's chat template: Jinja, rendered as transformers renders it. It is a program that
+came with a download: jinja2's sandbox keeps it from reaching Python and changing its arguments."""
 
 import datetime
 import json
@@ -38,21 +35,18 @@ class _Generation(Extension):
 
 
 def compiled(source, where):
-    """A function that gives the text for the variables of a chat template, a dict.
-
-    `where` names the template's file in messages. Raises UserError for one that does not compile.
-    The function raises Refused if the template itself fails or objects (`raise_exception`, a role
-    or a key that it does not know), and UserError if it writes more than LONGEST characters.
-    """
+    """A function that gives the text for the variables of a chat template, a dict. Raises
+    UserError, naming `where`, for a template that does not compile. The function raises Refused if
+    the template itself fails or objects (`raise_exception`, a role or a key that it does not know),
+    and UserError if it writes more than LONGEST characters."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # no HTML escapes
-    environment.globals.update(
-        raise_exception=raise_exception,
-        strftime_now=lambda format: datetime.datetime.now().strftime(format))
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
     del environment.globals["lipsum"]  # random text
     try:
         template = environment.from_string(source)

@@ -62,18 +62,14 @@ def read_tokenizer(folder, template=None):
         "stop_ids": {*stops, eos_id} - {None},  # generation ends at them
         "eos_id": eos_id,  # appended to plain text; None: nothing is
         "vocab_size": max(vocabulary.values(), default=-1) + 1,  # the model may have more rows
-        # SHA-256 of everything that ids and masks depend on:
         "fingerprint": hashlib.sha256(repr(sorted(raw.items())).encode()).hexdigest()}
 
 
 def _name_tokens(tokenizer, config, mapped, ids, folder):
-    """Give the tokens of tokenizer.json the flags that transformers gives them, which makes those
-    with a name special; gives {"eos_token": text, ...}.
-
-    tokenizer_config.json's added_tokens_decoder wins over tokenizer.json, and stands alone; without
-    it special_tokens_map.json wins over tokenizer_config.json. Raises UserError for a token that
-    tokenizer.json lacks: transformers would add it.
-    """
+    """Give the tokens of tokenizer.json the flags that they have in transformers, where those with
+    a name are special; gives {"eos_token": text, ...}. tokenizer_config.json's added_tokens_decoder
+    wins over tokenizer.json, and stands alone; without it special_tokens_map.json wins over
+    tokenizer_config.json. UserError if tokenizer.json lacks one: transformers would add it."""
     decoder = config.get("added_tokens_decoder")
     if decoder is not None:
         mapped, ids = {}, {}

@@ -1,13 +1,9 @@
-"""The embedded data: small skills over words and numbers, as instruction and response.
+"""The embedded data: small skills over words and numbers, as instruction and response, made from a
+seed. Chapter 1 learns the BASE skills from scratch; chapters 2 and 3 adapt the model to the NEW
+ones, which it has never seen.
 
-Every record is made here from a seed: nothing is downloaded, nothing is copied from anywhere.
-A skill draws its arguments, puts them into one of three phrases, and computes the one right
-answer. Chapter 1 learns the BASE skills from scratch; chapters 2 and 3 adapt the model to the
-NEW ones, which it has never seen.
-
-A word to be worked on is in quotation marks, because the tokenizer keeps such a word as
-single letters (see README.md): the model can only reverse what it sees letter by letter.
-"""
+A word to be worked on is in quotation marks, because the tokenizer keeps such a word as single
+letters (see README.md): the model can only reverse what it sees letter by letter."""
 
 import hashlib
 from itertools import cycle, islice
@@ -20,22 +16,16 @@ UNITS = {  # (from, to): how many, and the largest amount that is asked for
     ("metres", "centimetres"): (100, 99),
     ("kilograms", "grams"): (1000, 99),
     ("hours", "minutes"): (60, 9),
-    ("weeks", "days"): (7, 9),
-}
+    ("weeks", "days"): (7, 9)}
 
 
 def word(random, least=3, most=7):
-    """A made-up word of `least` to `most` letters, no letter twice.
-
-    Consonants and vowels take turns until the five vowels are used up.
-    """
+    """A made-up word, no letter twice: consonants and vowels in turn, until vowels run out."""
     consonants = random.sample(CONSONANTS, len(CONSONANTS))
     pools = [consonants, random.sample(VOWELS, len(VOWELS))]
     random.shuffle(pools)
-    letters = []
-    for i in range(random.randint(least, most)):
-        letters.append((pools[i % 2] or consonants).pop())
-    return "".join(letters)
+    length = random.randint(least, most)
+    return "".join((pools[i % 2] or consonants).pop() for i in range(length))
 
 
 def an_amount(random):
@@ -52,59 +42,51 @@ DRAWS = {
     "digits": lambda random: (" ".join(random.sample("0123456789", random.randint(3, 7))),),
     "sum": lambda random: (random.randint(1, 99), random.randint(1, 3)),
     "day": lambda random: (random.randint(1, 5), random.choice(DAYS)),
-    "amount": an_amount,
-}
+    "amount": an_amount}
 # name: (one of DRAWS, the answer from the arguments, three phrases)
 BASE = {
     "copy": ("long word", lambda w: w,
-             ('Repeat "{}".', 'Copy "{}".', 'Say "{}" again.')),
+        ('Repeat "{}".', 'Copy "{}".', 'Say "{}" again.')),
     "reverse": ("word", lambda w: w[::-1],
-                ('Reverse "{}".', 'Turn "{}" around.', 'Write "{}" backwards.')),
+        ('Reverse "{}".', 'Turn "{}" around.', 'Write "{}" backwards.')),
     "uppercase": ("word", str.upper,
-                  ('Write "{}" in capitals.', 'Turn "{}" into capitals.', 'Make "{}" uppercase.')),
+        ('Write "{}" in capitals.', 'Turn "{}" into capitals.', 'Make "{}" uppercase.')),
     "spell": ("long word", "-".join,
-              ('Spell "{}".', 'Write "{}" with dashes.', 'Spell "{}" with dashes.')),
+        ('Spell "{}".', 'Write "{}" with dashes.', 'Spell "{}" with dashes.')),
     "length": ("word", lambda w: str(len(w)),
-               ('How long is "{}"?', 'Count the letters of "{}".',
-                'How many letters are in "{}"?')),
+        ('How long is "{}"?', 'Count the letters of "{}".', 'How many letters are in "{}"?')),
     "last": ("word", lambda w: w[-1],
-             ('What is the last letter of "{}"?', 'Which letter ends "{}"?', 'How does "{}" end?')),
+        ('What is the last letter of "{}"?', 'Which letter ends "{}"?', 'How does "{}" end?')),
     "repeat": ("letter", lambda c, n: c * n,
-               ('Write "{}" {} times.', 'Give me "{}" {} times over.', 'Repeat "{}" {} times.')),
+        ('Write "{}" {} times.', 'Give me "{}" {} times over.', 'Repeat "{}" {} times.')),
     "sort": ("digits", lambda d: " ".join(sorted(d.split())),
-             ("Sort {}.", "Put {} in order.", "Sort the digits {}.")),
+        ("Sort {}.", "Put {} in order.", "Sort the digits {}.")),
     "largest": ("digits", lambda d: max(d),
-                ("What is the largest of {}?", "Give the largest of {}.",
-                 "Which is the biggest of {}?")),
+        ("What is the largest of {}?", "Give the largest of {}.", "Which is the biggest of {}?")),
     "add": ("sum", lambda a, b: str(a + b),
-            ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?")),
+        ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?")),
     "calendar": ("day", lambda n, day: DAYS[(DAYS.index(day) + n) % 7],
-                 ("Which day is {} days after {}?", "Count {} days on from {}.",
-                  "What day comes {} days after {}?")),
+        ("Which day is {} days after {}?", "Count {} days on from {}.",
+         "What day comes {} days after {}?")),
     "convert": ("amount", lambda n, a, b: str(n * UNITS[a, b][0]),
-                ("Convert {} {} to {}.", "Turn {} {} into {}.", "Write {} {} in {}.")),
-}
+        ("Convert {} {} to {}.", "Turn {} {} into {}.", "Write {} {} in {}."))}
 NEW = {
     "vowels": ("word", lambda w: "".join(c for c in w if c in VOWELS),
-               ('Keep only the vowels of "{}".', 'Which vowels are in "{}"?',
-                'List the vowels of "{}".')),
+        ('Keep only the vowels of "{}".', 'Which vowels are in "{}"?', 'List the vowels of "{}".')),
     "double": ("word", lambda w: "".join(c + c for c in w),
-               ('Double each letter of "{}".', 'Write each letter of "{}" twice.',
-                'Give each letter of "{}" twice.')),
+        ('Double each letter of "{}".', 'Write each letter of "{}" twice.',
+         'Give each letter of "{}" twice.')),
     "shout": ("word", lambda w: w[::-1].upper(),
-              ('Shout "{}" backwards.', 'Write "{}" backwards in capitals.',
-               'Reverse "{}" in capitals.')),
-}
+        ('Shout "{}" backwards.', 'Write "{}" backwards in capitals.',
+         'Reverse "{}" in capitals.'))}
 SKILLS = {"base": BASE, "new": NEW, "all": {**BASE, **NEW}}
 
 
 def records(name, split, count, seed=0):
-    """`count` records of the skills `name`, each skill in turn, determined by the seed.
-
-    `name` is "base", "new" or "all"; `split` is "train" or "eval", and no prompt is in both.
-    Each record is {"messages": [user, assistant], "skill": name of the skill}. A longer list
-    starts with the shorter one. Raises ValueError for another name or split.
-    """
+    """`count` records of the skills `name`, "base", "new" or "all", each skill in turn, determined
+    by the seed; a longer list starts with the shorter one. `split` is "train" or "eval", and no
+    prompt is in both. Each record is {"messages": [user, assistant], "skill": name of the skill}.
+    Raises ValueError for another name or split."""
     if name not in SKILLS or split not in ("train", "eval"):
         raise ValueError(f"skills: no data {name!r} {split!r}: take base, new or all, "
                          "and train or eval")
@@ -113,8 +95,7 @@ def records(name, split, count, seed=0):
 
 
 def record(skill, split, random):
-    """One record of `skill`, drawn again until its prompt belongs to `split`, as its hash decides:
-    about one in eight is for "eval"."""
+    """A record of `skill`, drawn until its prompt's hash fits `split` ("eval": one in eight)."""
     kind, answer, phrases = SKILLS["all"][skill]
     while True:
         arguments = DRAWS[kind](random)
