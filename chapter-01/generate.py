@@ -2,8 +2,7 @@
 
     python chapter-01/generate.py --model runs/chapter-01/001/final --prompt "Reverse: cat"
 
-There is no cache here: for every new token the model runs on the whole pack again, which needs no
-further code. Chapter 2 adds the cache.
+There is no cache here, which chapter 2 adds: every new token costs a run on the whole pack.
 """
 
 import sys

@@ -67,11 +67,8 @@ class Qwen3Config:
 
 
 class Linear(nn.Linear):
-    """y = x Wᵀ + b, computed in the dtype of x while W itself stays a float32 master weight.
-
-    The cast is part of the graph, so the gradient arrives in float32, where a small update is
-    not rounded away.
-    """
+    """y = x Wᵀ + b in the dtype of x, while W stays a float32 master weight. The cast is part of
+    the graph, so W's gradient is float32 too, where a small update is not rounded away."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -79,10 +76,8 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """y = w ⊙ x / √(mean(x²) + ε), over the last dimension (RMSNorm, equation 4).
-
-    The mean is taken in float32: squares of bfloat16 numbers lose too much in bfloat16.
-    """
+    """y = w ⊙ x / √(mean(x²) + ε), over the last dimension (RMSNorm, equation 4). The mean is taken
+    in float32: squares of bfloat16 numbers lose too much in bfloat16."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -96,11 +91,8 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(position_ids, head_dim, theta):
-    """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d).
-
-    Always float32: in bfloat16 the angle of position 4095 would be off by more than four radians
-    (RoFormer, section 3.2.2).
-    """
+    """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d) (RoFormer,
+    3.2.2), in float32: in bfloat16 the angle of position 4095 would be off by over four radians."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids.float()[:, None] / theta**exponents  # (T, d/2)
     return angles.cos()[:, None, :], angles.sin()[:, None, :]
@@ -113,14 +105,12 @@ def apply_rotary(x, cos, sin):
 
 
 def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
-    """Causal softmax(q kᵀ / √d) v within each document; nothing crosses a document's border.
+    """Causal softmax(q kᵀ / √d) v within each document: (T, H, d).
 
-    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document
-    n is the tokens cu_seqlens[n] to cu_seqlens[n+1]. Returns (T, H, d).
-
-    On CUDA in 16 bits this is one call of PyTorch's FlashAttention for packed sequences.
-    Elsewhere the documents are computed one after another. `split` and not slices: the backward of
-    a slice fills a whole pack with zeros, for every document.
+    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document n
+    is the tokens cu_seqlens[n] to cu_seqlens[n+1]. On CUDA in 16 bits this is one call of PyTorch's
+    FlashAttention for packed sequences. Elsewhere the documents are computed one after another;
+    `split` and not slices, whose backward fills a whole pack with zeros, for every document.
     """
     if q.is_cuda and q.dtype != torch.float32:
         # window (-1, 0): everything to the left, nothing to the right, which is causal.
@@ -130,11 +120,9 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     lengths = cu_seqlens.diff().tolist()
     outputs = []
-    for q_n, k_n, v_n in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        output = F.scaled_dot_product_attention(  # it wants (1, heads, tokens, d)
-            q_n.transpose(0, 1)[None], k_n.transpose(0, 1)[None], v_n.transpose(0, 1)[None],
-            is_causal=True, enable_gqa=True,
-        )
+    for document in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
+        q_n, k_n, v_n = (x.transpose(0, 1)[None] for x in document)  # (1, heads, tokens, d)
+        output = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -212,12 +200,9 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The decoder with its output head.
-
-    A fresh model has random weights, as Qwen3's are before training: every matrix is normal with
-    standard deviation `initializer_range`, every norm is one. `compute_dtype` is the dtype of
-    the activations and matrix products; set it after construction.
-    """
+    """The decoder with its output head. A fresh one is random, as Qwen3 before its training: every
+    matrix normal with standard deviation `initializer_range`, every norm one. `compute_dtype` is
+    the dtype of the activations and matrix products; set it after construction."""
 
     def __init__(self, config):
         super().__init__()
@@ -232,11 +217,8 @@ class Qwen3ForCausalLM(nn.Module):
                 nn.init.normal_(parameter, std=config.initializer_range)
 
     def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids):
-        """Logits (T, V) in `compute_dtype`, from the four fields of a pack.
-
-        input_ids and position_ids are (T,) int64, cu_seqlens is (N+1,) int32 (see packing.py),
-        max_seqlen is the longest document's length.
-        """
+        """Logits (T, V) in `compute_dtype`, from a pack (packing.py): input_ids and position_ids
+        (T,) int64, cu_seqlens (N+1,) int32, and max_seqlen, the longest document's length."""
         x = self.model(input_ids, cu_seqlens, max_seqlen, position_ids, self.compute_dtype)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(x, head.weight.to(x.dtype))

@@ -1,8 +1,7 @@
 """Packing: documents of unequal length, end to end in one row, with nothing wasted on padding.
 
-`packed_sequence_collate_fn` makes a pack of given documents. `PackSampler` chooses the documents of
-every pack of the run, in an order that depends on the seed alone: not on the number of GPUs, and
-not on where a run was interrupted.
+`PackSampler` chooses the documents of every pack of the run, in an order that depends on the seed
+alone: not on the number of GPUs, and not on where a run was interrupted.
 """
 
 import numpy as np
@@ -46,10 +45,10 @@ def packed_sequence_collate_fn(examples):
 class PackSampler:
     """The endless sequence of packs: each epoch shuffled anew, each pack filled to a token budget.
 
-    `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes the
-    documents in shuffled order for as long as the next one still fits. With `seed=None` nothing
-    is shuffled (evaluation). Pack number i is always the same, so the whole state of a sampler
-    is one number: the next pack.
+    `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes
+    documents in shuffled order (with `seed=None`, for evaluation, in their own) for as long as the
+    next one still fits. Pack number i is always the same, so a sampler's state is one number: the
+    next pack.
     """
 
     def __init__(self, lengths, batch_tokens, seed):

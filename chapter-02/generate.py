@@ -4,9 +4,8 @@
     python chapter-02/generate.py --adapter runs/chapter-02/001/final --compare --prompt "..." "..."
     python chapter-02/generate.py --model meta-llama/Llama-3.2-1B-Instruct --chat
 
-Greedy unless --temperature is given. What is new since chapter 1 is the cache of keys and values
-(common/asking/kv_cache.py): the prompts are computed once, in one pack; after that every step
-computes one token per document.
+What is new since chapter 1 is the cache of keys and values (common/asking/kv_cache.py): the prompts
+are computed once, in one pack; after that every step computes one token per document.
 """
 
 import sys
@@ -26,10 +25,8 @@ from modeling_llama import LlamaConfig, LlamaForCausalLM
 
 
 def load_model(name, device, dtype, adapter=None):
-    """(model, its folder), the weights in `dtype`, ready to be asked.
-
-    Without a `name` it is the model that the adapter in folder `adapter` was trained on.
-    """
+    """(model, its folder), the weights in `dtype`, ready to be asked. Without a `name` it is the
+    model that the adapter in folder `adapter` was trained on."""
     folder = hub.resolve(name or peft.base_model_name(adapter))
     verify(folder)
     if adapter and "nf4" in peft.metadata(adapter).get("trained_on", ""):

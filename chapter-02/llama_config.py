@@ -54,10 +54,7 @@ class RopeScaling:
 # Changed from chapter-01: qk_norm, qkv_bias and rope_scaling, which are fixed in Qwen3.
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of a config.json that this model uses, under their own names.
-
-    `qk_norm` and `qkv_bias` are not in the file: they follow from its `model_type`.
-    """
+    """The fields of a config.json that this model uses; two of them follow from FAMILIES."""
 
     vocab_size: int
     hidden_size: int

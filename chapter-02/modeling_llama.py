@@ -7,10 +7,9 @@ Shapes, here and in every chapter:
     H  query heads      K  key/value heads               d  head size (head_dim)
     V  vocabulary size
 
-The families differ in five fields of the config (llama_config.py) and in nothing else: `qk_norm`,
-`qkv_bias`, `rope_scaling`, `head_dim` and `tie_word_embeddings`; no code here asks for a family's
-name. Also new since chapter 1 is the cache of keys and values (common/asking/kv_cache.py), with
-which a new token is computed without the document before it.
+The families differ in five fields of the config (llama_config.py) and in nothing else; no code here
+asks for a family's name. Also new since chapter 1 is the cache of keys and values
+(common/asking/kv_cache.py), with which a new token is computed without the document before it.
 
 Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
 """
@@ -33,11 +32,8 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).paramet
 
 # Copied from chapter-01/modeling_qwen3.py
 class Linear(nn.Linear):
-    """y = x Wᵀ + b, computed in the dtype of x while W itself stays a float32 master weight.
-
-    The cast is part of the graph, so the gradient arrives in float32, where a small update is
-    not rounded away.
-    """
+    """y = x Wᵀ + b in the dtype of x, while W stays a float32 master weight. The cast is part of
+    the graph, so W's gradient is float32 too, where a small update is not rounded away."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -46,10 +42,8 @@ class Linear(nn.Linear):
 
 # Copied from chapter-01/modeling_qwen3.py
 class RMSNorm(nn.Module):
-    """y = w ⊙ x / √(mean(x²) + ε), over the last dimension (RMSNorm, equation 4).
-
-    The mean is taken in float32: squares of bfloat16 numbers lose too much in bfloat16.
-    """
+    """y = w ⊙ x / √(mean(x²) + ε), over the last dimension (RMSNorm, equation 4). The mean is taken
+    in float32: squares of bfloat16 numbers lose too much in bfloat16."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -64,10 +58,8 @@ class RMSNorm(nn.Module):
 
 # Changed from chapter-01: Llama 3's scaling.
 def rotary_tables(position_ids, config):
-    """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d).
-
-    Always float32: in bfloat16 the angle of position 4095 would be off by more than four radians
-    (RoFormer, section 3.2.2).
+    """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d) (RoFormer,
+    3.2.2), in float32: in bfloat16 the angle of position 4095 would be off by over four radians.
 
     Llama 3.1 was trained on short documents first, then on longer ones, with slow pairs slowed down
     further, by `factor`: those that make fewer than `low_freq_factor` turns within the original
@@ -95,14 +87,12 @@ def apply_rotary(x, cos, sin):
 
 # Copied from chapter-01/modeling_qwen3.py
 def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
-    """Causal softmax(q kᵀ / √d) v within each document; nothing crosses a document's border.
+    """Causal softmax(q kᵀ / √d) v within each document: (T, H, d).
 
-    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document
-    n is the tokens cu_seqlens[n] to cu_seqlens[n+1]. Returns (T, H, d).
-
-    On CUDA in 16 bits this is one call of PyTorch's FlashAttention for packed sequences.
-    Elsewhere the documents are computed one after another. `split` and not slices: the backward of
-    a slice fills a whole pack with zeros, for every document.
+    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document n
+    is the tokens cu_seqlens[n] to cu_seqlens[n+1]. On CUDA in 16 bits this is one call of PyTorch's
+    FlashAttention for packed sequences. Elsewhere the documents are computed one after another;
+    `split` and not slices, whose backward fills a whole pack with zeros, for every document.
     """
     if q.is_cuda and q.dtype != torch.float32:
         # window (-1, 0): everything to the left, nothing to the right, which is causal.
@@ -112,11 +102,9 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     lengths = cu_seqlens.diff().tolist()
     outputs = []
-    for q_n, k_n, v_n in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        output = F.scaled_dot_product_attention(  # it wants (1, heads, tokens, d)
-            q_n.transpose(0, 1)[None], k_n.transpose(0, 1)[None], v_n.transpose(0, 1)[None],
-            is_causal=True, enable_gqa=True,
-        )
+    for document in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
+        q_n, k_n, v_n = (x.transpose(0, 1)[None] for x in document)  # (1, heads, tokens, d)
+        output = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -209,12 +197,9 @@ class LlamaModel(nn.Module):
 
 # Changed from chapter-01: biases start at zero; with a cache only the last token has logits.
 class LlamaForCausalLM(nn.Module):
-    """The decoder with its output head.
-
-    A fresh model has random weights: every matrix is normal with standard deviation
-    `initializer_range`, every norm is one, every bias zero. `compute_dtype` is the dtype of the
-    activations and matrix products; set it after construction.
-    """
+    """The decoder with its output head. A fresh one has random weights: every matrix is normal with
+    standard deviation `initializer_range`, every norm is one, every bias zero. `compute_dtype` is
+    the dtype of the activations and matrix products; set it after construction."""
 
     def __init__(self, config):
         super().__init__()
@@ -231,12 +216,10 @@ class LlamaForCausalLM(nn.Module):
                 nn.init.normal_(parameter, std=config.initializer_range)
 
     def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids, cache=None):
-        """Logits (T, V) in `compute_dtype`, from the four fields of a pack.
-
-        input_ids and position_ids are (T,) int64, cu_seqlens is (N+1,) int32 (see packing.py),
-        max_seqlen is the longest document's length. With a `KVCache` the pack holds only what is
-        new, and the logits are (N, V): those of each document's last token.
-        """
+        """Logits (T, V) in `compute_dtype`, from a pack (packing.py): input_ids and position_ids
+        (T,) int64, cu_seqlens (N+1,) int32, and max_seqlen, the longest document's length. With a
+        `KVCache` a pack holds only what is new, and the logits are (N, V): those of each document's
+        last token."""
         x = self.model(input_ids, cu_seqlens, max_seqlen, position_ids, self.compute_dtype, cache)
         if cache is not None:
             x = x[cu_seqlens[1:].long() - 1]

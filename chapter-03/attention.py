@@ -31,9 +31,7 @@ STEP = 32  # keys begin at a multiple: a CPU's library generates code for each s
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                     cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Causal softmax(q kᵀ / √d) v within each document: (T, H, d), as in `varlen_attention`.
-
-    Autograd, the compiler and selective checkpointing see one operator and do not look inside.
-    """
+    Autograd, the compiler and selective checkpointing see one operator and do not look inside."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):

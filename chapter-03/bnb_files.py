@@ -33,9 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def is_bnb(config):
     """Whether a config (from `read_config`) belongs to an NF4 folder that `iter_bnb` can read.
-
-    False if it is not quantised at all. Raises UserError that names any other quantisation.
-    """
+    Raises UserError that names any other quantisation."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return False
@@ -49,11 +47,9 @@ def is_bnb(config):
 
 
 def iter_bnb(path):
-    """Every (name, tensor) of a folder; a quantised one is assembled into an `NF4Weight`.
-
-    Holds one weight in memory at a time if its parts are adjacent, as in files sorted by name.
-    Raises UserError for parts that are missing or are not what NF4 needs.
-    """
+    """Every (name, tensor) of a folder; a quantised one is assembled into an `NF4Weight`. Holds one
+    weight in memory at a time if its parts are adjacent, as in files sorted by name. Raises
+    UserError for parts that are missing or are not what NF4 needs."""
     is_bnb(read_config(path))
     waiting = {}  # name of a weight -> its parts so far
     for name, tensor in iter_tensors(path):
@@ -83,8 +79,7 @@ def _parts(quantized):
         parts |= {"nested_absmax": quantized.absmax2, "nested_quant_map": DYNAMIC_MAP.clone()}
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
                   "nested_offset": quantized.offset.item()}
-    text = json.dumps(state).encode()
-    return parts | {STATE: torch.tensor(list(text), dtype=torch.uint8)}
+    return parts | {STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
 
 
 def _read_state(tensor):
@@ -125,11 +120,9 @@ def _assemble(parts):
 
 
 def save_bnb(model, config, path, dtype=None, metadata=None):
-    """Write a model with `NF4Linear` layers as a folder that transformers + bitsandbytes loads.
-
-    `config` is what `read_config` gave; `dtype` is for what is not quantised (default: as it is).
-    The tokenizer's files are not written (`weights.copy_tokenizer` does that).
-    """
+    """Write a model with `NF4Linear` layers as a folder that transformers + bitsandbytes loads, but
+    without the tokenizer's files (see `weights.copy_tokenizer`). `config` is what `read_config`
+    gave; `dtype` is for what is not quantised (default: as it is)."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4Linear to save")

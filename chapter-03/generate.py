@@ -4,8 +4,8 @@
     python chapter-03/generate.py --adapter runs/chapter-03/001/final --compare --prompt "..." "..."
     python chapter-03/generate.py --model meta-llama/Llama-3.2-1B-Instruct --chat
 
-As in chapter 2, but an adapter that was trained on a four-bit base, and was fitted to that base,
-rounding errors included, gets the same base here: its file says which.
+As in chapter 2, but an adapter that was fitted to a four-bit base, rounding errors included, gets
+the same base here: its file says which.
 """
 
 import sys

@@ -14,29 +14,25 @@ CHUNK = 1024  # tokens whose logits exist at a time, on a CPU
 
 
 def chunk_for(vocabulary, gpu_memory=None):
-    """How many tokens to take at a time. On a CPU: CHUNK. On a GPU with `gpu_memory` bytes: the
-    power of two whose 16-bit logits take at most 1/128 of them (2,048 with 80 GB, V = 151,936).
-
-    With more tokens at a time, the weight is read, and its gradient written, fewer times.
-    """
+    """How many tokens to take at a time; with more, the weight is read, and its gradient written,
+    fewer times. On a CPU: CHUNK. On a GPU with `gpu_memory` bytes: the power of two whose 16-bit
+    logits take at most 1/128 of them (2,048 with 80 GB, V = 151,936)."""
     if gpu_memory is None:
         return CHUNK
     return 2 ** max((gpu_memory // 128 // (2 * vocabulary)).bit_length() - 1, 7)
 
 
-def chunked_cross_entropy(hidden, weight, labels, chunk=CHUNK, labelled=None,
-                          softmax=None):
+def chunked_cross_entropy(hidden, weight, labels, chunk=CHUNK, labelled=None, softmax=None):
     """Sum over the tokens with label ≥ 0 of -log softmax(hidden weightᵀ)[label], in float32.
 
-    hidden (T, D), weight (V, D), labels (T,) int64, negative where not trained. Products run in
-    the dtype of hidden: a float32 master weight is cast inside, and gets a float32 gradient,
-    summed over the chunks in float32 whatever the dtypes. A frozen weight costs no gradient, and
-    evaluation costs none at all. If no label is ≥ 0, the loss and the gradients are 0.
+    hidden (T, D), weight (V, D), labels (T,) int64, negative where not trained. Products run in the
+    dtype of hidden: a float32 master weight is cast inside, and gets a float32 gradient, summed
+    over the chunks in float32 whatever the dtypes. What is frozen costs no gradient. If no label is
+    ≥ 0, the loss and the gradients are 0.
 
-    `chunk` is the most tokens taken at a time; their logits take chunk · V elements. `labelled`
-    (L,) int64 says where the labels ≥ 0 are. A pack has it (packing.py); otherwise it is computed,
-    and a GPU has to be waited for. `softmax` is `softmax_in_pieces_` or, if it is to be compiled,
-    `softmax_at_once_`.
+    At most `chunk` tokens are taken at a time. `labelled` (L,) int64 says where the labels ≥ 0 are.
+    A pack has it (packing.py); otherwise it is computed, and a GPU has to be waited for. `softmax`
+    is `softmax_in_pieces_` or, if it is to be compiled, `softmax_at_once_`.
     """
     if labelled is None:
         labelled = (labels >= 0).nonzero()[:, 0]
@@ -80,10 +76,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def softmax_in_pieces_(logits, labels, gradient):
     """The sum of -log softmax(logits)[label], (C, V) and (C,), in float32. With `gradient` the
-    logits are overwritten by its gradient: softmax(logits), less 1 at the label.
-
-    A few rows at a time, so that what is float32 stays in the cache, a CPU's or a GPU's.
-    """
+    logits are overwritten by its gradient: softmax(logits), less 1 at the label. A few rows at a
+    time, so that what is float32 stays in the cache, a CPU's or a GPU's."""
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
     loss = torch.zeros((), dtype=sum_dtype, device=logits.device)
     minus_one = torch.full((), -1, dtype=sum_dtype, device=logits.device)
@@ -123,11 +117,9 @@ def softmax_(logits, at_label, labels, gradient):
 
 @torch.library.custom_op("bareloop::addmm_", mutates_args=("total",))
 def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a b, in place and in the dtype of total; (m, n) += (m, k) (k, n).
-
-    `a` and `b` have the same dtype: that of total, or 16 bits if total is float32. The compiler
-    sees one operator that changes `total`; with PyTorch's own it would copy `total` first.
-    """
+    """total += a b, in place and in the dtype of total; (m, n) += (m, k) (k, n). `a` and `b` have
+    the same dtype: that of total, or 16 bits if total is float32. The compiler sees one operator
+    that changes `total`; with PyTorch's own it would copy `total` first."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:

@@ -38,11 +38,8 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).paramet
 
 # Copied from chapter-02/modeling_llama.py
 class Linear(nn.Linear):
-    """y = x Wᵀ + b, computed in the dtype of x while W itself stays a float32 master weight.
-
-    The cast is part of the graph, so the gradient arrives in float32, where a small update is
-    not rounded away.
-    """
+    """y = x Wᵀ + b in the dtype of x, while W stays a float32 master weight. The cast is part of
+    the graph, so W's gradient is float32 too, where a small update is not rounded away."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -51,10 +48,8 @@ class Linear(nn.Linear):
 
 # Copied from chapter-02/modeling_llama.py
 class RMSNorm(nn.Module):
-    """y = w ⊙ x / √(mean(x²) + ε), over the last dimension (RMSNorm, equation 4).
-
-    The mean is taken in float32: squares of bfloat16 numbers lose too much in bfloat16.
-    """
+    """y = w ⊙ x / √(mean(x²) + ε), over the last dimension (RMSNorm, equation 4). The mean is taken
+    in float32: squares of bfloat16 numbers lose too much in bfloat16."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -69,10 +64,8 @@ class RMSNorm(nn.Module):
 
 # Copied from chapter-02/modeling_llama.py
 def rotary_tables(position_ids, config):
-    """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d).
-
-    Always float32: in bfloat16 the angle of position 4095 would be off by more than four radians
-    (RoFormer, section 3.2.2).
+    """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d) (RoFormer,
+    3.2.2), in float32: in bfloat16 the angle of position 4095 would be off by over four radians.
 
     Llama 3.1 was trained on short documents first, then on longer ones, with slow pairs slowed down
     further, by `factor`: those that make fewer than `low_freq_factor` turns within the original
@@ -100,11 +93,9 @@ def apply_rotary(x, cos, sin):
 
 # Changed from chapter-02: in blocks of queries where there is no FlashAttention (attention.py).
 def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
-    """Causal softmax(q kᵀ / √d) v within each document; nothing crosses a document's border.
-
-    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document
-    n is the tokens cu_seqlens[n] to cu_seqlens[n+1], and may have none. Returns (T, H, d).
-    """
+    """Causal softmax(q kᵀ / √d) v within each document: (T, H, d), from q (T, H, d) and k and v
+    (T, K, d), query head h using key/value head h // (H/K). Document n is the tokens cu_seqlens[n]
+    to cu_seqlens[n+1], and may have none."""
     if q.is_cuda and q.dtype != torch.float32:
         # window (-1, 0): everything to the left, nothing to the right, which is causal.
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
@@ -164,12 +155,9 @@ class MLP(nn.Module):
 
 # Changed from chapter-02: what it keeps for the backward can be chosen; it can be compiled.
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)).
-
-    `checkpointing` says what is kept for the backward. "none": all that it needs; "full": x alone;
-    "selective": x, and the outputs of matrix products and of attention, which are expensive. What
-    is not kept (with "selective": norms, rotation, SwiGLU) is computed again.
-    """
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). `checkpointing` says what is kept for
+    the backward. "none": all that it needs; "full": x alone; "selective": x, and the outputs of
+    matrix products and of attention, which are expensive. What is not kept is computed again."""
 
     checkpointing = "none"
 
@@ -232,7 +220,7 @@ class LlamaModel(nn.Module):
 
 
 def initialise(name, tensor, config):
-    """Fill parameter `name` with the values of a fresh model; gives the tensor."""
+    """Fill parameter `name` with the values of a fresh model, as in chapter 2; gives the tensor."""
     if name.endswith("bias"):
         return nn.init.zeros_(tensor)
     if name.endswith("norm.weight"):
@@ -242,14 +230,10 @@ def initialise(name, tensor, config):
 
 # Changed from chapter-02: with labels, the loss.
 class LlamaForCausalLM(nn.Module):
-    """The decoder with its output head.
-
-    A fresh model has random weights: every matrix is normal with standard deviation
-    `initializer_range`, every norm is one, every bias zero. `compute_dtype` is the dtype of the
-    activations and matrix products; set it after construction. So is `chunk`, the most tokens whose
-    logits exist at a time (None: those of all, in the plain loss); `softmax` is the loss's softmax
-    if it is compiled (see loss.py).
-    """
+    """The decoder with its output head. A fresh one has random weights (`initialise`).
+    `compute_dtype` is the dtype of the activations and matrix products; `chunk` is the most tokens
+    whose logits exist at a time (None: those of all, in the plain loss); `softmax` is the loss's
+    softmax if it is compiled (see loss.py). Set them after construction."""
 
     def __init__(self, config):
         super().__init__()
@@ -279,8 +263,7 @@ class LlamaForCausalLM(nn.Module):
         plain_head = self.lm_head is None or isinstance(self.lm_head, Linear)
         if labels is not None and plain_head and self.chunk is not None:
             weight = (self.lm_head or self.model.embed_tokens).weight
-            return chunked_cross_entropy(
-                x, weight, labels, self.chunk, labelled, self.softmax)
+            return chunked_cross_entropy(x, weight, labels, self.chunk, labelled, self.softmax)
         if self.lm_head is not None:
             logits = self.lm_head(x)  # called, as it may carry an adapter
         else:

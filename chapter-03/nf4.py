@@ -28,9 +28,9 @@ def nf4_levels():
 
     Quantiles of N(0, 1) with probabilities evenly spaced from 1/2 to `tail`: eight steps above
     zero, seven below, zero itself, divided by the largest. `tail` is halfway between the last
-    probabilities that 15 and 16 bins would have: (1 - 1/30 + 1 - 1/32) / 2.
-    The published table comes from float32 probabilities, float64 quantiles and a float32
-    division: any other order of precisions gives other last bits.
+    probabilities that 15 and 16 bins would have: (1 - 1/30 + 1 - 1/32) / 2. The published table
+    comes from float32 probabilities, float64 quantiles and a float32 division: any other order of
+    precisions gives other last bits.
     """
     tail = 0.9677083
     above = torch.linspace(tail, 0.5, 9)[:-1].double()
@@ -42,11 +42,9 @@ def nf4_levels():
 
 
 def dynamic_map():
-    """The 256 levels of an 8-bit absmax, float32, ascending: Dettmers 2015 (arXiv 1511.04561).
-
-    For each power of ten from 1e-6 to 1, evenly spaced levels of both signs, twice as many as for
-    the power below it; then 0 and 1. Zero has code 127.
-    """
+    """The 256 levels of an 8-bit absmax, float32, ascending: Dettmers 2015 (arXiv 1511.04561). For
+    each power of ten from 1e-6 to 1, evenly spaced levels of both signs, twice as many as for the
+    power below it; then 0 and 1. Zero has code 127."""
     levels = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
@@ -74,18 +72,14 @@ class NF4Weight:
 
     @property
     def nbytes(self):
-        """Bytes held."""
         parts = (self.packed, self.absmax, self.absmax2, self.offset)
         return sum(part.nbytes for part in parts if part is not None)
 
 
 def quantize_nf4(weight, double_quant=False):
-    """Quantise a floating-point tensor to an `NF4Weight` on its device.
-
-    Needs no second copy of the weight: `PIECE` elements are converted at a time. On the meta device
-    it gives only shapes. Raises ValueError for an infinite or NaN element, and for a number of
-    elements that is not a multiple of 64.
-    """
+    """Quantise a floating-point tensor to an `NF4Weight` on its device, `PIECE` elements at a time,
+    so that no second copy of it is needed. On the meta device it gives only shapes. ValueError for
+    an element that is not finite, and for a number of elements that is not a multiple of 64."""
     if weight.numel() % BLOCK:
         raise ValueError(f"{tuple(weight.shape)} is no whole number of blocks of {BLOCK} elements")
     blocks = weight.detach().reshape(-1, BLOCK)
@@ -110,9 +104,7 @@ def quantize_nf4(weight, double_quant=False):
 
 def _quantize_absmax(absmax):
     """(blocks,) float32 -> uint8 codes, absmax2 of each 256 of them, and their mean: QLoRA eq. 6.
-
-    As bitsandbytes' CPU code does, it first rounds the value to one of 65,536 positions of a table.
-    """
+    As in bitsandbytes' CPU code, a value is first rounded to one of 65,536 positions of a table."""
     offset = absmax.mean()
     centred = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax2 = centred.abs().amax(dim=1)
@@ -150,8 +142,7 @@ def _dequantize(packed, absmax, absmax2, offset, pairs, nested, shape, dtype, in
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x Wᵀ + b. W is dequantised in the forward and again in the backward pass, and not kept in
-    between."""
+    """x Wᵀ + b. W is dequantised in the forward and again in the backward, and not kept between."""
 
     @staticmethod
     def forward(ctx, x, bias, shape, dtype, *parts):
@@ -178,10 +169,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 class NF4Linear(QuantizedLinear):
     """A linear layer on a frozen NF4 weight: y = x deq(W)ᵀ + b, in the dtype of x (QLoRA eq. 5).
-
     The quantised parts are buffers. They move with `.to(device)`, but `.to(dtype)` does not change
-    them: a scale cast to bfloat16 would give a different weight.
-    """
+    them: a scale cast to bfloat16 would give a different weight."""
 
     # True in a compiled layer that is computed again in the backward: W is then dequantised again
     # with all the rest, while PyTorch 2.11's compiler would keep what `_FrozenLinear` computes.

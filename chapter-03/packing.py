@@ -27,11 +27,9 @@ class StaticShape:
 
     @classmethod
     def of(cls, *uses):
-        """The shape that fits the first `count` packs of each (`PackSampler`, count).
-
-        N is no larger than these packs need, because attention pays for it, as for max_seqlen, the
-        length of the longest document. Padding is cut into pieces no longer than that.
-        """
+        """The shape that fits the first `count` packs of each (`PackSampler`, count). N is no
+        larger than they need, because attention pays for it, as for max_seqlen, the length of the
+        longest document. Padding is cut into pieces no longer than that."""
         longest = max(int(sampler.lengths.max()) for sampler, _ in uses)
         most = max(sampler.most_documents(count, longest) for sampler, count in uses)
         return cls(uses[0][0].batch_tokens, most, longest)
@@ -98,11 +96,11 @@ def packed_sequence_collate_fn(examples, shape=None):
 class PackSampler:
     """The endless sequence of packs: each epoch shuffled anew, each pack filled to a token budget.
 
-    `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes the
-    documents in shuffled order, but skips those that do not fit any more and looks for others that
-    do, among the next LOOK_AHEAD; what it skips comes first in the next pack. With `seed=None`
-    nothing is shuffled (evaluation). Pack number i is always the same, so the whole state of a
-    sampler is one number: the next pack.
+    `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes
+    documents in shuffled order (with `seed=None`, for evaluation, in their own), but skips those
+    that do not fit any more and looks for others that do, among the next LOOK_AHEAD; what it skips
+    comes first in the next pack. Pack number i is always the same, so a sampler's state is one
+    number: the next pack.
     """
 
     def __init__(self, lengths, batch_tokens, seed):

@@ -1,8 +1,6 @@
-"""The model of a run: from a checkpoint, from random numbers, or just its shapes.
-
-It is built without storage and then filled tensor by tensor, so that the 16-bit model of an NF4
-base never exists as a whole.
-"""
+"""The model of a run: from a checkpoint, from random numbers, or just its shapes. It is built
+without storage and then filled tensor by tensor, so that the 16-bit model of an NF4 base never
+exists as a whole."""
 
 import torch
 from torch import nn
@@ -66,11 +64,9 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
 
 def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained"):
     """A `LlamaForCausalLM`, frozen, in `dtype`; with an NF4 `base` its layers' matrices in NF4.
-
     `config` is the LlamaConfig, `source` the folder of the weights, 16-bit or bitsandbytes NF4
     (which is taken as it is, whatever `base` says). `init` "random" draws the weights of a fresh
-    model, and "shapes" gives one on the meta device. Raises UserError for weights that do not fit.
-    """
+    model, and "shapes" gives one on the meta device. UserError for weights that do not fit."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     parameters, quantize = list(model.named_parameters()), base != "none"
@@ -91,13 +87,11 @@ def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained
 
 
 def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quantize=True):
-    """Fill a model built on the meta device from a stream of (name, tensor), and freeze it.
-
-    Each tensor is cast to `dtype` (default: its own) as it comes. With `quantize`, a linear layer
-    inside `layers` then becomes an `NF4Linear`, as it does in any case from an `NF4Weight`. So the
-    peak is the quantised model and one or two tensors. ValueError names what is missing,
-    unexpected, mis-shaped or not finite.
-    """
+    """Fill a model built on the meta device from a stream of (name, tensor), and freeze it. Each
+    tensor is cast to `dtype` (default: its own) as it comes. With `quantize`, a linear layer inside
+    `layers` then becomes an `NF4Linear`, as it does in any case from an `NF4Weight`. So the peak is
+    the quantised model and one or two tensors. ValueError names what is missing, unexpected,
+    mis-shaped or not finite."""
     missing = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, tensor in tensors:
         found = {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), None)}
@@ -131,13 +125,10 @@ def _check(found, wanted):
 
 # Changed from chapter-02: quantised bases.
 def load_model(name, device, dtype, adapter=None, base="auto"):
-    """(model, its folder), the weights in `dtype`, ready to be asked.
-
-    Without a `name` it is the model that the adapter in folder `adapter` was trained on. For
-    `base` "nf4" or "nf4-double" its layers are quantised, from the dtype in which the run had them;
-    "auto" is what the adapter's file says, else "none". A model that is quantised already is taken
-    as it is.
-    """
+    """(model, its folder), the weights in `dtype`, ready to be asked. Without a `name` it is the
+    model that the adapter in folder `adapter` was trained on. For `base` "nf4" or "nf4-double" its
+    layers are quantised, from the dtype in which the run had them; "auto" is what the adapter's
+    file says, else "none". A model that is quantised already is taken as it is."""
     folder = hub.resolve(name or peft.base_model_name(adapter))
     verify(folder)
     said = peft.metadata(adapter) if adapter else {}

@@ -231,10 +231,8 @@ def main(argv=None):
             # --- log --- Copied from chapter-02/train.py
             state["step"], state["tokens"] = step, state["tokens"] + tokens
             seconds = time.perf_counter() - started
-            metrics.log_step(
-                step, loss, lr, norm, tokens, seconds,
-                memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
-            )
+            metrics.log_step(step, loss, lr, norm, tokens, seconds,
+                             memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds))
 
             # --- evaluate --- Changed from chapter-02: static shapes.
             improved = False

@@ -1,8 +1,5 @@
-"""Where the time of a training step goes, by bucket.
-
-One function, `bucket`, sorts both the operators that torch.profiler has timed and those that
-operators.py predicts.
-"""
+"""Where the time of a training step goes, by bucket. One function, `bucket`, sorts both the
+operators that torch.profiler has timed and those that operators.py predicts."""
 
 import contextlib
 import re
@@ -92,12 +89,10 @@ def wait(device):
 
 
 def measure(step, device, trace, repeats=3):
-    """Run `step()` under the profiler: seconds by bucket, which add up to those of the step.
-
-    Of the runs after the first, the one of median length counts; its timeline goes to file `trace`.
-    On a CPU an operator's time excludes the operators that it calls; on CUDA it is that of its
-    kernels, and idle is the rest of the step.
-    """
+    """Run `step()` under the profiler: seconds by bucket, which add up to those of the step. Of the
+    runs after the first, the one of median length counts; its timeline goes to file `trace`. On a
+    CPU an operator's time excludes the operators that it calls; on CUDA it is that of its kernels,
+    and idle is the rest of the step."""
     measured = []
     for _ in range(repeats + 1):
         with profile() as profiler, region("step"):

@@ -188,10 +188,8 @@ def fused(ops, kinds=("element-wise",)):
 # --- how long they will take ---
 
 def predict(model, pack, compiled=False, fused_optimizer=True):
-    """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run.
-
-    Alone adds up what every operator takes by itself; for idle, what calling them costs.
-    """
+    """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run. Alone adds up
+    what every operator takes by itself; for idle, what calling them costs."""
     config, device = model.config, pack["labels"].device
     ops = record(model, pack, compiled)
     width = config.num_attention_heads * config.head_dim
