@@ -28,8 +28,8 @@ def to_device(pack, device):
 
 
 def peak_memory_bytes(device):
-    """The most bytes this process has used so far: on CUDA what PyTorch's allocator had handed out,
-    on a CPU the largest resident set; None if the device does not say (MPS)."""
+    """The most bytes used so far: by PyTorch's allocator on CUDA, resident on a CPU; None on
+    MPS."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

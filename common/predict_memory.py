@@ -16,7 +16,6 @@ FLOAT32 = 4  # bytes; master weights, gradients, both Adam moments, norm statist
 
 class LinearCost(NamedTuple):
     """What a training step needs for a linear layer y = x Wᵀ, beside W itself."""
-
     shape: tuple  # (out, in)
     weight: Tensor | None  # W as a parameter; None if it is quantised, so dequantised at each use
     factors: tuple = ()  # of an adapter: A (r, in) and s B (out, r)
@@ -145,8 +144,7 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
 
 
 def saved_per_token(layer, dtype, varlen_kernel=False, compiled=False):
-    """Bytes per token that a decoder layer keeps for its backward. Compiled code recomputes what is
-    cheap, such as silu(gate) and DoRA's scaling."""
+    """Bytes per token kept for backward. Compiled code recomputes silu(gate) and DoRA's scaling."""
     norm = partial(norm_per_token, dtype=dtype, compiled=compiled)
     attention = layer.self_attn
     q, k, v, o, gate, up, down = costs = layer_costs(layer)

@@ -44,9 +44,8 @@ def say(*words):
 
 def start_ranks(device):
     """Join the other ranks, if torchrun started any; gives the torch.device to compute on: on CUDA
-    the GPU numbered LOCAL_RANK. A wait for another rank, say while rank 0 writes, ends with an
-    error after BARELOOP_TIMEOUT_SECONDS (in the environment; default 1800). Raises UserError if the
-    environment is incomplete or a node has more ranks than GPUs."""
+    GPU LOCAL_RANK. A wait for another rank ends with an error after BARELOOP_TIMEOUT_SECONDS
+    (default 1800). Raises UserError if the environment is incomplete or the node lacks GPUs."""
     device = torch.device(device)
     if world_size() == 1:
         return device

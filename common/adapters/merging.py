@@ -72,10 +72,9 @@ def merge_into(model, dtype, lora):
 
 
 def report(dtype, norms, before, after):
-    """What a merge lost, from the `norms` of `merge_into` and the sample's logits (T, V) with the
-    adapter (`before`) and merged (`after`). In the dict, `layers` has by name the error of the
-    realised ΔW relative to ΔW (0: all of it survived; 1: as far off as no adapter at all), `total`
-    the same over all layers, and `delta` the Frobenius norm of all ΔW."""
+    """What a merge lost, from the `norms` of `merge_into` and the sample's logits (T, V) `before`,
+    with the adapter, and `after`. In the dict, `layers` has by name the error of the realised ΔW
+    relative to ΔW (see `show`), `total` the same over all, `delta` the Frobenius norm of ΔW."""
     def relative(delta, error):
         return (error / delta) ** 0.5 if delta else 0.0
 

@@ -166,8 +166,7 @@ def load_adapter(model, path, lora):
 
 
 def _copies(model, headers):
-    """{key: the model's parameter} of copies of the base's embedding and head that PEFT has
-    added."""
+    """{key: the model's parameter} of the copies of embedding and head that PEFT may add."""
     own = dict(model.named_parameters())
     embedding = own["model.embed_tokens.weight"]
     head = own.get("lm_head.weight", own.get("lm_head.base.weight", embedding))

@@ -24,8 +24,7 @@ STATELESS = "optimizer_without_state"  # key of state.json: parameters that have
 
 def save_state(folder, model, optimizer, state, names=None):
     """Write model, optimizer, random generators and `state` (a dict that JSON holds exactly) into
-    `folder` (see `commit`). `names` are the parameters to save, default all: an adapter run gives
-    those that training can change. Collective; rank 0 writes."""
+    `folder`. `names` are the parameters to save (default: all). Collective; rank 0 writes."""
     kept = {name: optimizer.state.get(parameter, {})
             for name, parameter in _optimized(model, optimizer).items()}
     moments = {f"{name}.{entry}": value for name, entries in kept.items()
