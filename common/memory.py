@@ -28,8 +28,7 @@ def to_device(pack, device):
 
 
 def peak_memory_bytes(device):
-    """The most bytes used so far: by PyTorch's allocator on CUDA, resident on a CPU; None on
-    MPS."""
+    """The most bytes used so far: on CUDA by PyTorch's allocator, on a CPU resident; else None."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

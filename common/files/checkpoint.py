@@ -132,8 +132,9 @@ def seal(folder):
 
 def verify(folder):
     """Check `folder` against its manifest, and give that: `files` (name -> size and sha256),
-    `extra` (world_size, versions, what the commit was given); {} for a folder that is not ours.
-    CheckpointError names what is missing, changed or added. Repairs a cut-off replacement first."""
+    `extra` (world_size, versions, what the commit was given); {} if we did not write the folder.
+    Raises CheckpointError for a file missing, changed or added. First repairs a cut-off
+    replacement."""
     folder = Path(folder)
     try:
         recover(folder)
