@@ -132,9 +132,8 @@ def seal(folder):
 
 def verify(folder):
     """Check `folder` against its manifest, and give that: `files` (name -> size and sha256),
-    `extra` (world_size, versions, what the commit was given); {} if we did not write the folder.
-    Raises CheckpointError for a file missing, changed or added. First repairs a cut-off
-    replacement."""
+    `extra` (world_size, versions, what the commit was given); {} if we did not write the folder. A
+    file missing, changed or added is a CheckpointError. First repairs a cut-off replacement."""
     folder = Path(folder)
     try:
         recover(folder)
