@@ -67,8 +67,7 @@ def out_of_memory(error):
 
 
 def run_main(main):
-    """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130,
-    SIGTERM 143. (During training `common.guard.caught_signals` saves first.)"""
+    """Run main(): a UserError is one line and exit code 2, Ctrl-C exit code 130, SIGTERM 143."""
     def terminated(signum, frame):
         print(f"\nstopped by {signal.Signals(signum).name}", file=sys.stderr)
         raise SystemExit(128 + signum)

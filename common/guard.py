@@ -15,9 +15,8 @@ from common.ranks import say
 @contextlib.contextmanager
 def caught_signals():
     """Within `with caught_signals() as signals:` SIGTERM and Ctrl-C only set `signals.requested`,
-    before that None, to their names, "SIGTERM" and "SIGINT". The loop looks at it after each step
-    (with `any_rank`, as a signal may reach one rank first), saves and ends. A second Ctrl-C raises
-    KeyboardInterrupt at once. Main thread only."""
+    None before, to their name. The loop looks at it after each step (by `any_rank`: one rank may
+    get it first), saves and ends. A second Ctrl-C raises KeyboardInterrupt. Main thread only."""
     signals = SimpleNamespace(requested=None, interrupted=None)  # when the first Ctrl-C came
     # torchrun gets the terminal's Ctrl-C too, and passes it on to every rank a second time.
     echo_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
@@ -41,20 +40,16 @@ def caught_signals():
 
 
 class NonFinite:
-    """Counts the steps whose loss or gradient norm is not finite, for the loop to skip; after
-    `limit` in a row `check` raises UserError."""
+    """Counts steps that are not finite, for the loop to skip; `limit` in a row are a UserError."""
 
     def __init__(self, limit=5):
         self.limit = limit
         self.skipped = self.in_a_row = 0
 
     def check(self, loss, grad_norm, step, documents, checkpoint=None):
-        """True if the step may be taken, False if the loop must skip it (no optimizer.step).
-
-        `documents` are the packs of the step, lists of document ids, printed so that a bad one can
-        be found; `checkpoint` is the last good one, named when it is time to stop. With several
-        ranks pass the loss and norm over all of them, so that all decide alike.
-        """
+        """True if the step may be taken, False if the loop must skip it. Give the loss and norm
+        over all ranks, so that all decide alike; as `documents` the step's packs, lists of document
+        ids, to find a bad one by; as `checkpoint` the last good one."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
@@ -73,8 +68,7 @@ class NonFinite:
 
 @contextlib.contextmanager
 def memory_advice(options, predicted):
-    """Turn running out of memory into a UserError: what was `predicted` (bytes by category), and
-    the next flags to try."""
+    """Out of memory becomes a UserError: what was `predicted` (bytes by category), what to try."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,4 @@
-"""Memory: how much a process has used, how it uses the same blocks in every step, how packs get to
-the device."""
+"""Memory: how much a process has used, how to keep what is freed, how packs get to the device."""
 
 import contextlib
 import ctypes
@@ -10,12 +9,9 @@ import torch
 
 
 def keep_freed(device):
-    """On a CPU with glibc, keep freed memory for the next allocation; elsewhere do nothing.
-
-    By default glibc maps each block of 32 MB or more anew, which the system fills with zeros, and
-    gives it back when it is freed. A training run needs the same blocks in every step: for
-    Qwen3-0.6B on a CPU, those zeros took a quarter of the time.
-    """
+    """On a CPU with glibc, keep freed memory for the next allocation, as each training step needs
+    the same blocks. By default glibc gives back a block of 32 MB or more and maps it anew, which
+    the system fills with zeros: for Qwen3-0.6B on a CPU, those took a quarter of the time."""
     if torch.device(device).type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library than glibc
             mallopt = ctypes.CDLL(None).mallopt
@@ -32,9 +28,7 @@ def to_device(pack, device):
 
 
 def peak_memory_bytes(device):
-    """The most bytes this process has used so far: on CUDA what PyTorch's allocator had handed out,
-    on a CPU the largest resident set of the whole process; None if the device does not say (MPS).
-    """
+    """The most bytes used so far: on CUDA by PyTorch's allocator, on a CPU resident; else None."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,9 +1,7 @@
 """What a run reports: metrics.jsonl for programs, aligned lines for people, TensorBoard if wanted.
 
-A line of metrics.jsonl is one JSON object. A training step has exactly the keys in `FIELDS`, an
-evaluation `step`, `eval_loss` and what else was scored. A number that is not known, or not
-finite (JSON has no NaN), is null.
-"""
+A line of metrics.jsonl is one JSON object: a training step has the keys in `FIELDS`, an evaluation
+`step`, `eval_loss` and what else was scored. Null: not known or not finite (JSON has no NaN)."""
 
 import json
 import math
@@ -26,13 +24,10 @@ ROW = "{:>13}{:>9}{:>10}{:>10}{:>10}{:>11}{:>6}{:>11}"  # 80 columns
 
 
 class Metrics:
-    """The reports of one run, into `run_folder` and onto the screen.
-
-    On a resume, lines after `start_step` are first removed from metrics.jsonl, so that there is no
-    gap and no repeat; so log a step before saving its checkpoint. An evaluation of `start_step`
-    that is in the file already is not written twice. Only the main rank reports. Raises UserError
-    if TensorBoard is wanted and missing, or if the folder cannot be written.
-    """
+    """The main rank's reports of a run, into `run_folder` and onto the screen. On a resume, lines
+    after `start_step` are first removed from metrics.jsonl, so that there is no gap and no repeat:
+    log a step before saving its checkpoint. An evaluation of `start_step` is not written twice.
+    Raises UserError if TensorBoard is wanted and missing, or the folder cannot be written."""
 
     def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0):
         self.path = Path(run_folder) / "metrics.jsonl"

@@ -3,8 +3,7 @@
 FLOPs: a multiplication and an addition are two. A matrix of P numbers costs each token 2P in the
 forward, 2P for the gradient of its input and 2P for its own gradient, if it is trained: 6P, or 4P
 for a frozen one. Attention in a layer of H heads of size d costs a token 4Hd for every token it
-looks at in the forward, twice that in the backward. (PaLM, arXiv 2204.02311, appendix B.)
-"""
+looks at in the forward, twice that in the backward. (PaLM, arXiv 2204.02311, appendix B.)"""
 
 import re
 from math import prod
@@ -23,8 +22,7 @@ SHARE = 0.85  # the part of a GPU's memory that a run may take
 KINDS = {"lora_": "adapters", "vera_": "adapters", "embed_tokens": "embedding", "lm_head": "head",
          "norm": "norms"}
 SHOWN = ("blocks", "embedding", "head", "norms", "adapters")  # all kinds
-# Dense TFLOP/s from the makers' data sheets, without structured sparsity: in bfloat16 with
-# float32 accumulation, and in float32 without tensor cores.
+# Data sheets' dense TFLOP/s: in bfloat16 with float32 sums, in float32 without tensor cores.
 PEAK_TFLOPS = {
     "A100": (312, 19.5), "A800": (312, 19.5), "A30": (165, 10.3), "A40": (149.7, 37.4),
     "A10": (125, 31.2), "A10G": (70, 35), "RTX A6000": (154.8, 38.7),
@@ -37,10 +35,8 @@ PEAK_TFLOPS = {
 
 
 def parameters(model):
-    """Numbers in the model: dict with total, trainable, embedding, head, blocks, norms, adapters.
-
-    A tied matrix counts once, as the embedding; a quantised weight as the weight it stands for.
-    """
+    """Numbers in the model: dict with total, trainable, embedding, head, blocks, norms, adapters. A
+    tied matrix counts once, as the embedding; a quantised weight as the weight it stands for."""
     counts = dict.fromkeys(("total", "trainable", *SHOWN), 0)
     for name, parameter in model.named_parameters():
         kind = next((kind for part, kind in KINDS.items() if part in name), "blocks")
@@ -60,11 +56,9 @@ def mean_attended(lengths):
 
 def flops_per_token(model, attended):
     """FLOPs of one token of a training step: dict with matrices, head, attention, total, full.
-
     `attended` is `mean_attended`, or S for documents that are all S tokens long. In `total` a token
     looks at half of its document on average, as causal attention does; in `full`, the other
-    convention in use, at all of it. Recomputation (checkpointing, dequantising) does not count.
-    """
+    convention in use, at all of it. Recomputation (checkpointing, dequantising) does not count."""
     config = model.config
     matrices = sum(cost.flops() for layer in model.model.layers for cost in layer_costs(layer))
     head = linear_cost(model.lm_head or model.model.embed_tokens).flops()
@@ -76,10 +70,8 @@ def flops_per_token(model, attended):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s that a device can reach at most in `dtype`; None if this file has no figure for it.
-
-    `device` is a torch.device, or a name as torch.cuda.get_device_name gives it.
-    """
+    """FLOP/s that a device (a torch.device, or a name as torch.cuda.get_device_name gives it) can
+    reach at most in `dtype`; None if this file has no figure for it."""
     if isinstance(device, torch.device):
         device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
@@ -89,9 +81,8 @@ def peak_flops(device, dtype):
 
 
 class Prediction(dict):
-    """What `costs` predicts: bytes by category at the fullest moment of a step, on each rank; and
-    `parameters`, `flops` (of one token, see `flops_per_token`), `peak_flops` (of all ranks
-    together, or None) and `tokens` (of the largest pack)."""
+    """What `costs` predicts for each rank: bytes by category at the fullest moment of a step; also
+    `parameters`, `flops` of a token, `peak_flops` of all ranks (or None), `tokens` in a pack."""
 
     def __init__(self, categories, **known):
         super().__init__(categories)
@@ -103,9 +94,7 @@ class Prediction(dict):
         return sum(self.values())
 
     def mfu(self, tokens_per_second, full=False):
-        """Model FLOPs utilisation, 0 to 1: the FLOPs that the model needs over those the hardware
-        could have done, None if that is not known. `full` counts attention over the whole document.
-        """
+        """Model FLOPs utilisation, 0 to 1, if known; `full` counts attention as if not causal."""
         needed = self.flops["full" if full else "total"] * tokens_per_second
         return None if self.peak_flops is None else needed / self.peak_flops
 
@@ -128,12 +117,9 @@ class Prediction(dict):
 
 
 def costs(model, lengths, options, chunk=None):
-    """Predict a step of a run of `model` on documents of these lengths; gives a `Prediction`.
-
-    `options` are the run's: batch_tokens, grad_accum, dtype, device and, in chapter 3,
-    activation_checkpointing and compile (whose packs are padded to batch_tokens). For `model` and
-    `chunk` see `memory`.
-    """
+    """The `Prediction` for a step of `model` on documents of these lengths. `options` are the
+    run's: batch_tokens, grad_accum, dtype, device and, in chapter 3, activation_checkpointing and
+    compile (whose packs are padded to batch_tokens). For `model` and `chunk` see `memory`."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     compiled = getattr(options, "compile", False)
     tokens = options.batch_tokens if compiled else int(min(options.batch_tokens, np.sum(lengths)))
@@ -148,13 +134,10 @@ def costs(model, lengths, options, chunk=None):
 
 
 def fit_batch(options, model, chunk=None):
-    """Choose --batch-tokens on a GPU if it was not given, and say so.
-
-    The largest of PACKS whose predicted peak is at most SHARE of the GPU's memory (the rest is for
-    CUDA, kernels' scratch space and fragmentation); --grad-accum grows so that a step keeps its
-    tokens. `model` needs only shapes. Raises UserError if the smallest does not fit, or one
-    document of --max-seq-len does not.
-    """
+    """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
+    predicted peak is at most SHARE of the GPU's memory (the rest is for CUDA, kernels' scratch
+    space and fragmentation). --grad-accum grows so that a step keeps its tokens. `model` needs only
+    shapes. Raises UserError if the smallest, or one document of --max-seq-len, does not fit."""
     if options.batch_tokens is not None:
         return
     has = least(torch.cuda.get_device_properties(options.device).total_memory)

@@ -1,11 +1,9 @@
 """Memory of a training step, predicted: what is kept for the backward, and the fullest moment.
+Counted by hand from the model files, term by term; `tests/common/test_predict.py` holds every term
+against PyTorch's own list of saved tensors, and the sum against measured peaks.
 
-Counted by hand from the model files, term by term; `tests/common/test_predict.py` holds every
-term against PyTorch's own list of saved tensors, and the sum against measured peaks.
-
-Sizes: T tokens in the pack, D model width, H query heads, K key/value heads, d head size,
-F feed-forward width, V vocabulary, r rank; c bytes of one number of the compute dtype.
-"""
+Sizes: T tokens in the pack, D model width, H query heads, K key/value heads, d head size, F
+feed-forward width, V vocabulary, r rank; c bytes of one number of the compute dtype."""
 
 from functools import partial
 from math import prod
@@ -16,11 +14,8 @@ from torch import Tensor, nn
 FLOAT32 = 4  # bytes; master weights, gradients, both Adam moments, norm statistics, the loss
 
 
-# --- linear layers, each of which states its own cost ---
-
 class LinearCost(NamedTuple):
     """What a training step needs for a linear layer y = x Wᵀ, beside W itself."""
-
     shape: tuple  # (out, in)
     weight: Tensor | None  # W as a parameter; None if it is quantised, so dequantised at each use
     factors: tuple = ()  # of an adapter: A (r, in) and s B (out, r)
@@ -36,8 +31,7 @@ class LinearCost(NamedTuple):
 
 
 def linear_cost(module):
-    """The `LinearCost` of an nn.Linear, of an embedding that is also the output head, or of a layer
-    that has a method `cost`."""
+    """The cost of an nn.Linear, an embedding that is the head too, or what has a method `cost`."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         weight = module.weight
         return LinearCost(tuple(weight.shape), weight, keeps_input=weight.requires_grad)
@@ -52,22 +46,17 @@ def layer_costs(layer):
         mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
 
 
-# --- a step ---
-
 def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
            varlen_kernel=False, compiled=False):
-    """Bytes by category at the fullest moment of a training step: their sum is the peak.
-
-    Activations accumulate in the forward pass. In the backward pass they are freed while gradients
-    are added. So the peak is at the loss, or at the end, when all gradients exist.
+    """Bytes by category at the fullest moment of a step; their sum is the peak. The forward adds up
+    activations, the backward frees them and adds gradients: the peak is at the loss, or at the end.
 
     `model` needs only shapes (the "meta" device will do), with adapters in place and frozen
     parameters marked. `tokens` is T, of the largest pack; `dtype` is the compute dtype; `chunk` is
     the rows of the chunked loss, None for the plain one; `checkpointing` is "none", "selective" or
     "full". `ranks` share the parameters (FSDP2: a rough figure, as gathered weights are not freed
     at once). `varlen_kernel`: attention is one kernel for all documents (CUDA, 16 bits) rather than
-    one call for each. `compiled`: layers are, except for attention. AdamW is fused.
-    """
+    one call for each. `compiled`: layers are, except for attention. AdamW is fused."""
     c, layers = dtype.itemsize, model.model.layers
     embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
     V, D = embedding.shape
@@ -90,8 +79,7 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     head_copy = c * V * D if head.weight.dtype.itemsize != c else 0
     # One layer's backward: the residual's gradient, and those of the feed-forward's products.
     at_work = tokens * 2 * c * (D + up.shape[0])
-    # A quantised layer's matrices are dequantised one by one, or, in a compiled layer that is
-    # computed again, all at once.
+    # Quantised matrices are dequantised singly or, if compiled and computed again, all at once.
     whole = [prod(cost.shape) for cost in first if cost.weight is None]
     at_work += c * (sum(whole) if compiled and checkpointing == "full" else max(whole, default=0))
     gathered = 0
@@ -102,9 +90,8 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         # Its whole gradient, also in float32 for the reduction; the gathering's buffer.
         at_work += (2 * c + FLOAT32) * one_layer
     if checkpointing != "none":
-        # Kept: a layer's input, and if selective the outputs of attention and of the products
-        # (compiled, the last one's only if DoRA needs it). The layer at work is computed again, so
-        # its own tensors exist as well.
+        # Kept: a layer's input, if selective the outputs of attention and products (compiled, the
+        # last one's only if DoRA needs it). The layer at work, computed again, has the others too.
         again = 0
         if checkpointing == "selective":
             again = q.shape[0] + sum(cost.shape[0] for cost in first)
@@ -156,13 +143,8 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
             "logits and loss": fullest[3], "layer at work": fullest[4]}
 
 
-# --- a decoder layer ---
-
 def saved_per_token(layer, dtype, varlen_kernel=False, compiled=False):
-    """Bytes per token that a decoder layer keeps for its backward.
-
-    Compiled code recomputes what is cheap, such as silu(gate) and DoRA's scaling.
-    """
+    """Bytes per token kept for backward. Compiled code recomputes silu(gate) and DoRA's scaling."""
     norm = partial(norm_per_token, dtype=dtype, compiled=compiled)
     attention = layer.self_attn
     q, k, v, o, gate, up, down = costs = layer_costs(layer)
@@ -188,9 +170,8 @@ def saved_per_token(layer, dtype, varlen_kernel=False, compiled=False):
 
 
 def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):
-    """Bytes per token for RMSNorm: x and 1/rms in float32; x/rms if its weight is trained; its
-    result if the next product needs that for a gradient. Compiled, x is kept in its own dtype, and
-    x/rms not at all."""
+    """Bytes per token of RMSNorm: x and 1/rms in float32; x/rms if its weight is trained; its
+    result if the next product needs it for a gradient. Compiled: x in its own dtype, no x/rms."""
     c = dtype.itemsize
     if compiled:
         return FLOAT32 * rows + c * width * (1 + keeps_result)
@@ -198,11 +179,8 @@ def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):
 
 
 def weight_copies(layer, dtype):
-    """Bytes of a layer's matrices in the compute dtype that an eager step keeps until backward.
-
-    A float32 master is cast for its product, which keeps the cast. (An adapter's B is scaled first,
-    which makes a copy in any dtype.)
-    """
+    """Bytes of a layer's matrices in the compute dtype that an eager step keeps until backward: the
+    cast of a float32 master, and, in any dtype, an adapter's B, which is scaled first."""
     c, total = dtype.itemsize, 0
     for cost in layer_costs(layer):
         cast = [m for m in (cost.weight, *cost.factors[:1]) if m is not None and m.itemsize != c]

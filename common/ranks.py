@@ -5,8 +5,7 @@
 
 Every function here also works in a single process. A loss is a sum over the labelled tokens,
 divided by those of the whole step, so gradients are *summed* over ranks, never averaged. Ranks
-exchange tensors, never objects: PyTorch's object collectives unpickle what they receive.
-"""
+exchange tensors, never objects: PyTorch's object collectives unpickle what they receive."""
 
 import contextlib
 import os
@@ -44,12 +43,9 @@ def say(*words):
 
 
 def start_ranks(device):
-    """Join the other ranks, if torchrun started any; gives the torch.device to compute on.
-
-    On CUDA the rank takes the GPU numbered LOCAL_RANK. A wait for another rank, say while rank 0
-    writes, ends with an error after BARELOOP_TIMEOUT_SECONDS (in the environment; default 1800).
-    Raises UserError if the environment is incomplete or a node has more ranks than GPUs.
-    """
+    """Join the other ranks, if torchrun started any; gives the torch.device to compute on: on CUDA
+    GPU LOCAL_RANK. A wait for another rank ends with an error after BARELOOP_TIMEOUT_SECONDS
+    (default 1800). Raises UserError if the environment is incomplete or the node lacks GPUs."""
     device = torch.device(device)
     if world_size() == 1:
         return device
@@ -71,18 +67,15 @@ def start_ranks(device):
 
 
 def shard(model, device, dtype):
-    """Spread the model over the ranks, each on its `device`, in place (FSDP2, Zhao et al. 2023,
-    arXiv:2304.11277; each parameter by rows). Alone, do nothing.
+    """Spread the model over the ranks, each on its `device`, in place, by rows of each parameter
+    (FSDP2, Zhao et al. 2023, arXiv:2304.11277); alone, do nothing. Call it between adapters and
+    optimizer. Then only the model's own forward sees whole parameters: elsewhere use `full_tensor`.
 
     Each decoder layer, then what remains (embeddings, last norm, head), becomes one group: gathered
     in `dtype` (None: as they are) when its forward or backward begins. Parameters keep their own
     dtype between steps (float32 masters), gradients arrive in float32, summed over the ranks.
     Buffers (an NF4 base is one) are not sharded: rows would cut across quantisation blocks. All
-    ranks begin from rank 0's values, and no GPU ever holds the whole model.
-
-    Call it between adapters and optimizer. Afterwards only the model's own forward sees whole
-    parameters; elsewhere use `full_tensor`.
-    """
+    ranks begin from rank 0's values, and no GPU ever holds the whole model."""
     if world_size() == 1:
         return
     with _plain_words("handing out rank 0's weights"), torch.no_grad():
@@ -103,8 +96,7 @@ def shard(model, device, dtype):
 
 
 def full_tensor(tensor):
-    """The whole of a sharded parameter, gradient or norm, as a new tensor; any other one as it is,
-    detached. Collective."""
+    """A sharded parameter, gradient or norm whole, as a new tensor; others detached. Collective."""
     tensor = tensor.detach()
     with _plain_words("gathering a sharded tensor"):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -131,8 +123,7 @@ def copy_into(parameter, tensor):
 
 
 def all_sum(tensor, operation=dist.ReduceOp.SUM):
-    """Replace `tensor` by its sum over the ranks, in place, and return it; or by what another
-    `dist.ReduceOp` gives. Collective."""
+    """Replace `tensor` by its sum, or other `operation`, over the ranks; gives it. Collective."""
     if dist.is_initialized():
         with _plain_words("adding up over the ranks"):
             # NCCL reduces GPU tensors only, and a token count may well live on the CPU.
@@ -165,8 +156,7 @@ def on_all_ranks(action):
 
 
 def on_main(action):
-    """Run `action()` on the main rank and return its whole number (None: 0) on every rank; if it
-    fails, all raise."""
+    """`action()` on the main rank, its number (None: 0) on all of them; if it fails, all raise."""
     return int(all_sum(torch.tensor(on_all_ranks(lambda: is_main() and action()) or 0)))
 
 

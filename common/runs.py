@@ -12,10 +12,8 @@ from common.ranks import is_main, say, stop_ranks
 
 
 def save_step(run, model, optimizer, state, options, names=None):
-    """Commit `step-N/` with everything that --resume needs, prune older ones, and return it.
-
-    `names` are the parameters to save (default: all). N is state["step"]. Collective.
-    """
+    """Commit `step-N/`, N being state["step"], with everything that --resume needs; prune older
+    ones. `names` are the parameters to save (default: all). Gives the folder. Collective."""
     saved = [p for n, p in model.named_parameters() if names is None or n in names]
     needed = sum(p.numel() * (12 if p.requires_grad else 4) for p in saved)  # with two moments
     folder = step_folder(run, state["step"])
@@ -33,8 +31,7 @@ def save_model(folder, model, config, data, dtype):
 
 
 def save_files(folder, write_files, data, size=0):
-    """Commit `folder`: what `write_files(temporary folder)` writes, the tokenizer's files of
-    `data.source`, and what `data.chat` adds to them."""
+    """Commit `folder`: what `write_files(temporary folder)` writes, and the tokenizer's files."""
     def write(temporary):
         write_files(temporary)
         if is_main():
@@ -46,8 +43,7 @@ def save_files(folder, write_files, data, size=0):
 
 
 def wrote(kind, folder, can_answer=True):
-    """What is said of the finished "model" or "adapter" in `folder`, with the command that asks it
-    by the running script's generate.py."""
+    """What is said of the finished "model" or "adapter", with the command that asks it."""
     words = [str(Path(sys.argv[0]).with_name("generate.py")), f"--{kind}", str(folder)]
     asking = f'\nask it:\npython {shlex.join(words)} --prompt "..."'
     return f"wrote {folder}: a Hugging Face {kind} folder" + asking * can_answer

@@ -1,9 +1,6 @@
 """Hugging Face model folders: config.json, safetensors and the tokenizer's files, in and out.
-
 Reading is strict: a model with a few random layers would train without complaint. Tensors are read
-one at a time, so loading needs the model's memory and one tensor more. See also files/config.py and
-files/tensors.py.
-"""
+one at a time, so loading needs the model's memory and one tensor more."""
 
 import shutil
 from pathlib import Path
@@ -27,20 +24,16 @@ COMPUTED = "rotary_emb.inv_freq"  # old versions of transformers wrote it; we co
 
 
 def load_weights(model, path):
-    """Copy the checkpoint in folder `path` into the model's parameters, which keep their dtype.
-
-    Strict: before anything is copied, raises UserError that names what is missing, unexpected,
-    mis-shaped or not a floating point tensor, or a file that has changed since we wrote it. For a
-    tied model (without a parameter `lm_head.weight`) see `own_tensors`. Parameters may be sharded
-    by FSDP2.
-    """
+    """Copy the checkpoint in folder `path` into the model's parameters, which keep their dtype and
+    may be sharded by FSDP2. Strict: before anything is copied, raises UserError that names what is
+    missing, unexpected, mis-shaped or not a floating point tensor, or a file that has changed since
+    we wrote it. For a tied model (without a parameter `lm_head.weight`) see `own_tensors`."""
     path = Path(path)
     verify(path)
     wanted = dict(model.named_parameters())  # name in the checkpoint -> parameter
     if any(parameter.is_meta for parameter in wanted.values()):
         raise ValueError("the model has parameters on the meta device: call to_empty first")
-    headers = {name: header for name, header in tensor_headers(path).items()
-               if not name.endswith(COMPUTED)}
+    headers = {name: h for name, h in tensor_headers(path).items() if not name.endswith(COMPUTED)}
     shapes = {name: value.shape for name, value in wanted.items()}
     if HEAD not in wanted and HEAD in headers:
         headers.setdefault(EMBEDDING, headers[HEAD])
@@ -72,11 +65,8 @@ def own_tensors(tensors, tied):
 
 def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes=5_000_000_000):
     """Write the model into folder `path` as transformers would: config.json and safetensors.
-
-    `config` is what `read_config` gave; `dtype` is what to store the weights in (default: as they
-    are). A tied head is not written, as it is the embedding. Collective: with several ranks all
-    must call it; rank 0 writes.
-    """
+    `config` is what `read_config` gave, `dtype` what to store (default: as the weights are). A tied
+    head is not written, as it is the embedding. Collective; rank 0 writes."""
     parameters = dict(model.named_parameters())  # a parameter shared by two names comes once
     tied = bool(config.get("tie_word_embeddings", False))
     if tied == (HEAD in parameters):
@@ -91,10 +81,8 @@ def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes
 
 
 def copy_tokenizer(source, target):
-    """Copy the tokenizer's files and generation_config.json, those that are there, byte for byte.
-
-    Never re-saved: a tokenizer written anew by one version of transformers may not load in another.
-    """
+    """Copy the tokenizer's files and generation_config.json, those that are there, byte for byte:
+    what one version of transformers writes anew may not load in another."""
     source, target = Path(source), Path(target)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)

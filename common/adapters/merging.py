@@ -72,22 +72,19 @@ def merge_into(model, dtype, lora):
 
 
 def report(dtype, norms, before, after):
-    """What a merge lost, from the `norms` that `merge_into` gave and the sample's logits (T, V)
-    with the adapter (`before`) and of the merged model (`after`). A dict, in which `layers` has by
-    name the error of the realised ΔW relative to ΔW (0: all of it survived; 1: as far off as no
-    adapter at all); `total`, the same over all layers; `delta`, the Frobenius norm of all ΔW; and
-    `tokens_changed`, at how many of the `tokens` the likeliest next token is a different one."""
+    """What a merge lost, from the `norms` of `merge_into` and the sample's logits (T, V) `before`,
+    with the adapter, and `after`. In the dict, `layers` has by name the error of the realised ΔW
+    relative to ΔW (see `show`), `total` the same over all, `delta` the Frobenius norm of ΔW."""
     def relative(delta, error):
         return (error / delta) ** 0.5 if delta else 0.0
 
     delta, error = map(sum, zip(*norms.values()))
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "layers": {name: relative(*pair) for name, pair in norms.items()},
-        "total": relative(delta, error), "delta": delta ** 0.5,
-        "logit_difference": (after - before).abs().max().item(),
-        "largest_logit": before.abs().max().item(), "tokens": len(before),
-        "tokens_changed": int((before.argmax(-1) != after.argmax(-1)).sum())}
+    return {"dtype": str(dtype).removeprefix("torch."),
+            "layers": {name: relative(*pair) for name, pair in norms.items()},
+            "total": relative(delta, error), "delta": delta ** 0.5,
+            "logit_difference": (after - before).abs().max().item(),
+            "largest_logit": before.abs().max().item(), "tokens": len(before),
+            "tokens_changed": int((before.argmax(-1) != after.argmax(-1)).sum())}
 
 
 def show(report, out, more=()):

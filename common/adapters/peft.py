@@ -1,8 +1,6 @@
-"""Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors.
-
-What is written here loads in PEFT with the same logits, and what PEFT wrote loads here. The
-argument `lora` is the chapter's lora.py, as a module.
-"""
+"""Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors. What is
+written here loads in PEFT with the same logits, and what PEFT wrote loads here. The argument `lora`
+is the chapter's lora.py, as a module."""
 
 import json
 import math
@@ -46,16 +44,11 @@ NUMBERS = {
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "pissa")
 
 
-# --- out ---
-
 def save_adapter(model, config, path, base_model_name, lora, metadata=None):
-    """Write the model's adapters into folder `path`, made if it is not there.
-
-    `config` is the AdapterConfig that they were made with, `base_model_name` the folder or Hub id
-    of the model without them, `metadata` for the tensor file's header. PiSSA is written as the LoRA
-    adapter of twice the rank that fits the *original* weights. Collective; rank 0 writes. Raises
-    UserError for Delta-LoRA, which has changed the base weights.
-    """
+    """Write the model's adapters, made with AdapterConfig `config`, into folder `path`.
+    `base_model_name` is the folder or Hub id of the model without them, `metadata` for the tensor
+    file's header. PiSSA is written as the LoRA adapter of twice the rank that fits the *original*
+    weights. Collective; rank 0 writes. UserError if the method changes the base weights."""
     if config.method in ("full", "delta-lora"):
         raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
                         " not in an adapter: save the whole model, merged")
@@ -90,8 +83,7 @@ def _by_key(adapters, projections):
             suffix = ".weight" * (attribute in ("lora_A", "lora_B"))
             found[f"{PREFIX}{name}.{attribute}{suffix}"] = module, parameter
     if projections:  # one pair for all layers
-        found |= {f"base_model.{name}": (module, matrix)
-                  for name, matrix in module.shared.named_buffers()}
+        found |= {f"base_model.{name}": (module, m) for name, m in module.shared.named_buffers()}
     return found
 
 
@@ -109,8 +101,6 @@ def _peft_options(config):
         "init_lora_weights": True, "use_dora": config.method == "dora",
         "use_rslora": config.method == "rslora"}
 
-
-# --- in ---
 
 def base_model_name(path):
     """The folder or Hub id of the model that the adapter in folder `path` was trained on."""
@@ -135,11 +125,9 @@ def tokenizer_folders(base, adapter=None):
 
 def load_adapter(model, path, lora):
     """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives the config.
-
     Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
     options that change the result and are not implemented. Copies of the base's embedding and head,
-    which PEFT may add, must equal the model's. After an error the model must not be used.
-    """
+    which PEFT may add, must equal the model's. After an error the model must not be used."""
     options, headers, file = _read_options(path), tensor_headers(path, STEM), path / CONFIG
     try:
         config = _adapter_config(options, model, lora)
@@ -178,8 +166,7 @@ def load_adapter(model, path, lora):
 
 
 def _copies(model, headers):
-    """{key: the model's parameter} of PEFT's copies of the base's embedding and head. It saves
-    them if the head has an adapter, if the embedding was resized, or on request."""
+    """{key: the model's parameter} of the copies of embedding and head that PEFT may add."""
     own = dict(model.named_parameters())
     embedding = own["model.embed_tokens.weight"]
     head = own.get("lm_head.weight", own.get("lm_head.base.weight", embedding))

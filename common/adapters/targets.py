@@ -59,25 +59,21 @@ def linear_layers(model):
 
 
 def select_targets(model, target_modules):
-    """The layers to adapt, as a dict from dotted name to module, in the model's order.
-
-    `target_modules` is one of
+    """The layers to adapt, {dotted name: module}, in the model's order. `target_modules` is one of
 
         "all-linear"                      every linear layer of the decoder, not the output head
         "q_proj,v_proj", or a list        those whose dotted name is that or ends with ".q_proj"
         r".*layers\\.[01]\\..*(q|v)_proj"   a regular expression for the whole dotted name
 
     Raises UserError if the expression, or one of the names, matches nothing; for an embedding, or
-    an output head that is tied to one; and if the model has adapters already.
-    """
+    an output head that is tied to one; and if the model has adapters already."""
     linear = linear_layers(model)
     last = {name: name.rpartition(".")[2] for name in linear}
     if "base" in last.values():
         raise UserError("the model has adapters already: merge them before adding others")
     if target_modules == "all-linear":
         return {name: module for name, module in linear.items() if last[name] != "lm_head"}
-    embeddings = {name for name, module in model.named_modules()
-                  if isinstance(module, nn.Embedding)}
+    embeddings = {n for n, module in model.named_modules() if isinstance(module, nn.Embedding)}
     tied = embeddings and "lm_head" not in linear  # the head is the embedding
     chosen = set()
     for pattern in _patterns(target_modules):

@@ -10,14 +10,12 @@ from common.errors import UserError
 
 
 def choose_tokens(logits, temperature, top_k, top_p, draws):
-    """The next token of each document, (N,) int64, from logits (N, V).
-
-    Temperature 0, or one too small for float32, takes the likeliest. Otherwise a token is drawn
-    from softmax(logits / temperature), of which `top_k` (0: no limit) and then `top_p` (1: no
-    limit) leave only the likeliest: k tokens, and the fewest that together have probability p
-    ("The Curious Case of Neural Text Degeneration", 1904.09751, section 3.1). `draws` (N,) are
-    uniform in [0, 1): the token is the one at which the running sum of probabilities passes them.
-    """
+    """The next token of each document, (N,) int64, from logits (N, V). Temperature 0, or one too
+    small for float32, takes the likeliest. Otherwise a token is drawn from softmax(logits /
+    temperature), of which `top_k` (0: no limit) and then `top_p` (1: no limit) leave only the
+    likeliest: k tokens, and the fewest that together have probability p ("The Curious Case of
+    Neural Text Degeneration", 1904.09751, section 3.1). `draws` (N,) are uniform in [0, 1): the
+    token is the one at which the running sum of probabilities passes them."""
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     logits = logits.float()
@@ -36,13 +34,10 @@ def choose_tokens(logits, temperature, top_k, top_p, draws):
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=0, top_k=0,
              top_p=1.0, on_token=None):
-    """Continue each prompt until a stop token, `max_new_tokens`, or the model's last position.
-
-    `prompts` is a list of lists of token ids. Returns the new tokens of each, without the stop
-    token. For the sampling see `choose_tokens`; a document's draws depend only on `seed` and its
-    place in the list, not on the others. `on_token(document, token)` is called for each new token
-    as it comes. Raises UserError for a prompt that does not fit the model.
-    """
+    """Continue each of `prompts`, lists of token ids, until a stop token, `max_new_tokens`, or the
+    model's last position; gives the new tokens of each, without the stop token. Sampling is as in
+    `choose_tokens`; a document's draws depend only on `seed` and its place in the list. Each new
+    token calls `on_token(document, token)`. UserError if a prompt does not fit the model."""
     longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     for n, prompt in enumerate(prompts):
         if len(prompt) >= longest:

@@ -1,8 +1,6 @@
-"""The KV cache: generating a token costs the work of one token, not of the whole document.
-
-Attention alone looks at earlier tokens, and all it needs of them is their keys and values, which
-never change again. Shapes as in modeling_llama.py; C is the room, in tokens.
-"""
+"""The KV cache: generating a token costs the work of one token, not of the whole document, as all
+that attention needs of earlier tokens is their keys and values, which never change again. Shapes as
+in modeling_llama.py; C is the room, in tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +10,7 @@ class KVCache:
     """Room for N = `documents` documents of up to C = `room` tokens. In each layer, document n is
     row n of keys and of values, (N, K, C, d), from its position 0 on. The first pass takes whole
     prompts of any lengths, and attends within them as usual; every later pass takes one token of
-    each document. Not for training: nothing here has gradients.
-    """
+    each document. Not for training: nothing here has gradients."""
 
     def __init__(self, documents, room):
         self.documents, self.room = documents, room
@@ -46,12 +43,10 @@ class KVCache:
     def attention(self, layer, q):
         """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row."""
         keys, values = (x[:, :, : self.length] for x in self.layers[layer])
-        # The query heads that share a key/value head take the place of several tokens:
-        # (N, K, H/K, d). Never is_causal here: it would align the first query with the first key,
-        # not the last with the last.
+        # (N, K, H/K, d): the query heads that share a key/value head take the place of tokens.
+        # Never is_causal here: it would align the first query with the first key.
         q = q.unflatten(1, (keys.shape[1], -1))
-        return F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=self.visible).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.visible).flatten(1, 2)
 
     def keep(self, rows):
         """Go on with these documents only, `rows` being their row numbers in the new order."""

@@ -57,8 +57,7 @@ def read_options(doc, argv, adapters=True):
 
 
 def run(doc, argv, load_model, lora):
-    """The main of a generate.py with adapters: `lora` is the chapter's lora.py, and
-    `load_model(name, device, dtype, adapter)` gives (model, its folder)."""
+    """A generate.py's main; `lora` is its lora.py, and `load_model` gives (model, its folder)."""
     options = read_options(doc, argv)
     device = choose_device(options.device)
     adapter = hub.resolve(options.adapter, "--adapter") if options.adapter else None

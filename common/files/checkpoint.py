@@ -7,8 +7,7 @@
 of each, and of itself), renames the folder to `name/` and flushes the parent. A folder that had the
 name is `name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back.
 The headers of the safetensors have a mark, so that a lost manifest is noticed too; a folder from
-elsewhere has neither, and passes `verify`.
-"""
+elsewhere has neither, and passes `verify`."""
 
 import argparse
 import contextlib
@@ -44,16 +43,12 @@ class CheckpointError(UserError):
     """A folder that is damaged, incomplete, or does not fit the model."""
 
 
-# --- written ---
-
 def commit(folder, write, extra=None, bytes_needed=0):
     """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
-
     `extra` (JSON, say the step) goes into the manifest. A folder of ours that is there is replaced;
     after an interruption the old or the new one is. Raises UserError if it is not ours, or if space
     (`bytes_needed`) or permission is missing: then what was there before stays, and nothing else.
-    All ranks call `write`, which may gather tensors; rank 0's files count.
-    """
+    All ranks call `write`, which may gather tensors; rank 0's files count."""
     folder = Path(os.path.abspath(folder))
     tmp = Path(f"{folder}{TMP}")
     try:
@@ -135,13 +130,10 @@ def seal(folder):
     return len(files)
 
 
-# --- checked ---
-
 def verify(folder):
-    """The manifest of `folder`, after checking every file against it: a dict with `files` (name ->
-    size and sha256) and `extra` (world_size, versions and what else the commit was given); {} for a
-    folder that we did not write. Raises CheckpointError, naming the file, for anything missing,
-    changed or added. An interrupted replacement is repaired first."""
+    """Check `folder` against its manifest, and give that: `files` (name -> size and sha256),
+    `extra` (world_size, versions, what the commit was given); {} if we did not write the folder. A
+    file missing, changed or added is a CheckpointError. First repairs a cut-off replacement."""
     folder = Path(folder)
     try:
         recover(folder)
@@ -196,8 +188,7 @@ def read_manifest(folder):
 
 
 def encoded(files, extra):
-    """The bytes of a manifest, in the only form that is accepted: `files` is {name: its
-    `fingerprint`}, `extra` is JSON."""
+    """A manifest's bytes, in the only form accepted; `files` is {name: its `fingerprint`}."""
     dumps = functools.partial(json.dumps, indent=1, sort_keys=True, allow_nan=False)
     body = {"bareloop": 1, "files": files, "extra": extra}
     body["sha256"] = hashlib.sha256(dumps(body).encode()).hexdigest()
@@ -205,8 +196,7 @@ def encoded(files, extra):
 
 
 def fingerprint(path, flush=False):
-    """{"size", "sha256"} of a file; with `flush` it is on the disk afterwards. A file that has not
-    changed since is not read again."""
+    """{"size", "sha256"} of a file, not read again if unchanged; `flush` puts it on the disk."""
     with open(path, "rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -288,8 +278,7 @@ def latest(run):
 
 
 def prune(run, keep, best=None):
-    """Delete the steps older than the newest `keep` (at least 1) whole ones, except step `best`.
-    Damaged ones do not count. Call it after a commit."""
+    """Delete steps older than the newest `keep` (at least 1) whole ones, but never step `best`."""
     def delete():
         whole = 0
         for step in _steps(run):

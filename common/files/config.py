@@ -1,8 +1,6 @@
-"""A model folder's config.json, read from either dialect of transformers, written in both.
-
-transformers 4 keeps `rope_theta` and `rope_scaling` at the top level, 5 keeps both in
-`rope_parameters`; a version 4 that reads only the latter silently takes a theta of 10000.
-"""
+"""A model folder's config.json, read from either dialect of transformers, written in both: 4 keeps
+`rope_theta` and `rope_scaling` at the top level, 5 keeps both in `rope_parameters`; a version 4
+that reads only the latter silently takes a theta of 10000."""
 
 import json
 import math
@@ -24,13 +22,11 @@ _FAMILIES = {
 
 
 def read_config(path):
-    """The config.json of folder `path` as a dict, in one dialect whichever it was written in.
-
-    It always has `rope_theta` (float) and `rope_scaling` (None, or a dict with `rope_type` and
-    without theta), never `rope_parameters`; `head_dim`, `num_key_value_heads` (null: all heads) and
+    """The config.json of folder `path` as a dict, in one dialect whichever it was written in. It
+    always has `rope_theta` (float) and `rope_scaling` (None, or a dict with `rope_type` and without
+    theta), never `rope_parameters`; `head_dim`, `num_key_value_heads` (null: all heads) and
     `max_position_embeddings` follow the family's rule if absent. Every other key is as in the file.
-    Raises UserError for a file that is missing or broken; types are for the model's own config.
-    """
+    Raises UserError for a file that is missing or broken; types are for the model's own config."""
     file = Path(path) / "config.json"
     if not file.exists():
         adapter = file.with_name("adapter_config.json").exists()
@@ -98,10 +94,8 @@ def write_config(config, path, dtype):
 
 
 def read_fields(cls, config, where=""):
-    """Those fields of dataclass `cls` that are numbers or flags, from the dict `config`, checked.
-
-    Raises ValueError, with `where` before its name, for one that is missing or of a wrong type.
-    """
+    """Those fields of dataclass `cls` that are numbers or flags, from the dict `config`. Raises
+    ValueError, with `where` before its name, for one that is missing or of a wrong type."""
     values = {}
     for field in fields(cls):
         if field.type not in (int, float, bool):

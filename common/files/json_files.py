@@ -23,8 +23,7 @@ def read_bytes(file, largest=LARGEST):
 
 
 def read_json(file):
-    """The JSON object in `file` as a dict, with or without a byte-order mark before it. Anything
-    else is a UserError that says where."""
+    """The JSON object in `file`, with or without a byte-order mark; else a UserError says where."""
     try:
         value = json.loads(read_bytes(file).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # its text says on which line

@@ -6,8 +6,7 @@
     state.json              the loop's own state: step, next pack, best loss ...
 
 By name, as an optimizer may list its parameters in another order. Sharded tensors are gathered one
-at a time; on loading each rank takes its own rows, whatever the number of ranks.
-"""
+at a time; on loading each rank takes its own rows, whatever the number of ranks."""
 
 import json
 import sys
@@ -24,11 +23,8 @@ STATELESS = "optimizer_without_state"  # key of state.json: parameters that have
 
 
 def save_state(folder, model, optimizer, state, names=None):
-    """Write model, optimizer, random generators and `state` into `folder` (see `commit`).
-
-    `names` are the parameters to save, default all: an adapter run gives those that training can
-    change. `state` is a dict that JSON holds exactly. Collective; rank 0 writes.
-    """
+    """Write model, optimizer, random generators and `state` (a dict that JSON holds exactly) into
+    `folder`. `names` are the parameters to save (default: all). Collective; rank 0 writes."""
     kept = {name: optimizer.state.get(parameter, {})
             for name, parameter in _optimized(model, optimizer).items()}
     moments = {f"{name}.{entry}": value for name, entries in kept.items()
@@ -44,12 +40,10 @@ def save_state(folder, model, optimizer, state, names=None):
 
 
 def load_state(folder, model, optimizer, names=None):
-    """Put back what `save_state` wrote, in place, and give its `state`.
-
-    Strict: parameters and moments that are missing, unexpected, or of another shape or dtype raise
-    CheckpointError by name, before anything is changed. `folder` must have been verified. With
-    another number of ranks the random generators are left alone, with a note.
-    """
+    """Put back what `save_state` wrote, in place, and give its `state`. Strict: parameters and
+    moments that are missing, unexpected, or of another shape or dtype raise CheckpointError by
+    name, before anything is changed. `folder` must have been verified. With another number of ranks
+    the random generators are left alone, with a note."""
     state = read_json(Path(folder) / "state.json")
     stateless = state.pop(STATELESS, None)
     if not isinstance(stateless, list):
@@ -95,8 +89,6 @@ def _optimized(model, optimizer):
     names = {parameter: name for name, parameter in _named(model).items()}
     return {names[one]: one for group in optimizer.param_groups for one in group["params"]}
 
-
-# --- random generators ---
 
 def _generators(model):
     """{"cpu" and the type of the model's device: the module that has its random state}."""

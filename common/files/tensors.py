@@ -1,8 +1,6 @@
-"""Folders of safetensors files: tensors by name, in one file or in shards with an index.
-
-Read a tensor at a time, written a shard at a time, and never pickled. What is read may come from
-anywhere: names, links and headers are checked before they are used.
-"""
+"""Folders of safetensors files: tensors by name, in one file or in shards with an index. Read a
+tensor at a time, written a shard at a time, and never pickled. What is read may come from anywhere:
+names, links and headers are checked before they are used."""
 
 import json
 import os
@@ -21,12 +19,9 @@ from common.ranks import is_main, on_all_ranks
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-# --- in ---
-
 def iter_tensors(path, stem="model"):
-    """Every (name, tensor) in folder `path`, one at a time, on the CPU: from `<stem>.safetensors`,
-    else the shards that `<stem>.safetensors.index.json` lists. Raises UserError for files that are
-    missing, broken or not really in the folder."""
+    """Every (name, tensor) in folder `path`, on the CPU, from `<stem>.safetensors` or the shards of
+    its index. Raises UserError for files that are missing, broken or not really in the folder."""
     for file in _files(Path(path), stem):
         with open_file(file) as tensors:
             for name in tensors.keys():
@@ -115,17 +110,12 @@ def open_file(file):
         raise UserError(f"{file}: {why}") from error
 
 
-# --- out ---
-
 def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, stem="model"):
-    """Write an iterator of (name, tensor) into folder `path`, made if it is not there.
-
-    One file `<stem>.safetensors`; if that would pass `max_shard_bytes`, several
-    `<stem>-00001-of-0000N.safetensors` with an index, as in transformers; one shard at a time is in
-    memory. They replace those of an earlier save, and have `metadata` (a dict of texts) in their
-    headers. The same tensors give the same bytes. Collective: the iterator may gather; rank 0
-    writes, and if it fails, all raise.
-    """
+    """Write an iterator of (name, tensor) into folder `path`, made if it is not there: one file
+    `<stem>.safetensors` or, past `max_shard_bytes`, `<stem>-00001-of-0000N.safetensors` and so on
+    with an index, as in transformers, in place of an earlier save's. `metadata` (a dict of texts)
+    goes into the headers. One shard at a time is in memory. The same tensors give the same bytes.
+    Collective: the iterator may gather; rank 0 writes, and if it fails, all raise."""
     tensors = iter(tensors)
 
     def write():
