@@ -10,11 +10,12 @@ from math import prod
 
 import numpy as np
 import torch
+from torch.distributed import ReduceOp
 
 from common.errors import UserError
 from common.memory import readable_bytes
 from common.predict_memory import layer_costs, linear_cost, memory
-from common.ranks import least, say, world_size
+from common.ranks import all_sum, say, world_size
 
 PACKS = (16384, 8192, 4096, 2048)  # tokens, in the order in which `fit_batch` tries them
 SHARE = 0.85  # the part of a GPU's memory that a run may take
@@ -140,7 +141,8 @@ def fit_batch(options, model, chunk=None):
     shapes. Raises UserError if the smallest, or one document of --max-seq-len, does not fit."""
     if options.batch_tokens is not None:
         return
-    has = least(torch.cuda.get_device_properties(options.device).total_memory)
+    total = torch.cuda.get_device_properties(options.device).total_memory
+    has = all_sum(torch.tensor(total), ReduceOp.MIN).item()  # of the smallest GPU
     longest = min(options.max_seq_len, model.config.max_position_embeddings, PACKS[0])
     packs_of_most = options.grad_accum
     for tokens in PACKS:

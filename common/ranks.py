@@ -133,11 +133,6 @@ def all_sum(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
-def least(number):
-    """The smallest of the ranks' whole numbers. Collective."""
-    return int(all_sum(torch.tensor(number), dist.ReduceOp.MIN))
-
-
 def any_rank(flag):
     """True on every rank if `flag` is true on any, say "a signal arrived". Collective."""
     return bool(all_sum(torch.tensor(int(bool(flag)))))
