@@ -17,6 +17,19 @@ def test_sizes():
         assert max(map(len, lines), default=0) <= 100, f"{file.relative_to(ROOT)}: over 100 columns"
 
 
+def lines_of(*patterns):
+    return sum(len(file.read_text(encoding="utf-8").splitlines())
+               for pattern in patterns for file in ROOT.glob(pattern))
+
+
+def test_the_house_is_small():
+    """All of it, copies between chapters counted."""
+    after_training = lines_of("chapter-03/post_training/*.py")
+    assert lines_of("common/**/*.py") <= 4900
+    assert lines_of("chapter-03/*.py") <= 2500
+    assert lines_of("common/**/*.py", "chapter-0?/**/*.py") - after_training <= 10_000
+
+
 def test_pages_are_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
     for folder, words in WORDS.items():
