@@ -107,10 +107,10 @@ def apply_rotary(x, cos, sin):
 def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
     """Causal softmax(q kᵀ / √d) v within each document: (T, H, d).
 
-    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document n
-    is the tokens cu_seqlens[n] to cu_seqlens[n+1]. On CUDA in 16 bits this is one call of PyTorch's
-    FlashAttention for packed sequences. Elsewhere the documents are computed one after another;
-    `split` and not slices, whose backward fills a whole pack with zeros, for every document.
+    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). No mask is
+    made: document n is the tokens cu_seqlens[n] to cu_seqlens[n+1]. On CUDA in 16 bits this is one
+    call of PyTorch's FlashAttention for packed sequences. Elsewhere the documents are computed one
+    after another; `split` and not slices, whose backward fills a whole pack with zeros, for each.
     """
     if q.is_cuda and q.dtype != torch.float32:
         # window (-1, 0): everything to the left, nothing to the right, which is causal.

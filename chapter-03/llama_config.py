@@ -2,7 +2,8 @@
 """The config of chapter 2's decoder: what separates the families, and what is refused.
 
 Five fields tell Llama, Qwen3 and Qwen2.5 apart: `qk_norm`, `qkv_bias`, `rope_scaling`, `head_dim`
-and `tie_word_embeddings`. Anything else in a config.json that changes the maths is an error.
+and `tie_word_embeddings`. Other families are refused, and so is what these families can have and
+this file does not compute (NOT_SUPPORTED). Keys that neither mentions are not looked at.
 """
 
 from dataclasses import dataclass

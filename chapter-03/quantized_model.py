@@ -34,6 +34,11 @@ def check_options(options):
         raise UserError("--double-quant needs --quantize nf4: without it there are no scales")
 
 
+def base_kind(options):
+    """How the run keeps its base: one of BASES."""
+    return f"{options.quantize}-double" if options.double_quant else options.quantize
+
+
 def check_base(config, options):
     """A base model's config without its quantization; UserError if --quantize none forbids one."""
     if is_bnb(config) and options.quantize == "none":
@@ -48,10 +53,10 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
     Random weights are drawn on the CPU, where a seed gives the same everywhere, or `draw_on` a GPU.
     """
     dtype = getattr(torch, options.dtype)
-    kept = torch.float32 if options.method in DENSE_ONLY else dtype
+    storage = torch.float32 if options.method in DENSE_ONLY else dtype  # small steps need it
     init = "shapes" if device == "meta" else options.init
     with torch.device(draw_on if init == "random" else "cpu"):
-        model = base_model(config, source, kept, device, mark(options)["trained_on"], init)
+        model = base_model(config, source, storage, device, base_kind(options), init)
     model.compute_dtype = dtype
     model.requires_grad_(options.method == "full")
     gpu_memory = (torch.cuda.get_device_properties(options.device).total_memory
@@ -65,7 +70,8 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
 def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained"):
     """A `LlamaForCausalLM`, frozen, in `dtype`; with an NF4 `base` its layers' matrices in NF4.
     `config` is the LlamaConfig, `source` the folder of the weights, 16-bit or bitsandbytes NF4
-    (which is taken as it is, whatever `base` says). `init` "random" draws the weights of a fresh
+    (which is taken as it is, whatever `base` says). A `dtype` of None leaves each tensor in the
+    checkpoint's; the caller then sets `compute_dtype`. `init` "random" draws the weights of a fresh
     model, and "shapes" gives one on the meta device. UserError for weights that do not fit."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -92,10 +98,10 @@ def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quan
     `layers` then becomes an `NF4Linear`, as it does in any case from an `NF4Weight`. So the peak is
     the quantised model and one or two tensors. ValueError names what is missing, unexpected,
     mis-shaped or not finite."""
-    missing = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    awaited = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, tensor in tensors:
-        found = {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), None)}
-        _check(found, {name: missing.pop(name)} if name in missing else {})
+        header = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), None
+        _check({name: header}, {name: awaited.pop(name)} if name in awaited else {})
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         linear = isinstance(module, nn.Linear) and leaf == "weight" and ".layers." in name
@@ -113,7 +119,7 @@ def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quan
             model.set_submodule(owner, layer)
         else:
             raise ValueError(f"{name} is quantised: only linear layers inside `layers` can be")
-    _check({}, missing)
+    _check({}, awaited)
 
 
 def _check(found, wanted):
@@ -127,27 +133,28 @@ def _check(found, wanted):
 def load_model(name, device, dtype, adapter=None, base="auto"):
     """(model, its folder), the weights in `dtype`, ready to be asked. Without a `name` it is the
     model that the adapter in folder `adapter` was trained on. For `base` "nf4" or "nf4-double" its
-    layers are quantised, from the dtype in which the run had them; "auto" is what the adapter's
-    file says, else "none". A model that is quantised already is taken as it is."""
+    layers are quantised; "auto" is what the adapter's file says, else "none". A model that is
+    quantised already is taken as it is."""
     folder = hub.resolve(name or peft.base_model_name(adapter))
     verify(folder)
-    said = peft.metadata(adapter) if adapter else {}
+    metadata = peft.metadata(adapter) if adapter else {}
     if base == "auto":
-        base = said.get("trained_on", "none")
+        base = metadata.get("trained_on", "none")
     if base not in BASES:
         raise UserError(f"{adapter}: trained on {base!r}, which is not known here")
     config_json = weights.read_config(folder)
     with located(folder / "config.json"):
         config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
-    kept = dtype
+    storage = dtype
     if base != "none" or is_bnb(config_json):
-        kept = DTYPES.get(said.get("dtype"))  # None: as in the checkpoint
-    model = base_model(config, folder, kept, device, base).to(dtype)
+        # As in training weights are first rounded to the run's dtype (None: to the checkpoint's),
+        # so that they get the same four bits.
+        storage = DTYPES.get(metadata.get("dtype"))
+    model = base_model(config, folder, storage, device, base).to(dtype)
     model.compute_dtype = dtype
     return model.eval(), folder
 
 
 def mark(options):
     """Metadata for an adapter's file: that it has a manifest, and the base it was trained on."""
-    return {**MARK, "trained_on": options.quantize + "-double" * options.double_quant,
-            "dtype": options.dtype}
+    return {**MARK, "trained_on": base_kind(options), "dtype": options.dtype}

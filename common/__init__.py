@@ -1,1 +1,0 @@
-"""What every chapter uses and none of them teaches."""

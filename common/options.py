@@ -19,8 +19,7 @@ from common.files.json_files import read_json, write_whole
 from common.ranks import is_main, say, world_size
 
 GPU_MODEL, GPU_DATA = "Qwen/Qwen3-0.6B", "yahma/alpaca-cleaned"
-GPU_MEMORY = 16e9  # bytes of GPU memory from which `auto` chooses the real model
-# What does not alter the resulting weights; of ranks and --grad-accum, the product does.
+# Options that do not alter the resulting weights. (Ranks times --grad-accum does: `_resumed`.)
 HARMLESS = ("eval_data", "out", "dry_run", "eval_every", "save_every", "keep", "keep_best",
             "log_every", "tensorboard", "ranks", "grad_accum")
 
@@ -144,7 +143,8 @@ def _read_values(options_class, path, values):
             raise UserError(f"{path}: unknown option {name!r}{nearest(name, options)}")
         one = options[name]
         if one.type is bool and type(value) is bool:
-            words += [_flag(name)] * value + [_flag(f"no_{name}")] * (one.default and not value)
+            if value or one.default:
+                words.append(_flag(name if value else f"no_{name}"))
         elif one.type is list and isinstance(value, list) and set(map(type, value)) == {str}:
             words += [_flag(name), *value]
         elif type(value) in (str, int, float):
@@ -158,14 +158,15 @@ def _read_values(options_class, path, values):
 
 
 def choose_device(name):
-    """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU."""
+    """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Call it before
+    memory is allocated: for CUDA it also sets how PyTorch's allocator works."""
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     if name == "auto":
         name = next(kind for kind in kinds if kinds[kind])
     if not kinds[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device cpu")
-    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # read when the first memory is taken
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
     if name == "cuda" and not any(map(os.environ.get, names)):
         os.environ[names[0]] = "expandable_segments:True"  # less fragmentation by uneven packs
     return torch.device(name)
@@ -230,7 +231,7 @@ def _summary(options):
 def _choose_model_and_data(options, device, tiny, real):
     """Fill in `auto` for the model and the data, say so, and give the preset's other values."""
     on_gpu = device.type == "cuda"
-    big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= GPU_MEMORY
+    big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 16e9  # bytes
     model, data = options.model, " ".join(options.data)
     if data == "auto" and model not in ("auto", "tiny"):
         raise UserError(f"--model {model} needs --data: your own, or virtual for random tokens")
@@ -250,14 +251,13 @@ def _choose_model_and_data(options, device, tiny, real):
     preset = {"init": "pretrained", "eval_every": 200, "save_every": 200,
               "batch_tokens": None if on_gpu else 2048,
               **(tiny if options.model == "tiny" else real)}
-    if options.data != ["tiny"]:  # the embedded model on other data: trained on, an epoch
+    if options.data != ["tiny"]:  # a preset's init and steps are for the embedded data
         preset |= {"init": "pretrained", "steps": 20 if options.data == ["virtual"] else None}
     return preset | ({} if options.epochs is None else {"steps": None})
 
 
 def save_options(options, chapter, run, data):
-    """Write `train_config.json`, on the main rank: the resolved options, the versions, the number
-    of ranks, and a hash of the training documents in `data`, a `prepare.Data`."""
+    """Write `train_config.json`, on the main rank; `data` is a `prepare.Data`."""
     if not is_main():
         return
     record = {"chapter": chapter, "options": asdict(options), "world_size": world_size(),
@@ -286,8 +286,8 @@ def _resumed(options_class, chapter, given):
     old = options_class(**saved)
     options = options_class(**{**saved, "dry_run": False, "allow_changes": False, **given})
 
-    def compared(options, ranks):
-        return {**asdict(options), "ranks": ranks, "packs per step": ranks * options.grad_accum,
+    def compared(one, its_ranks):
+        return {**asdict(one), "ranks": its_ranks, "packs per step": its_ranks * one.grad_accum,
                 "resume": None, "allow_changes": None, "config": None}
 
     before, after = compared(old, ranks), compared(options, world_size())

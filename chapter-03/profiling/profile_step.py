@@ -76,7 +76,7 @@ def step_of(model, optimizer, pack, adapter, clip):
     def step():
         loss = buckets.loss_of(model, pack)
         with buckets.region("backward"):
-            (loss / max(1, len(pack["labelled"]))).backward()
+            (loss / max(1, len(pack["labelled"]))).backward()  # one pack is the step
         with buckets.region("optimizer"):
             before_step(model, adapter)
             torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)

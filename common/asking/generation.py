@@ -62,8 +62,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
             cu_seqlens=torch.tensor([0, *accumulate(map(len, new))]).int().to(device),
             max_seqlen=max(map(len, new)),
             position_ids=torch.tensor([p for each in positions for p in each], device=device),
-            cache=cache,
-        )  # (N, V)
+            cache=cache)  # (N, V)
         if not logits.isfinite().all():
             raise UserError("the model's logits are not finite numbers: its weights are damaged, "
                             "or --dtype float32 is needed")

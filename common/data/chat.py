@@ -1,5 +1,5 @@
 """tokenizer.json and the checkpoint's own chat template: text to token ids, and which to train on
-(see `masks`). Text that spells a control token is refused: it would become one."""
+(`trained_spans`). Text that spells a control token is refused: it would become one."""
 
 import datetime
 import json
@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data import masks, parts
+from common.data import parts
 from common.data.template import Refused, compiled
 from common.data.tokenizer import as_list, call, read_tokenizer
+from common.data.trained_spans import USER, any_of, learn, regions, tokens_in
 from common.errors import UserError, one_line, writing
 from common.files.json_files import read_json
 
@@ -48,12 +49,12 @@ class Chat:
         special = [token.content for token in added if token.special]
         named = [token.content for token in added  # say <think>, which means something to it
                  if token.content.strip() and token.content in source]
-        self._special, self._special_or_named = masks.any_of(special), masks.any_of(special + named)
+        self._special, self._special_or_named = any_of(special), any_of(special + named)
         normal = any(token.special and token.normalized for token in added)
         self._normalizer = self.tokenizer.normalizer if normal else None
-        self._header, ends = masks.learn(self.render, self._special, self._special_or_named)
+        self._header, ends = learn(self.render, self._special, self._special_or_named)
         self.stop_ids = self.stop_ids | {self.tokenizer.token_to_id(token) for token in ends}
-        stops = masks.any_of(map(self.tokenizer.id_to_token, self.stop_ids))
+        stops = any_of(map(self.tokenizer.id_to_token, self.stop_ids))
         self._stops = re.compile(f"(?:{stops.pattern})+")
         return self
 
@@ -101,7 +102,7 @@ class Chat:
 
     def no_thinking(self):
         """The variables with which the template switches thinking off; UserError if it cannot."""
-        on, off = (self.render([masks.USER], True, enable_thinking=one) for one in (True, False))
+        on, off = (self.render([USER], True, enable_thinking=one) for one in (True, False))
         if on == off:
             raise UserError("--no-thinking: this model's chat template cannot switch it off (it "
                             "does not know enable_thinking)")
@@ -140,7 +141,7 @@ class Chat:
                 raise Refused("the chat template rewrites the assistant's words, so it is not "
                               "clear what to train on; mark them in the template with "
                               "{% generation %}")
-            own = masks.regions(where, text, self._header, self._stops)
+            own = regions(where, text, self._header, self._stops)
         on = [one for one in own if one[2] not in untrained]
         spans = [(start, end) for start, end, *_ in on]
         eos = any(end == len(text) and not ended for _, end, _, ended in on)  # teaches it to stop
@@ -159,7 +160,7 @@ class Chat:
         the ids, if all of it is trained)."""
         ids = np.array(getattr(encoding, "ids", encoding), dtype=np.int32)
         trained = (np.ones(len(ids), dtype=bool) if layout.spans is None else
-                   masks.tokens_in(layout.spans, encoding.offsets))
+                   tokens_in(layout.spans, encoding.offsets))
         if layout.eos and self.eos_id is not None:
             if self.eos_id not in ids[-1:]:
                 ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, True)

@@ -69,7 +69,7 @@ class Encoded:
 
 def encode(records, chat, max_length, too_long="truncate", vocab_size=None, title="data",
            strict=False, file=None):
-    """Tokenise `records` (see `formats.convert`) into an `Encoded`, saying what was left out.
+    """Tokenise what `readers.Records` gives into an `Encoded`, saying what was left out.
 
     A conversation longer than `max_length` tokens is cut, dropped or an error, as `too_long` says.
     A text is cut into documents that each begin with the last token of the one before: so every
@@ -79,7 +79,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     if max_length < 2:
         raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
     file = file or tempfile.TemporaryFile()
-    reasons, rows, written = {}, array("q"), 0
+    reasons, rows, written = {}, array("q"), 0  # rows: a DOCUMENT after another
 
     def note(reason, where, by_template=False):
         if by_template and strict:
@@ -138,25 +138,25 @@ def _tokenise(records, chat, note):
             except Refused as error:
                 note(f"skipped, {error}", where, isinstance(error, LeftOut))
             if len(batch) == BATCH or characters > CHARACTERS:
-                yield from _finished(batch, chat)
+                yield from _tokenise_batch(batch, chat)
                 batch, characters = [], 0
             bar.update(records.done - bar.n if files else 1)
-        yield from _finished(batch, chat)
+        yield from _tokenise_batch(batch, chat)
 
 
-def _finished(batch, chat):
-    """The same with ids and trained. Tokenizers are fast on many texts at once, in parallel."""
+def _tokenise_batch(batch, chat):
+    """Add ids and trained to each. Tokenizers are fast on many texts at once, in parallel."""
     for (whole, long), group in itertools.groupby(batch, lambda one: (
             one[-1].whole, one[-1].spans is None and len(one[-1].text) > PIECE)):
         group = list(group)
         texts = [layout.text for *_, layout in group]
-        encodings = (_long(text, whole, chat) for text in texts) if long else (
+        encodings = (_tokenise_long(text, whole, chat) for text in texts) if long else (
             chat.tokenise(texts, whole))
         for one, encoding in zip(group, encodings):
             yield (*one, *chat.finish(one[-1], encoding))
 
 
-def _long(text, whole, chat):
+def _tokenise_long(text, whole, chat):
     """The ids of a long text, tokenised in pieces if this tokenizer never looks across the line
     ends between them; otherwise all at once, which takes more memory."""
     def tokenised(*pieces):
@@ -218,11 +218,11 @@ def cached(make, key, files=(), title="data"):
         with open(Path(new, "tokens"), "w+b") as file:
             made = make(file)
         made.documents.tofile(Path(new, "documents"))
-        prints = {file.name: checkpoint.fingerprint(file) for file in Path(new).iterdir()}
+        fingerprints = {file.name: checkpoint.fingerprint(file) for file in Path(new).iterdir()}
         write_whole(Path(new, checkpoint.MANIFEST),
-                    checkpoint.encoded(prints, {"notes": made.notes}))
+                    checkpoint.encoded(fingerprints, {"notes": made.notes}))
         shutil.rmtree(path, ignore_errors=True)  # what was damaged
-        with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):  # without a lock others may be faster
             os.replace(new, path)
         return made
 

@@ -77,6 +77,7 @@ def commit(folder, write, extra=None, bytes_needed=0):
 def _prepare(folder, tmp, bytes_needed):
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.parent.iterdir()):
+        # In a run's folder what any of its commits left goes, elsewhere only this folder's own.
         of_one_run = all(re.fullmatch(r"step-\d+|final", name) for name in (path.stem, folder.name))
         if path.suffix in (TMP, OLD) and (of_one_run or path.stem == folder.name):
             recover(path.with_suffix(""))
@@ -95,8 +96,8 @@ def _publish(folder, tmp, extra):
     about = {"world_size": world_size(), "versions": {"torch": str(torch.__version__)}}
     write_whole(tmp / MANIFEST, encoded(files, about | extra))
     _flush_names(tmp)
-    if folder.exists():
-        os.rename(folder, f"{folder}{OLD}")
+    if folder.exists():  # if the machine stops before the next line, `tmp` is rubbish;
+        os.rename(folder, f"{folder}{OLD}")  # before the one after it, `recover` puts this back
     os.rename(tmp, folder)
     _flush_names(folder.parent)
     shutil.rmtree(f"{folder}{OLD}", ignore_errors=True)
@@ -208,7 +209,7 @@ def fingerprint(path, flush=False):
         while block := file.read(2**20):
             digest.update(block)
     found = {"size": stat.st_size, "sha256": digest.hexdigest()}
-    if time.time() - stat.st_mtime > 2:  # a file just written may change with its time unchanged
+    if time.time() - stat.st_mtime > 2:  # within the clock's resolution a change would not show
         _known[key] = found
     return found
 
@@ -225,7 +226,8 @@ def new_run_folder(chapter, out=None):
             folder.mkdir(parents=True, exist_ok=True)
             names = os.listdir(folder)
             taken = [int(name) for name in names if name.isdecimal()]
-            for number in itertools.count(max(taken, default=0) + 1) if out is None else ():
+            free = itertools.count(max(taken, default=0) + 1) if out is None else ()
+            for number in free:
                 with contextlib.suppress(FileExistsError):  # another run was faster
                     (folder / f"{number:03d}").mkdir()
                     return number

@@ -1,4 +1,4 @@
-"""common/data/chat.py and what it rests on (parts, masks, template, tokenizer).
+"""common/data/chat.py and what it rests on (parts, trained_spans, template, tokenizer).
 
 Goldens: what transformers renders, tokenises and, where the template marks {% generation %},
 masks (tests/goldens/make_chat.py). Everything else is worked out by hand below.
@@ -15,7 +15,7 @@ from helpers import GOLDENS, encode_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors
 
-from common.data import masks, template, tokenizer as tokenizer_files
+from common.data import template, tokenizer as tokenizer_files, trained_spans
 from common.data.chat import Chat
 from common.data.template import Refused, compiled
 from common.errors import UserError
@@ -169,10 +169,10 @@ def test_nothing_that_a_template_drops_is_dropped_silently(tmp_path):
 def test_tokens_at_the_edge_of_a_span_and_trimmed_offsets():
     spans = [(2, 5), (7, 9)]
     offsets = [(0, 2), (1, 3), (3, 5), (5, 5), (5, 7), (6, 8), (8, 9), (9, 9), (9, 10), (0, 0)]
-    assert masks.tokens_in(spans, offsets).tolist() == [
+    assert trained_spans.tokens_in(spans, offsets).tolist() == [
         False, True, True, True, False, True, True, True, False, False]
-    assert masks.tokens_in([], offsets).tolist() == [False] * 10
-    assert masks.tokens_in(spans, []).shape == (0,)
+    assert trained_spans.tokens_in([], offsets).tolist() == [False] * 10
+    assert trained_spans.tokens_in(spans, []).shape == (0,)
 
 
 def test_all_to_the_end_of_the_turn_is_trained_even_if_the_words_end_in_a_tag(chats, tmp_path):

@@ -64,7 +64,7 @@ BUGS = [
         ("common/data/chat.py", "self.tokenise([layout.text], layout.whole)",
          "self.tokenise([layout.text], True)")]),
     (11, "the end of the turn is not trained", [
-        ("common/data/masks.py", "end = stop.end()", "end = end")]),
+        ("common/data/trained_spans.py", "end = stop.end()", "end = end")]),
     (12, "the schedule begins anew", [
         (CH1, "nonfinite = guard.NonFinite()",
          'nonfinite, began = guard.NonFinite(), state["step"]'),
