@@ -158,8 +158,8 @@ def _read_values(options_class, path, values):
 
 
 def choose_device(name):
-    """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Call it before
-    memory is allocated: for CUDA it also sets how PyTorch's allocator works."""
+    """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU. For CUDA it
+    also sets how PyTorch allocates memory: so call it before the first allocation."""
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     if name == "auto":
