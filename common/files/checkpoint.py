@@ -96,8 +96,9 @@ def _publish(folder, tmp, extra):
     about = {"world_size": world_size(), "versions": {"torch": str(torch.__version__)}}
     write_whole(tmp / MANIFEST, encoded(files, about | extra))
     _flush_names(tmp)
-    if folder.exists():  # if the machine stops before the next line, `tmp` is rubbish;
-        os.rename(folder, f"{folder}{OLD}")  # before the one after it, `recover` puts this back
+    # If the machine stops before the first rename, tmp is rubbish; between the two, see `recover`.
+    if folder.exists():
+        os.rename(folder, f"{folder}{OLD}")
     os.rename(tmp, folder)
     _flush_names(folder.parent)
     shutil.rmtree(f"{folder}{OLD}", ignore_errors=True)

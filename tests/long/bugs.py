@@ -91,7 +91,7 @@ BUGS = [
         ("common/files/state.py", "copy_into(kept, tensor)",
          "copy_into(kept, tensor * (world_size() == 2))")]),
     (17, "nobody counts the packs of a step", [
-        ("common/options.py", '"packs per step": ranks * options', '"packs per step": options')],
+        ("common/options.py", '"packs per step": its_ranks * one', '"packs per step": one')],
      "test_scale_out.py::test_another_number_of_packs_a_step_is_refused"),
     (18, "written under its name at once, and believed", [
         ("common/files/checkpoint.py", "on_all_ranks(lambda: write(tmp))",
