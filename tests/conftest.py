@@ -50,8 +50,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_report_collectionfinish(config):
-    if config.left_out and not config.option.slow:
-        return f"{config.left_out} slow tests are left out: python -m pytest --slow"
+    left_out = getattr(config, "left_out", 0)  # 0: nothing could be collected
+    if left_out and not config.option.slow:
+        return f"{left_out} slow tests are left out: python -m pytest --slow"
 
 
 @pytest.fixture(scope="session", autouse=True)

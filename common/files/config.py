@@ -7,18 +7,16 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files.json_files import read_json
 
-MOST_LAYERS = 1000  # more would take for ever to make
 # What an absent key means by model_type, as in transformers. Without an entry there are as many
 # key/value heads as heads, and head_dim is hidden_size / num_attention_heads.
 _FAMILIES = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-}
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}}
 
 
 def read_config(path):
@@ -36,8 +34,8 @@ def read_config(path):
     config = read_json(file)
     layers, width, heads = (config.get(key) for key in (
         "num_hidden_layers", "hidden_size", "num_attention_heads"))
-    if type(layers) is int and layers > MOST_LAYERS:
-        raise UserError(f"{file}: num_hidden_layers must be at most {MOST_LAYERS}")
+    if type(layers) is int and layers > 1000:  # more would take for ever to make
+        raise UserError(f"{file}: num_hidden_layers must be at most 1000")
     if not isinstance(config.get("model_type", ""), str):
         raise UserError(f"{file}: model_type={config['model_type']!r} is not text")
     config["rope_theta"], config["rope_scaling"] = _rope(config, file)
@@ -105,9 +103,10 @@ def read_fields(cls, config, where=""):
             raise ValueError(f"{where}{field.name} is missing")
         if field.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not field.type or field.type is not bool and not 0 < value < math.inf:
-            raise ValueError(
-                f"{where}{field.name}={value!r} is not a positive {field.type.__name__}")
+        limit = 2**31 if field.type is int else math.inf  # PyTorch counts products of two sizes
+        if type(value) is not field.type or not (field.type is bool or 0 < value < limit):
+            raise ValueError(f"{where}{field.name}={one_line(repr(value))} is not a positive "
+                             f"{field.type.__name__} below {limit}")
         values[field.name] = value
     return values
 
