@@ -141,7 +141,7 @@ class Chat:
                 raise Refused("the chat template rewrites the assistant's words, so it is not "
                               "clear what to train on; mark them in the template with "
                               "{% generation %}")
-            own = regions(where, text, self._header, self._stops)
+            own = regions(where, text, self._header, self._stops, self._special)
         on = [one for one in own if one[2] not in untrained]
         spans = [(start, end) for start, end, *_ in on]
         eos = any(end == len(text) and not ended for _, end, _, ended in on)  # teaches it to stop

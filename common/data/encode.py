@@ -84,6 +84,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     def note(reason, where, by_template=False):
         if by_template and strict:
             raise UserError(f"{where}: {reason} (--strict-template)")
+        reason = reason if reason in reasons or len(reasons) < 1000 else "skipped, other reasons"
         count, first = reasons.get(reason, (0, where))
         reasons[reason] = count + 1, first
 

@@ -247,7 +247,8 @@ def _take(value, key, kind, where):
     if kind is not str and isinstance(found, str) and found:
         found = _json(found, UserError(f"{where}: {key} is text, and that is not valid JSON; "
                                        "json.dumps writes it as it must be"))
-    return kind() if found in (None, "") else _must_be(kind, found, repr(key), where)
+    empty = found in (None, "") or kind is not str and not found  # {} for a list, say
+    return kind() if empty else _must_be(kind, found, repr(key), where)
 
 
 def _json(text, error):

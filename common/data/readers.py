@@ -14,7 +14,7 @@ from common.data.formats import FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, convert,
 from common.data.template import Refused
 from common.errors import UserError, listed, nearest, one_line
 
-LONGEST_LINE = 2**30  # bytes
+LONGEST = 2**30  # bytes
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
@@ -106,19 +106,22 @@ def check_kind(path):
     return kind
 
 
-def _lines(path):
-    """The number of each line of a file, its text with its end, and the bytes done."""
+def _lines(path, whole=False):
+    """The number of each line of a file, its text with its end, and the bytes done; or all as one.
+    A small .gz file can unpack to a lot: so what is read at once has a limit."""
     try:
         with open(path, "rb") as file:
             unpacked = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
-            until_empty = iter(lambda: unpacked.readline(LONGEST_LINE), b"")
-            for number, line in enumerate(until_empty, 1):
-                if len(line) == LONGEST_LINE:
-                    raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} "
-                                    "MiB; give .jsonl, one JSON object a line")
+            limit = -1 if whole and unpacked is file else LONGEST
+            read = unpacked.read if whole else unpacked.readline
+            for number, line in enumerate(iter(lambda: read(limit), b""), 1):
+                if len(line) == limit:
+                    raise UserError(f"{path}:{number}: more than {LONGEST >> 20} MiB "
+                                    f"{'when unpacked' if whole else 'in a line'}; give .jsonl, "
+                                    "one JSON object a line")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8"), file.tell()
     except UnicodeDecodeError as error:
-        wrong = error.object[error.start]
+        wrong, number = error.object[error.start], number + error.object.count(b"\n", 0, error.start)
         raise UserError(f"{path}:{number}: not UTF-8 text (byte 0x{wrong:02x})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({one_line(error)}): copy or download it "
@@ -128,7 +131,7 @@ def _lines(path):
 
 
 def _text(path):
-    return "".join(line for _, line, _ in _lines(path))
+    return next((text for _, text, _ in _lines(path, whole=True)), "")
 
 
 # Each reader yields (where, value, bytes of the file done so far) for each value of a file.
@@ -150,7 +153,7 @@ def lines(path, wanted):
 def json_file(path, wanted):
     """A list, {"data": [...]}, one example, or JSON lines, which many .json files really are."""
     text, size = _text(path), path.stat().st_size
-    if re.match(r"\s*{.*}\s*\n\s*{", text):  # two lines, each an object: no JSON if read as one
+    if re.match(r"\s*{.*}[^\S\n]*\n\s*{", text):  # two lines, each an object: no JSON if read as one
         yield from lines(path, wanted)
     elif text.strip():
         values = _parse(text, path)
@@ -172,7 +175,7 @@ def table(path, wanted):
         for _, line, done in _lines(path):
             yield "" if said and line == header else line
 
-    csv.field_size_limit(LONGEST_LINE)
+    csv.field_size_limit(LONGEST)
     rows = csv.reader(text(), delimiter=separator, strict=True)
     columns, line, done = None, 1, 0
     try:

@@ -22,8 +22,8 @@ NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 _SUFFIX = re.compile(r"\.\w+(\.gz)?$", re.IGNORECASE)
 _SHARD = re.compile(r"(?:^|(?<=/)|[-._])(\d+)-of-(\d+)[^/]*$")
 _NUMBER = re.compile(r"(?<=.)[-_.]\d+$")
-_PURPOSE = re.compile("(?<![a-z])(train|(?:test|val|valid|validation|dev|eval|held|heldout)"
-                      "(?![a-z]))")
+_PURPOSE = re.compile(r"(?<![^\W\d_])(train|(?:test|val|valid|validation|dev|eval|held|heldout)"
+                      r"(?![^\W\d_]))")
 _SAYS_NOTHING = re.compile(r"(part|shard|data|file|chunk)?[-_.]?\d*", re.IGNORECASE)
 _NO_PART_OF_IT = re.compile(r"^((data|default)?/)*")  # folders whose names say nothing either
 
@@ -90,14 +90,14 @@ def _labels(groups, part, local, place, flag):
     """The labels that `part` means: a label or the end of just one, or, for a folder, its labels to
     train on (for --eval-data: to hold out)."""
     path = _NO_PART_OF_IT.sub("", part.rstrip("/") + "/").rstrip("/")
+    folder = [one for one in groups if not path or one.startswith(path + "/")]
     found = ([one for one in groups if one in (part, path)]
-             or [one for one in groups if one.rpartition("/")[2] == path]
-             or [one for one in groups if not path or one.startswith(path + "/")])
-    says = {one: (_PURPOSE.findall(one.lower()) or [""])[-1] for one in found}
+             or [one for one in groups if one.rpartition("/")[2] == path] or folder)
+    says = {one: _purpose(one) for one in found}
     train, unmarked = ([one for one in found if says[one] == said] for said in ("train", ""))
     held_out = [one for one in found if one not in train + unmarked]
     meant = (held_out if flag == "--eval-data" and held_out else train) or found
-    if local and unmarked and meant is found:
+    if local and unmarked and meant is folder:
         return unmarked
     if len(meant) == 1:
         return meant
@@ -107,3 +107,10 @@ def _labels(groups, part, local, place, flag):
         meant, why = [*groups], f"{place} has no {part!r}{near}; "
     raise UserError(f"{why}{place} holds {listed(meant)}: name one, as in {flag} "
                     f"{place}:{meant[0]}")
+
+
+def _purpose(label):
+    """"train", another word of _PURPOSE, or "", by the last component of a label that has one."""
+    said = [_PURPOSE.findall(component) for component in label.lower().split("/")]
+    last = next(filter(None, said[::-1]), [""])
+    return "train" if "train" in last else last[0]

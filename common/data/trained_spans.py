@@ -54,7 +54,7 @@ def learn(render, special, named):
     return any_of({header, header.partition("<think>")[0]}), ends
 
 
-def regions(where, text, header, stops):
+def regions(where, text, header, stops, special):
     """[(start, end, message, ended)] of what the assistant writes in `text`, a rendering with the
     conversation's parts at `where` (see `parts.find`); `ended`: with one of the `stops`. A region
     begins after the `header`: what the template inserts there (Qwen3's empty think block) is part
@@ -63,7 +63,7 @@ def regions(where, text, header, stops):
         place[2].message if place[2].kind in OWN else None))]
     floors = [0, *(places[-1][1] for _, places in groups)]
     begins = [*(places[0][0] for _, places in groups), len(text)]
-    spans = []
+    spans, directly = [], re.compile(rf"\s*(?:{special.pattern})").match  # another end than stops
     for (message, places), floor, after in zip(groups, floors, begins[1:]):
         if message is None:
             continue
@@ -82,7 +82,8 @@ def regions(where, text, header, stops):
             if spans and floor <= spans[-1][1] and not text[floor:start].strip():
                 start = spans[-1][1]  # two messages in one turn
         # The model writes all before the end: </think>, what closes a call.
-        stop = stops.search(text, end, after)
+        stop = stops.search(text, end, after) or (special.search if calls else directly)(
+            text, end, after)
         if stop:
             end = stop.end()
         elif calls and after < len(text):

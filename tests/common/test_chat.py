@@ -188,6 +188,9 @@ def test_all_to_the_end_of_the_turn_is_trained_even_if_the_words_end_in_a_tag(ch
     two = folder_with(tmp_path / "two", CHATML.replace("</s>", "</s><e>"), ["<s>", "</s>", "<e>"])
     assert said(Chat.load(two), talk("a", "b", "c", "d")) == ["b</s><e>", "d</s><e>"]
     assert stops_of(Chat.load(two)) == {"</s>", "<e>"}
+    other = CHATML.replace("</s>", "{{ '<e>' if m.role == 'assistant' and not loop.last else '</s>' }}")
+    other = folder_with(tmp_path / "other", other, ["<s>", "</s>", "<e>"])  # earlier turns end so
+    assert said(Chat.load(other), talk("a", "b", "c", "d")) == ["b<e>", "d</s>"]
 
 
 def test_thoughts_in_the_answer_are_trained_from_their_first_tag_on(tmp_path):

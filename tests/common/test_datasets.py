@@ -182,8 +182,8 @@ def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(UserError, match="a.jsonl: cannot be read"):
         next(iter(records))
-    monkeypatch.setattr(readers, "LONGEST_LINE", 10)
-    with pytest.raises(UserError, match="a.jsonl:1: a line of more than"):
+    monkeypatch.setattr(readers, "LONGEST", 10)
+    with pytest.raises(UserError, match="a.jsonl:1: more than 0 MiB in a line"):
         read(path, [{"text": "a long line"}])
 
 

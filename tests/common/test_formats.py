@@ -152,7 +152,7 @@ def test_history():
         {"role": "system", "content": "s"}, *said("a", "b", "c", "d")]
     assert messages({"prompt": "c", "completion": "d", "history": [["a", "b"]]}) == (
         said("a", "b", "c", "d"))
-    for nothing in ([], "", None):
+    for nothing in ([], {}, "", None):
         assert messages({**row, "history": nothing}) == said("c", "d")
     for wrong in (["a"], [["a"]], [["a", 1]], {"a": 1}):
         with pytest.raises(UserError, match="f:1: '?history'? must be a list"):

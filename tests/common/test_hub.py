@@ -258,6 +258,14 @@ def test_a_folder_of_held_out_data_alone_is_asked_about(tmp_path, monkeypatch, a
     assert chosen("e")[0] == ["e/test.json"]
 
 
+def test_a_name_that_means_two_files_is_asked_about(tmp_path, monkeypatch, answer):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "d/a/foo.jsonl", "d/b/foo.jsonl", "e/README.jsonl", "e/train_eval.jsonl")
+    with refused("d holds a/foo, b/foo: name one, as in --data d:a/foo"):
+        hub.resolve_data("d:foo")
+    assert chosen("e")[0] == ["e/train_eval.jsonl"]  # what trains comes first
+
+
 def test_one_suffix_of_the_same_data(tmp_path, monkeypatch, answer, parquet):
     monkeypatch.chdir(tmp_path)
     kinds = [".jsonl", ".json", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt"]

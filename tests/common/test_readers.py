@@ -7,6 +7,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,8 +184,8 @@ def test_csv_without_rows(tmp_path, content):
 
 
 def test_a_line_or_a_cell_beyond_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST_LINE", 40)
-    with refused("a.csv:2: a line of more than"):
+    monkeypatch.setattr(readers, "LONGEST", 40)
+    with refused("a.csv:2: more than 0 MiB in a line"):
         values(write(tmp_path / "a.csv", "a\n" + "b" * 50))
     with refused("a.csv:2: not valid CSV (field larger than field limit"):
         values(write(tmp_path / "a.csv", 'a\n"' + "b\n" * 50))
@@ -262,10 +263,22 @@ def test_damaged_gzip(tmp_path, kind):
 
 
 def test_a_small_gzip_file_that_holds_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST_LINE", 2**20)
-    for kind in (".json", ".txt", ".jsonl", ".csv"):
-        with refused(f"a{kind}.gz:1: a line of more than 1 MiB; give .jsonl"):
+    monkeypatch.setattr(readers, "LONGEST", 2**20)
+    for kind, how in ((".json", "when unpacked"), (".txt", "when unpacked"),
+                      (".jsonl", "in a line"), (".csv", "in a line")):
+        with refused(f"a{kind}.gz:1: more than 1 MiB {how}; give .jsonl"):
             values(write(tmp_path / f"a{kind}.gz", b" " * (2**20 + 1)))
+    with refused("a.txt.gz:1: more than 1 MiB when unpacked"):
+        values(write(tmp_path / "a.txt.gz", b"a\n" * 2**20))
+
+
+def test_many_short_lines_cost_little_time_or_memory(tmp_path):
+    started = time.perf_counter()
+    assert len(values(write(tmp_path / "a.txt", "a\n" * 2**20))) == 1
+    assert values(write(tmp_path / "a.json", '{"text": "a"}' + "\n" * 50_000)) == [{"text": "a"}]
+    assert time.perf_counter() - started < 2
+    with refused("b.txt:3: not UTF-8 text (byte 0xff)"):
+        values(write(tmp_path / "b.txt", b"a\nb\n\xff\n"))
 
 
 def test_damaged_parquet(tmp_path, arrow):
