@@ -132,6 +132,8 @@ def main(argv=None):
     parser.add_argument("extra", nargs="*", metavar="-- OPTIONS",
                         help="what stands after -- goes to train.py: -- --steps 160")
     options = parser.parse_args(argv)
+    if options.extra and "--" not in (sys.argv if argv is None else argv):
+        parser.error(f"unrecognized arguments: {' '.join(options.extra)}")
     if options.seeds < 1 or min(options.factors) <= 0:
         raise UserError("--seeds must be 1 or more, and --factors above 0")
     plan = [(method, float(f"{CENTRE.get(method, 5e-3) * factor:.2g}"), seed)

@@ -78,15 +78,18 @@ def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained
     parameters, quantize = list(model.named_parameters()), base != "none"
     if init == "shapes":
         tensors, device = parameters, "meta"
-    elif init == "random":
+    elif init == "random" and quantize:  # never the whole model in 16 bits
         tensors = ((name, initialise(name, torch.empty(parameter.shape), config))
                    for name, parameter in parameters)
+    elif init == "random":  # the same numbers as in chapters 1 and 2
+        tensors = LlamaForCausalLM(config).requires_grad_(False).named_parameters()
     elif is_bnb(weights.read_config(source)):
         tensors, quantize = iter_bnb(source), False
     else:
         tensors = iter_tensors(source)
-    with located(source):
+    if init == "pretrained":
         tensors = weights.own_tensors(tensors, config.tie_word_embeddings)
+    with located(source or "the model's shapes"):
         load_base(model, tensors, base == "nf4-double", dtype, device, quantize)
     model.compute_dtype = dtype
     return model

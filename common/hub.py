@@ -43,10 +43,9 @@ def resolve(name, flag="--model"):
 
 
 def resolve_data(name, flag="--data"):
-    """The data files that `name`, or each of a list of names, stands for, as a list of paths. A
-    name is a file, a folder, a data set on the Hub (`owner/name`), or a split or file of one of the
-    latter two: `owner/name:test`. `splits.choose` decides which files that means. Raises UserError,
-    naming `flag`, if that is nothing, or not clear."""
+    """The data files, a list of paths, that a name, or each of a list, means: a file, a folder,
+    a data set on the Hub (`owner/name`), or a split or file of one of these (`owner/name:test`; see
+    `splits.choose`). Raises UserError, naming `flag`, if that is nothing, or not clear."""
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]
     path, part = _local(str(name))
@@ -68,8 +67,7 @@ def resolve_data(name, flag="--data"):
 
 
 def whole_name(name):
-    """A local file or folder, with or without `:split`, as an absolute path; other names, and those
-    with a meaning of their own (`tiny`, `virtual`...), unchanged."""
+    """A local file or folder, perhaps with `:split`, as an absolute path; other names unchanged."""
     path, part = _local(name)
     if name in ("auto", "tiny", "virtual", *ARCHITECTURES) or not os.path.exists(path):
         return name

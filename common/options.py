@@ -34,7 +34,6 @@ def option(default, text, choices=None, least=None):
 class TrainOptions:
     """The options of every chapter's train.py; `parse` gives each that a run needs a value."""
 
-    # --- what ---
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
     init: str = option(None, "weights to start from", choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
@@ -48,13 +47,11 @@ class TrainOptions:
                                    "example says, instead of counting it")
     rendered: bool = option(False, "each \"text\" of the data is a conversation that a chat "
                             "template has already rendered, control tokens included")
-    # --- where ---
     out: str = option(None, "the run's folder (default: runs/chapter-0N/ and the next number)")
     resume: str = option(None, "go on with the run in this folder")
     config: str = option(None, "a JSON file with any of these options, as {\"lr\": 1e-4}")
     dry_run: bool = option(False, "print the resolved options, the parameter counts and the "
                            "predicted memory, then stop")
-    # --- how long, how much ---
     steps: int = option(None, "optimizer steps", least=1)
     epochs: int = option(None, "passes over the data, when --steps is not given", least=1)
     batch_tokens: int = option(None, "token budget of one pack, per micro-batch and rank (default "
@@ -64,7 +61,6 @@ class TrainOptions:
                               "and the model's max_position_embeddings", least=2)
     too_long: str = option("truncate", "what to do with a longer document",
                            choices=("truncate", "drop", "error"))
-    # --- optimization ---
     lr: float = option(None, "highest learning rate", least=0)
     min_lr: float = option(0.0, "learning rate at the end of the schedule", least=0)
     warmup: int = option(None, "steps over which the learning rate rises linearly", least=0)
@@ -73,14 +69,12 @@ class TrainOptions:
                            choices=("cosine", "linear", "constant", "wsd"))
     weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", least=0)
     clip: float = option(1.0, "largest gradient norm; 0 switches clipping off", least=0)
-    # --- machine ---
     dtype: str = option("auto", "of the computation (weights that are trained stay float32); "
                         "auto takes bfloat16 where the hardware has it",
                         choices=("auto", "bfloat16", "float32"))
     device: str = option("auto", "where to compute; auto takes a GPU if there is one",
                         choices=("auto", "cpu", "cuda", "mps"))
     seed: int = option(0, "fixes the initial weights, the order of the data and dropout", least=0)
-    # --- reports and checkpoints ---
     eval_every: int = option(None, "steps between evaluations; 0 for none", least=0)
     save_every: int = option(None, "steps between checkpoints; 0 for none", least=0)
     keep: int = option(2, "how many checkpoints to keep", least=1)

@@ -1,8 +1,5 @@
 """Several processes as one: ranks under torchrun, parameters sharded by PyTorch's FSDP2.
 
-    python chapter-01/train.py ...                          one process, no process group at all
-    torchrun --nproc-per-node 8 chapter-01/train.py ...     8 ranks; several nodes work the same
-
 Every function here also works in a single process. A loss is a sum over the labelled tokens,
 divided by those of the whole step, so gradients are *summed* over ranks, never averaged. Ranks
 exchange tensors, never objects: PyTorch's object collectives unpickle what they receive."""

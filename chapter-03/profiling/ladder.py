@@ -169,9 +169,11 @@ def main(argv=None):
         if name == "compile" and "missing" in rows[-1]:
             rung["compile"] = False
         print(markdown(rows).splitlines()[-1], flush=True)
-        if known is None:
-            write_whole(folder / "ladder.md", f"{markdown(rows)}\n".encode())
-            write_whole(file, f"{json.dumps(rows, indent=1)}\n".encode())
+        write_whole(folder / "ladder.md", f"{markdown(rows)}\n".encode())
+        names = {one["name"] for one in rows}  # other rungs stay as they were measured before
+        everything = rows + [old for old in before if old["name"] not in names]
+        everything.sort(key=lambda one: list(RUNGS).index(one["name"]))
+        write_whole(file, f"{json.dumps(everything, indent=1)}\n".encode())
     print(f"\n{folder}: ladder.md, ladder.json")
     return 0
 

@@ -52,19 +52,21 @@ def set_up(options, fused=True):
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(weights.read_config(source), options))
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
+    if options.batch_tokens is None:
+        shapes = build(config, options, adapter)
+        predict.fit_batch(options, shapes, shapes.chunk)
     torch.manual_seed(options.seed)
     model = build(config, options, adapter, device, source, draw_on=device).train()
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), foreach=False,
                                   fused=fused and device.type != "mps")
-    predict.fit_batch(options, model, model.chunk)
     return model, optimizer, adapter, prepare.load(options, source, config, skills="new").train
 
 
 def first_packs(options, data, count):
     """The documents of each of a run's first packs, and the function that makes a pack of them."""
     sampler = PackSampler(data.lengths, options.batch_tokens, options.seed)
-    shape = StaticShape.of((sampler, count)) if options.compile else None
+    shape = StaticShape.of((sampler, sampler.packs_in(1))) if options.compile else None
     return [[data[i] for i in sampler.pack(number)] for number in range(count)], (
         lambda examples: to_device(packed_sequence_collate_fn(examples, shape), options.device))
 

@@ -156,8 +156,7 @@ class Chat:
         return Layout(text, spans, self.template is None, eos, left_out, self._notes(messages))
 
     def finish(self, layout, encoding):
-        """(ids int32, trained bool), arrays, from a Layout and the Encoding of its text (or just
-        the ids, if all of it is trained)."""
+        """Arrays (ids int32, trained bool) of a Layout and its Encoding, or just ids if all is."""
         ids = np.array(getattr(encoding, "ids", encoding), dtype=np.int32)
         trained = (np.ones(len(ids), dtype=bool) if layout.spans is None else
                    tokens_in(layout.spans, encoding.offsets))
@@ -172,8 +171,7 @@ class Chat:
                             "add_generation_prompt": False, **self.special_tokens, **variables})
 
     def _text(self, text, rendered):
-        """The Layout of a text. In a conversation that a template has `rendered`, the assistant's
-        turns are trained, or all of it if none is found."""
+        """A text's Layout; in a `rendered` conversation the assistant's turns are trained."""
         if not text.strip():
             raise Refused("empty")
         if not rendered:

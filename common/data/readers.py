@@ -116,13 +116,13 @@ def _lines(path, whole=False):
             read = unpacked.read if whole else unpacked.readline
             for number, line in enumerate(iter(lambda: read(limit), b""), 1):
                 if len(line) == limit:
-                    raise UserError(f"{path}:{number}: more than {LONGEST >> 20} MiB "
-                                    f"{'when unpacked' if whole else 'in a line'}; give .jsonl, "
-                                    "one JSON object a line")
+                    raise UserError(f"{path}:{number}: more than {LONGEST >> 20} MiB at once; give "
+                                    ".jsonl, one JSON object a line")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8"), file.tell()
     except UnicodeDecodeError as error:
-        wrong, number = error.object[error.start], number + error.object.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{number}: not UTF-8 text (byte 0x{wrong:02x})") from None
+        raw, at = error.object, error.start
+        number += raw.count(b"\n", 0, at)
+        raise UserError(f"{path}:{number}: not UTF-8 text (byte 0x{raw[at]:02x})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({one_line(error)}): copy or download it "
                         "again") from None
@@ -153,7 +153,7 @@ def lines(path, wanted):
 def json_file(path, wanted):
     """A list, {"data": [...]}, one example, or JSON lines, which many .json files really are."""
     text, size = _text(path), path.stat().st_size
-    if re.match(r"\s*{.*}[^\S\n]*\n\s*{", text):  # two lines, each an object: no JSON if read as one
+    if re.match(r"\s*{.*}[^\S\n]*\n\s*{", text):  # two lines, each an object: not JSON as a whole
         yield from lines(path, wanted)
     elif text.strip():
         values = _parse(text, path)

@@ -93,7 +93,13 @@ def _labels(groups, part, local, place, flag):
     folder = [one for one in groups if not path or one.startswith(path + "/")]
     found = ([one for one in groups if one in (part, path)]
              or [one for one in groups if one.rpartition("/")[2] == path] or folder)
-    says = {one: _purpose(one) for one in found}
+
+    def purpose(label):  # by the last component that has one; "train" wins within it
+        words = [_PURPOSE.findall(component) for component in label.lower().split("/")]
+        last = next(filter(None, words[::-1]), [""])
+        return "train" if "train" in last else last[0]
+
+    says = {one: purpose(one) for one in found}
     train, unmarked = ([one for one in found if says[one] == said] for said in ("train", ""))
     held_out = [one for one in found if one not in train + unmarked]
     meant = (held_out if flag == "--eval-data" and held_out else train) or found
@@ -107,10 +113,3 @@ def _labels(groups, part, local, place, flag):
         meant, why = [*groups], f"{place} has no {part!r}{near}; "
     raise UserError(f"{why}{place} holds {listed(meant)}: name one, as in {flag} "
                     f"{place}:{meant[0]}")
-
-
-def _purpose(label):
-    """"train", another word of _PURPOSE, or "", by the last component of a label that has one."""
-    said = [_PURPOSE.findall(component) for component in label.lower().split("/")]
-    last = next(filter(None, said[::-1]), [""])
-    return "train" if "train" in last else last[0]

@@ -92,6 +92,10 @@ def test_ladder_measures_every_rung_and_goes_on_when_interrupted(
     capsys.readouterr()
     assert ladder.main([*arguments, "--seed", "0"]) == 0 and len(climbed) == len(names)
     assert ladder.RUNGS["naive"]["packed"] is False  # the table itself has not been climbed
+    file = tmp_path / "ladder.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[1:]))  # only the first is measured again
+    assert ladder.main(arguments) == 0 and len(climbed) == len(names) + 1
+    assert [row["name"] for row in json.loads(file.read_text())] == names
 
 
 def test_a_compiled_rung_compiles_once_for_all_of_its_packs(monkeypatch, quick_ceilings, two_layers):

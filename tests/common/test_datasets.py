@@ -183,7 +183,7 @@ def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a.jsonl: cannot be read"):
         next(iter(records))
     monkeypatch.setattr(readers, "LONGEST", 10)
-    with pytest.raises(UserError, match="a.jsonl:1: more than 0 MiB in a line"):
+    with pytest.raises(UserError, match="a.jsonl:1: more than 0 MiB at once"):
         read(path, [{"text": "a long line"}])
 
 
