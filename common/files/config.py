@@ -77,7 +77,8 @@ def _rope(config, file):
             raise UserError(
                 f"{file}: two different values of {name}: {values[0]} and {values[-1]};"
                 " rope_parameters, rope_scaling and rope_theta must agree")
-    return float(thetas[0]) if type(thetas[0]) is int else thetas[0], scalings[0]
+    whole = type(thetas[0]) is int and abs(thetas[0]) < 1e300
+    return float(thetas[0]) if whole else thetas[0], scalings[0]
 
 
 def write_config(config, path, dtype):
@@ -101,7 +102,7 @@ def read_fields(cls, config, where=""):
         value = config.get(field.name, cls.__dict__.get(field.name))
         if value is None:
             raise ValueError(f"{where}{field.name} is missing")
-        if field.type is float and type(value) is int:
+        if field.type is float and type(value) is int and abs(value) < 1e300:
             value = float(value)
         limit = 2**31 if field.type is int else math.inf  # PyTorch counts products of two sizes
         if type(value) is not field.type or not (field.type is bool or 0 < value < limit):

@@ -25,8 +25,7 @@ def read_bytes(file, largest=LARGEST):
 def read_json(file):
     """The JSON object in `file`, with or without a byte-order mark; else a UserError says where."""
     try:
-        text = read_bytes(file).decode("utf-8-sig")  # integers beyond 64 bits become floats
-        value = json.loads(text, parse_int=lambda n: int(n) if len(n) < 20 else float(n))
+        value = json.loads(read_bytes(file).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # its text says on which line
         raise UserError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
