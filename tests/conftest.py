@@ -19,6 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a defect
 # One thread: many tests fork, and threads do not survive that; and two processes that each take
 # every core of a shared machine wait for each other most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The tests are the same with a GPU and without one; what only a GPU shows, bench/gpu.py checks.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tokenised data of the tests, not of the person who runs them: made anew for every session.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bareloop-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
