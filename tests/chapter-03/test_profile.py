@@ -74,6 +74,34 @@ def test_kernels_on_a_gpu_count_where_they_were_started():
         "optimizer": 0.25, "idle": 9.25}
 
 
+def test_a_timeline_is_written_before_the_next_run(tmp_path, monkeypatch):
+    """On a GPU it is empty afterwards. That of the run of median length is kept, the first apart."""
+    profiles, lengths = [], iter([1.0, 9.0, 2.0, 5.0])
+
+    class Profile:
+        def __enter__(self):
+            assert all(one.written for one in profiles)
+            profiles.append(self)
+            self.written = False
+            return self
+
+        def __exit__(self, *error):
+            self.length = next(lengths)
+
+        def events(self):
+            return self.length
+
+        def export_chrome_trace(self, path):
+            self.written = True
+            open(path, "w").write(str(self.length))
+
+    monkeypatch.setattr(buckets, "profile", Profile)
+    monkeypatch.setattr(buckets, "sum_up", lambda length, device: {"idle": length})
+    assert buckets.measure(lambda: None, CPU, tmp_path / "trace.json.gz") == {"idle": 5.0}
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.json.gz"]
+    assert (tmp_path / "trace.json.gz").read_text() == "5.0"
+
+
 @pytest.mark.parametrize("base, method", [("dense", "full"), ("nf4", "lora")])
 def test_every_operator_is_in_one_bucket_and_they_add_up(base, method):
     model, pack = build(base, method), pack_of([40, 9, 30])
