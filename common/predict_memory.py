@@ -56,7 +56,7 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     the rows of the chunked loss, None for the plain one; `checkpointing` is "none", "selective" or
     "full". `ranks` share the parameters (FSDP2: a rough figure, as gathered weights are not freed
     at once). `varlen_kernel`: attention is one kernel for all documents (CUDA, 16 bits) rather than
-    one call for each. `compiled`: layers are, except for attention. AdamW is fused."""
+    one call for each, and so is a norm. `compiled`: layers are but for attention. AdamW is fused."""
     c, layers = dtype.itemsize, model.model.layers
     embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
     V, D = embedding.shape
@@ -102,7 +102,8 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         if not varlen_kernel:  # attention in blocks also holds q, k and v arranged by head
             at_work += c * tokens * (q.shape[0] + k.shape[0] + v.shape[0])
         kept, copies = len(layers) * (c * D + again), [0] * len(layers)
-    last = norm_per_token(model.model.norm, D, chunk is None and head.keeps_input, dtype=dtype)
+    last = norm_per_token(model.model.norm, D, chunk is None and head.keeps_input, dtype=dtype,
+                          one_kernel=varlen_kernel)
     tables = c * tokens * d  # cos and sin, once for all layers
     activations = tokens * (kept + last) + tables
 
@@ -145,7 +146,7 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
 
 def saved_per_token(layer, dtype, varlen_kernel=False, compiled=False):
     """Bytes per token kept for backward. Compiled code recomputes silu(gate) and DoRA's scaling."""
-    norm = partial(norm_per_token, dtype=dtype, compiled=compiled)
+    norm = partial(norm_per_token, dtype=dtype, one_kernel=varlen_kernel, compiled=compiled)
     attention = layer.self_attn
     q, k, v, o, gate, up, down = costs = layer_costs(layer)
     (Hd, D), Kd, F, d = q.shape, k.shape[0], up.shape[0], attention.head_dim
@@ -169,13 +170,12 @@ def saved_per_token(layer, dtype, varlen_kernel=False, compiled=False):
     return kept + dtype.itemsize * numbers
 
 
-def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, compiled=False):
-    """Bytes per token of RMSNorm: x and 1/rms in float32; x/rms if its weight is trained; its
-    result if the next product needs it for a gradient. Compiled: x in its own dtype, no x/rms."""
+def norm_per_token(norm, width, keeps_result, rows=1, *, dtype, one_kernel, compiled=False):
+    """Bytes per token of RMSNorm: 1/rms and x in float32, x in its own dtype if all is one kernel;
+    x/rms if its weight is trained, unless compiled; its result if a product's gradient needs it."""
     c = dtype.itemsize
-    if compiled:
-        return FLOAT32 * rows + c * width * (1 + keeps_result)
-    return FLOAT32 * (width + rows) + c * width * (norm.weight.requires_grad + keeps_result)
+    x, scaled = c if one_kernel or compiled else FLOAT32, norm.weight.requires_grad and not compiled
+    return FLOAT32 * rows + width * (x + c * (scaled + keeps_result))
 
 
 def weight_copies(layer, dtype):

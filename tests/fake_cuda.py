@@ -77,6 +77,29 @@ def after_torch():
             "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None}.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     fake_tensor.init_gpu_context = lambda *_: None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA"):
+        torch.nn.functional.rms_norm = rms_norm  # PyTorch for CPUs does not have the GPU's
+
+
+class RMSNorm(torch.autograd.Function):
+    """What a GPU's kernel takes and keeps: x and, for each row, 1/rms in float32."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x, torch.empty(x.shape[:-1], device=x.device))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, _ = ctx.saved_tensors
+        return torch.empty_like(x)
+
+
+def rms_norm(x, shape, eps, real=torch.nn.functional.rms_norm):
+    """F.rms_norm, without a weight."""
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return real(x, shape, eps=eps)
+    return RMSNorm.apply(x)
 
 
 class Trace(TorchDispatchMode):

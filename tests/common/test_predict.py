@@ -302,9 +302,10 @@ def test_savings_of_checkpointing_chunked_loss_and_ranks():
     model = built_in("qwen3-0.6b", 1)
     plain = predict_memory.memory(model, 8192, torch.bfloat16)
     layer = predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16)
-    # 71.8 KB a token and layer were counted where attention joins documents in its kernel.
+    # 71.8 KB a token and layer were counted where attention joins documents in its kernel, and
+    # norms keep x in float32: of D numbers twice, of the queries' and of the keys'.
     one_kernel = predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16, True)
-    assert one_kernel == pytest.approx(71.8e3, rel=2e-3)
+    assert one_kernel + 2 * (2 * 1024 + 2048 + 1024) == pytest.approx(71.8e3, rel=2e-3)
     compiled = predict_memory.saved_per_token(model.model.layers[0], torch.bfloat16, True, True)
     assert compiled == pytest.approx(45.2e3, rel=2e-3)  # counted in the same way
     full = predict_memory.memory(model, 8192, torch.bfloat16, checkpointing="full")
@@ -348,11 +349,11 @@ def a_card_of(gigabytes, monkeypatch):
     # on 16, 24, 40 and 80 GB; 0: not at all
     (1, {}, (0, 2048, 4096, 16384)),
     (2, {}, (2048, 4096, 8192, 16384)),
-    (3, {}, (4096, 8192, 16384, 16384)),
+    (3, {}, (8192, 8192, 16384, 16384)),
     (3, {"method": "full", "quantize": "none"}, (0, 4096, 8192, 16384)),
     (3, {"method": "full", "quantize": "none", "compile": True}, (2048, 4096, 16384, 16384)),
     (3, {"method": "full", "quantize": "none", "activation_checkpointing": "full"}, (16384,) * 4),
-    (3, {"grad_accum": 3}, (4096, 8192, 16384, 16384))], 0, 2))
+    (3, {"grad_accum": 3}, (8192, 8192, 16384, 16384))], 0, 2))
 def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypatch, capsys):
     for gigabytes, expected in zip((16, 24, 40, 80), tokens, strict=True):
         total = a_card_of(gigabytes, monkeypatch)
@@ -376,9 +377,9 @@ def test_the_largest_pack_that_fits_the_card(chapter, options, tokens, monkeypat
 
 
 @pytest.mark.parametrize("chapter, typed, said", [
-    (1, [], "--batch-tokens 2048 --grad-accum 8: predicted peak 17.3 GiB of the GPU's 23.8 GiB"),
-    (2, [], "--batch-tokens 4096 --grad-accum 4: predicted peak 14.9 GiB of the GPU's 23.8 GiB"),
-    (3, [], "--batch-tokens 8192 --grad-accum 2: predicted peak 14.2 GiB of the GPU's 23.8 GiB"),
+    (1, [], "--batch-tokens 2048 --grad-accum 8: predicted peak 16.8 GiB of the GPU's 23.8 GiB"),
+    (2, [], "--batch-tokens 4096 --grad-accum 4: predicted peak 13.8 GiB of the GPU's 23.8 GiB"),
+    (3, [], "--batch-tokens 8192 --grad-accum 2: predicted peak 12.0 GiB of the GPU's 23.8 GiB"),
     (3, ["--batch-tokens", "1024"], None)], ids=str)
 def test_the_start_of_a_run_on_a_gpu_says_what_fits(chapter, typed, said, monkeypatch, capsys):
     """A whole dry run as on a card of 24 GB: only what torch.cuda says of it is played."""
@@ -406,7 +407,7 @@ def test_what_was_typed_and_long_documents_are_left_alone(monkeypatch, capsys):
     run, model, chunk = gpu_run(3, max_seq_len=5000)
     predict.fit_batch(run, model, chunk)
     assert run.batch_tokens == 8192
-    a_card_of(16, monkeypatch)
+    a_card_of(12, monkeypatch)
     run, model, chunk = gpu_run(3, max_seq_len=5000)
     with refused("packs of 8192 tokens need", "--max-seq-len"):
         predict.fit_batch(run, model, chunk)
