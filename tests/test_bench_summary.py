@@ -38,3 +38,31 @@ def test_runs_of_two_machines_do_not_share_a_table(tmp_path):
     with pytest.raises(SystemExit):
         summary.main([*files, "--out", str(tmp_path / "results.json")])
     assert not (tmp_path / "results.json").exists()
+
+
+def test_runs_on_a_gpu_become_rows_too(tmp_path):
+    """Each run has other parts. Of a peer that had less room, memory is not compared."""
+    one = {"tokens": 16384, "tokens_per_second": 80_000, "mfu": [0.3621, 0.4218],
+           "peak_bytes": 30e9, "predicted_bytes": 29.8e9, "losses": [1.0]}
+    peer = {"tokens": 16384, "tokens_per_second": 40_000, "peak_bytes": 60e9}
+    profile = {"seconds": 0.17766, "explained": 0.8921, "predicted": {"loss": [0.001, 0.002]},
+               "measured": {"loss": 0.003}}
+    runs = [{"dense": one, "transformers, a batch of equal documents (sdpa)": peer,
+             "transformers, packed (sdpa)": peer | {"tokens": 8192}},
+            {"qlora": one | {"mfu": None}, "profile": {"files": {"profile.json": profile}},
+             "shapes": {"graph_breaks": 0}}]
+    paths = [tmp_path / f"{number}.json" for number in range(2)]
+    for path, figures in zip(paths, runs):
+        path.write_text(json.dumps({"machine": "a GPU", "versions": {}, "date": "today",
+                                    "command": "gpu.py", "figures": figures}))
+    out = tmp_path / "gpu.json"
+    assert summary.main(["--gpu", *map(str, paths), "--out", str(out)]) == 0
+    dense, qlora, times, *rest = json.loads(out.read_text())["rows"]
+    beside = {"peer": "transformers", "tokens_per_second": 40_000, "speed": 2.0}
+    figures = {"tokens_per_second": 80_000, "peak_GB": 30.0, "predicted_GB": 29.8}
+    assert dense == {"row": "dense, chapter 3, compiled", "mfu": [36.2, 42.2], **figures,
+                     "a batch of equal documents": {**beside, "tokens": 16384, "memory": 0.5},
+                     "packed": {**beside, "tokens": 8192}}
+    assert qlora == {"row": "QLoRA, chapter 3, compiled", "mfu": [], **figures}
+    assert times == {"row": "profile", "seconds": 0.1777, "explained": 0.892, "loss": [1, 2, 3]}
+    assert {"row": "shapes", "graph_breaks": 0} in rest

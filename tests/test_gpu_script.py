@@ -83,10 +83,11 @@ def options(tmp_path):
 def test_reports_take_these_arguments(gpu, options):
     """A GPU's minutes are dear: a misspelt option would be found only there."""
     commands = list(gpu.reports(options))
-    assert [name for name, *_ in commands] == ["profile", "profile-qlora", "ladder"]
+    assert [name for name, *_ in commands] == [
+        "profile", "profile-lora", "profile-qlora", "ladder"]
     # What is profiled is what the targets are for, and the naive rung would take the time of all.
-    assert all("--compile" in arguments for _, script, arguments in commands[:2])
-    assert commands[2][2][2:4] == ["--first", "packing"]
+    assert all("--compile" in arguments for _, script, arguments in commands[:3])
+    assert commands[3][2][2:4] == ["--first", "packing"]
     for _, script, arguments in commands:
         module = load(script)
         kind = module.LadderOptions if "ladder" in script else module.ProfileOptions

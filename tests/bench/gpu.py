@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import gpu_pieces
 import gpu_targets
 from gpu_checks import first_checks, other_checks
 from helpers import ROOT
@@ -69,6 +70,7 @@ def reports(options):
              "--batch-tokens", "16384"]
     dense = ["--method", "full", "--quantize", "none"]
     yield "profile", "chapter-03/profiling/profile_step.py", [*model, *dense]
+    yield "profile-lora", "chapter-03/profiling/profile_step.py", [*model, "--quantize", "none"]
     yield "profile-qlora", "chapter-03/profiling/profile_step.py", model
     yield "ladder", "chapter-03/profiling/ladder.py", ["--size", "0.6b", "--first", "packing", "--steps", "2",
                                              *device]
@@ -106,8 +108,9 @@ PARTS = {"attention": checks(first_checks), "speed": gpu_targets.speed,
          "chapter-1": single(gpu_targets.chapter_1), "peers": gpu_targets.peers,
          "8b": single(gpu_targets.eight_billion), "loss": single(gpu_targets.loss_cost),
          "loading": single(gpu_targets.loading), "shapes": single(gpu_targets.shapes),
-         "checks": checks(other_checks), "profile": run_report("profile"),
-         "profile-qlora": run_report("profile-qlora"), "ladder": run_report("ladder")}
+         "checks": checks(other_checks), "pieces": gpu_pieces.pieces,
+         **{name: run_report(name) for name in (
+             "profile", "profile-lora", "profile-qlora", "ladder")}}
 
 
 def main(argv=None):

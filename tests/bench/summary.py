@@ -1,9 +1,11 @@
 """The runs of peers.py in one file, from which the READMEs' tables are taken. Development only.
 
     python tests/bench/summary.py dense1.json dense2.json lora.json --out tests/bench/results.json
+    python tests/bench/summary.py --gpu first.json second.json --out tests/bench/gpu.json
 
 A row of ours stands beside the strongest form of the peer that does the same work, and in dense
-training beside padded batches too; every list has a value for each run, in the order given.
+training beside padded batches too; every list has a value for each run, in the order given. With
+--gpu the runs are those of gpu.py, each of other parts.
 """
 
 import argparse
@@ -37,9 +39,45 @@ def rows_of(runs):
     return list(found.values())
 
 
+GPU = {"chapter 1": "dense, chapter 1", "dense": "dense, chapter 3, compiled",
+       "lora": "LoRA, chapter 3, compiled", "qlora": "QLoRA, chapter 3, compiled",
+       "8B QLoRA, one sequence": "Qwen3-8B, QLoRA, chapter 3"}
+GPU_PEERS = {"chapter 1": "transformers", "dense": "transformers", "lora": "PEFT"}
+
+
+def gpu_rows(figures):
+    """One dict for each way to train that gpu.py has measured, beside a peer's batch of documents
+    of equal length and its packed row; then one for each profile, and for the rest."""
+    for kind in (kind for kind in GPU if kind in figures):
+        own = figures[kind]
+        row = {"row": GPU[kind], "tokens_per_second": round(own["tokens_per_second"]),
+               "mfu": [round(100 * share, 1) for share in own["mfu"] or ()],
+               "peak_GB": round(own["peak_bytes"] / 1e9, 2),
+               "predicted_GB": round(own["predicted_bytes"] / 1e9, 2)}
+        for how in ("a batch of equal documents", "packed"):
+            peer = figures.get(f"{GPU_PEERS.get(kind)}, {how} (sdpa)")
+            if peer:
+                rate = own["tokens_per_second"] / peer["tokens_per_second"]
+                row[how] = {"peer": GPU_PEERS[kind], "tokens": peer["tokens"],
+                            "tokens_per_second": round(peer["tokens_per_second"]),
+                            "speed": round(rate, 3)}
+                if peer["tokens"] == own["tokens"]:  # else it did not fit
+                    row[how]["memory"] = round(own["peak_bytes"] / peer["peak_bytes"], 3)
+        yield row
+    for name in (name for name in figures if name.startswith("profile")):
+        found = figures[name]["files"]["profile.json"]
+        yield {"row": name, "seconds": round(found["seconds"], 4),
+               "explained": round(found["explained"], 3),
+               **{part: [round(1e3 * each, 1) for each in (*found["predicted"][part], measured)]
+                  for part, measured in found["measured"].items()}}
+    for name in ("loss", "loading", "shapes", "pieces"):
+        yield {"row": name, **figures.get(name, {})}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", help="files that peers.py --out has written")
+    parser.add_argument("runs", nargs="+", help="files that --out has written")
+    parser.add_argument("--gpu", action="store_true", help="they are runs of gpu.py")
     parser.add_argument("--out", required=True)
     options = parser.parse_args(argv)
     runs = []
@@ -52,7 +90,9 @@ def main(argv=None):
         parser.error("the runs are of different machines or versions: they cannot share a table")
     commands = [f"{run['date']}  {run['command'].partition(' --out ')[0]}" for run in runs]
     head = {"machine": last["machine"], "versions": last["versions"], "runs": commands}
-    top, rows = json.dumps(head, indent=1), ",\n  ".join(map(json.dumps, rows_of(runs)))
+    rows = rows_of(runs) if not options.gpu else gpu_rows(
+        {name: value for run in runs for name, value in run["figures"].items()})
+    top, rows = json.dumps(head, indent=1), ",\n  ".join(map(json.dumps, rows))
     with open(options.out, "w", encoding="utf-8") as file:  # a line for each row
         file.write(top.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n')
     return 0
