@@ -59,8 +59,8 @@ def test_runs_on_a_gpu_become_rows_too(tmp_path):
     assert summary.main(["--gpu", *map(str, paths), "--out", str(out)]) == 0
     dense, qlora, times, *rest = json.loads(out.read_text())["rows"]
     beside = {"peer": "transformers", "tokens_per_second": 40_000, "speed": 2.0}
-    figures = {"tokens_per_second": 80_000, "peak_GB": 30.0, "predicted_GB": 29.8}
-    assert dense == {"row": "dense, chapter 3, compiled", "mfu": [36.2, 42.2], **figures,
+    figures = {"tokens_per_second": 80_000, "peak_bytes": 30e9, "predicted_bytes": 29.8e9}
+    assert dense == {"row": "dense, chapter 3, compiled", "mfu": [0.3621, 0.4218], **figures,
                      "a batch of equal documents": {**beside, "tokens": 16384, "memory": 0.5},
                      "packed": {**beside, "tokens": 8192}}
     assert qlora == {"row": "QLoRA, chapter 3, compiled", "mfu": [], **figures}

@@ -41,7 +41,7 @@ def rows_of(runs):
 
 GPU = {"chapter 1": "dense, chapter 1", "dense": "dense, chapter 3, compiled",
        "lora": "LoRA, chapter 3, compiled", "qlora": "QLoRA, chapter 3, compiled",
-       "8B QLoRA, one sequence": "Qwen3-8B, QLoRA, chapter 3"}
+       "8B QLoRA, one sequence": "Qwen3-8B, QLoRA, one document"}
 GPU_PEERS = {"chapter 1": "transformers", "dense": "transformers", "lora": "PEFT"}
 
 
@@ -51,9 +51,8 @@ def gpu_rows(figures):
     for kind in (kind for kind in GPU if kind in figures):
         own = figures[kind]
         row = {"row": GPU[kind], "tokens_per_second": round(own["tokens_per_second"]),
-               "mfu": [round(100 * share, 1) for share in own["mfu"] or ()],
-               "peak_GB": round(own["peak_bytes"] / 1e9, 2),
-               "predicted_GB": round(own["predicted_bytes"] / 1e9, 2)}
+               "mfu": [round(share, 4) for share in own["mfu"] or ()],
+               **{name: own[name] for name in ("peak_bytes", "predicted_bytes")}}
         for how in ("a batch of equal documents", "packed"):
             peer = figures.get(f"{GPU_PEERS.get(kind)}, {how} (sdpa)")
             if peer:
