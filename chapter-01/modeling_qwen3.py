@@ -78,7 +78,7 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """y = w ⊙ x / √(mean(x²) + ε), over the last dimension (RMSNorm, equation 4). `F.rms_norm` has
     the mean in float32: squares of bfloat16 numbers lose too much in bfloat16. On a GPU it is one
-    kernel, and keeps nothing but x for the backward."""
+    kernel, which keeps x and 1/rms for the backward."""
 
     def __init__(self, size, eps):
         super().__init__()

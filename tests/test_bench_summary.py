@@ -48,7 +48,8 @@ def test_runs_on_a_gpu_become_rows_too(tmp_path):
     profile = {"seconds": 0.17766, "explained": 0.8921, "predicted": {"loss": [0.001, 0.002]},
                "measured": {"loss": 0.003}}
     runs = [{"dense": one, "transformers, a batch of equal documents (sdpa)": peer,
-             "transformers, packed (sdpa)": peer | {"tokens": 8192}},
+             "transformers, packed (sdpa)": peer | {"tokens": 8192},
+             "PEFT, packed (sdpa)": peer, "profile-lora": {"text": "out of time", "files": {}}},
             {"qlora": one | {"mfu": None}, "profile": {"files": {"profile.json": profile}},
              "shapes": {"graph_breaks": 0}}]
     paths = [tmp_path / f"{number}.json" for number in range(2)]
@@ -61,8 +62,8 @@ def test_runs_on_a_gpu_become_rows_too(tmp_path):
     beside = {"peer": "transformers", "tokens_per_second": 40_000, "speed": 2.0}
     figures = {"tokens_per_second": 80_000, "peak_bytes": 30e9, "predicted_bytes": 29.8e9}
     assert dense == {"row": "dense, chapter 3, compiled", "mfu": [0.3621, 0.4218], **figures,
-                     "a batch of equal documents": {**beside, "tokens": 16384, "memory": 0.5},
-                     "packed": {**beside, "tokens": 8192}}
+                     "a batch of equal documents (sdpa)": {**beside, "tokens": 16384, "memory": 0.5},
+                     "packed (sdpa)": {**beside, "tokens": 8192}}
     assert qlora == {"row": "QLoRA, chapter 3, compiled", "mfu": [], **figures}
     assert times == {"row": "profile", "seconds": 0.1777, "explained": 0.892, "loss": [1, 2, 3]}
     assert {"row": "shapes", "graph_breaks": 0} in rest

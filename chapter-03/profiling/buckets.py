@@ -4,7 +4,9 @@ operators that torch.profiler has timed and those that operators.py predicts."""
 import contextlib
 import re
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -94,18 +96,17 @@ def measure(step, device, trace, repeats=3):
     CPU an operator's time excludes the operators that it calls; on CUDA it is that of its kernels,
     and idle is the rest of the step."""
     measured = []
-    for number in range(repeats + 1):
-        with profile() as profiler, region("step"):
-            step()
-            wait(device)
-        timeline = trace.with_name(f"{number}-{trace.name}")
-        # At once: after the next run, the times of a GPU's kernels in this one would be zeros.
-        profiler.export_chrome_trace(str(timeline))
-        measured.append((sum_up(profiler.events(), device), timeline))
-    times, chosen = sorted(measured[1:], key=lambda one: sum(one[0].values()))[repeats // 2]
-    chosen.replace(trace)
-    for _, timeline in measured:
-        timeline.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=trace.parent) as folder:
+        for number in range(repeats + 1):
+            with profile() as profiler, region("step"):
+                step()
+                wait(device)
+            timeline = Path(folder, f"{number}-{trace.name}")
+            # At once: after the next run, the times of a GPU's kernels in this one would be zeros.
+            profiler.export_chrome_trace(str(timeline))
+            measured.append((sum_up(profiler.events(), device), timeline))
+        times, chosen = sorted(measured[1:], key=lambda one: sum(one[0].values()))[repeats // 2]
+        chosen.replace(trace)
     return times
 
 

@@ -1,7 +1,8 @@
 """The pieces of a step, each alone: how long its kernels take, and what others would. For gpu.py.
 
 A piece has the sizes that it has in a step of Qwen3-0.6B on documents of 2,048 tokens. Rows are
-(what, measured, "none", "measured"); `figures["pieces"]` gets the milliseconds by name.
+(what, measured, "none", "measured"); `figures["pieces"]` gets the milliseconds by name. Each of the
+functions below gives (name, function, FLOPs or None) of some pieces.
 """
 
 import functools
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from gpu_checks import loss_module, modeling
+from gpu_checks import loss_module, modeling, nf4
 from gpu_targets import S, budget_of, source
 from helpers import load
 
@@ -22,12 +23,12 @@ buckets = load("chapter-03/profiling/buckets.py")
 
 def pieces(options, figures):
     """A list of generators of rows, of which one may fail without the others."""
-    return [told(piece, options, figures) for piece in (attention, products, low_rank, loss, norms,
-                                                        optimizer)]
+    return [told(piece, options, figures) for piece in (
+        attention, products, low_rank, dequantising, loss, norms, optimizer)]
 
 
 def told(piece, options, figures):
-    """Rows of the functions that `piece` gives, as (name, function, FLOPs or None)."""
+    """The rows of what `piece` gives."""
     sizes = source("qwen3-0.6b", options.size)
     for name, function, flops in piece(options, sizes):
         milliseconds = 1e3 * buckets.duration(function, options.device, repeats=3)
@@ -67,11 +68,15 @@ def attention(options, sizes):
             modeling.varlen_attention, cu_seqlens=cu_seqlens, max_seqlen=length), *qkv)
         yield f"attention, varlen{name}", function, flops
     batch = [x.detach().unflatten(0, (-1, length)).transpose(1, 2).requires_grad_() for x in qkv]
-    attend = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+
+    def attend(q, k, v, backend):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         if options.device.type == "cuda" or backend != SDPBackend.CUDNN_ATTENTION:
-            with sdpa_kernel(backend):
-                yield f"attention, a batch, {backend.name}", there_and_back(attend, *batch), flops
+            function = functools.partial(attend, backend=backend)
+            yield f"attention, a batch, {backend.name}", there_and_back(function, *batch), flops
 
 
 def products(options, sizes):
@@ -83,10 +88,16 @@ def products(options, sizes):
     each = [(normal(options, T, i), normal(options, o, i), normal(options, T, o))
             for o, i in shapes]
     layers, flops = sizes["num_hidden_layers"], sum(2 * T * o * i for o, i in shapes)
+
+    def in_all_layers(product):
+        for _ in range(layers):
+            for tensors in each:
+                product(*tensors)
+
     for name, product in (("x Wᵀ", lambda x, w, g: x @ w.t()), ("g W", lambda x, w, g: g @ w),
                           ("gᵀ x", lambda x, w, g: g.t() @ x)):
-        yield f"products of {layers} layers, {name}", lambda product=product: [
-            product(*each[i]) for _ in range(layers) for i in range(len(each))], layers * flops
+        yield (f"products of {layers} layers, {name}", functools.partial(in_all_layers, product),
+               layers * flops)
 
 
 def low_rank(options, sizes):
@@ -99,6 +110,18 @@ def low_rank(options, sizes):
     yield "rank 16: y + u Bᵀ, a new tensor", lambda: torch.addmm(y, u, B.t()), flops
     yield "rank 16: g B", lambda: y @ B, flops
     yield "rank 16: gᵀ u", lambda: y.t() @ u, flops
+    yield "rank 16: (g B)ᵀ x", lambda: u.t() @ x, 2 * T * 16 * D
+    yield "rank 16: (g B) A", lambda: u @ A, 2 * T * 16 * D
+
+
+def dequantising(options, sizes):
+    """The NF4 weight of the feed-forward's first matrix, eager and compiled."""
+    weight = normal(options, sizes["intermediate_size"], sizes["hidden_size"])
+    for double in (False, True):
+        layer = nf4.NF4Linear(nf4.quantize_nf4(weight, double))
+        compiled = torch.compile(lambda layer=layer: layer.weight, backend=options.backend)
+        yield f"NF4 to 16 bits{', double' * double}", lambda layer=layer: layer.weight, None
+        yield f"NF4 to 16 bits{', double' * double}, compiled", compiled, None
 
 
 def loss(options, sizes):
@@ -109,18 +132,22 @@ def loss(options, sizes):
     labels = torch.randint(0, V, (T,), device=options.device)
     compiled = functools.partial(loss_module.softmax_at_once_, compiled=torch.compile(
         loss_module.softmax_, backend=options.backend, fullgraph=True, dynamic=False))
+    rows = torch.arange(T, device=options.device)
     for name, softmax, chunks in (("compiled", compiled, (512, 1024, 2048, 4096, 8192)),
                                   ("in pieces", None, (2048,))):
         for chunk in chunks:
-            yield f"loss, softmax {name}, chunks of {chunk}", there_and_back(
-                lambda x, head, chunk=chunk, softmax=softmax: loss_module.chunked_cross_entropy(
-                    x, head, labels, chunk, torch.arange(T, device=options.device), softmax),
-                x, head), 6 * T * V * D
+            function = functools.partial(loss_module.chunked_cross_entropy, labels=labels,
+                                         chunk=chunk, labelled=rows, softmax=softmax)
+            yield (f"loss, softmax {name}, chunks of {chunk}", there_and_back(function, x, head),
+                   6 * T * V * D)
+    yield "loss, softmax compiled, chunks of 2048, frozen head", there_and_back(functools.partial(
+        loss_module.chunked_cross_entropy, weight=head.detach(), labels=labels, chunk=2048,
+        labelled=rows, softmax=compiled), x), 4 * T * V * D
 
 
 def norms(options, sizes):
-    """RMSNorm of a layer's input and of its queries, forward and backward; and in plain operations,
-    as this repository had it until a GPU showed what that costs."""
+    """RMSNorm of a layer's input and of its queries, forward and backward; and the same in plain
+    operations."""
     def plain(norm, x):
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + norm.eps)

@@ -205,10 +205,12 @@ def halved_until_it_fits(measure, budget, least):
         budget //= 2
 
 
-PEERS = (("transformers, packed", "dense", False),
-         ("transformers, a batch of equal documents", "dense", True),
-         ("PEFT, packed", "lora", False), ("PEFT, a batch of equal documents", "lora", True),
-         ("transformers, a batch of equal documents, its layers compiled", "dense", True, True))
+PEERS = (  # name, kind, as a batch, with layers compiled
+    ("transformers, packed", "dense", False, False),
+    ("transformers, a batch of equal documents", "dense", True, False),
+    ("PEFT, packed", "lora", False, False),
+    ("PEFT, a batch of equal documents", "lora", True, False),
+    ("transformers, a batch of equal documents, compiled", "dense", True, True))
 
 
 def peers(options, figures):
@@ -224,11 +226,11 @@ def peers(options, figures):
         weights.save_weights(make("dense", "qwen3-0.6b", options), raw, folder.name)
         return folder.name
 
-    return [*(peer_of(*each, checkpoint=checkpoint, options=options, figures=figures)
-              for each in PEERS), trl_of(checkpoint, options, figures)]
+    return [*(peer_of(*each, checkpoint, options, figures) for each in PEERS),
+            trl_of(checkpoint, options, figures)]
 
 
-def peer_of(name, kind, padded, *compiled, checkpoint, options, figures):
+def peer_of(name, kind, padded, compiled, checkpoint, options, figures):
     length, device = S[options.size], options.device
     vocabulary = source("qwen3-0.6b", options.size)["vocab_size"]
     # PEFT's adapters as they begin: nothing is compared but time.
@@ -240,7 +242,7 @@ def peer_of(name, kind, padded, *compiled, checkpoint, options, figures):
         return
     if compiled:
         for layer in row.model.model.layers:
-            layer.compile(backend=options.backend, fullgraph=False, dynamic=False)
+            layer.compile(backend=options.backend, dynamic=False)
 
     def measure(budget):
         examples = equal_documents(vocabulary, length, budget, 2 + options.steps)

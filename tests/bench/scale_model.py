@@ -32,8 +32,9 @@ class Machine:
 
 MACHINES = {
     # 312 and 989 TFLOP/s at an MFU, the optimizer apart, of 55 %, which is assumed, and 38 %, which
-    # gpu.py has measured on an H100. NVLink of 300 and 450 GB/s each way, of which rings reach some
-    # 75 %; 200 and 400 Gb/s of network per GPU, some 85 %; 2.0 and 4.8 TB/s of memory, some 70 %.
+    # gpu.py has measured on an H100 (Qwen3-0.6B, dense). NVLink of 300 and 450 GB/s each way, of
+    # which rings reach some 75 %; 200 and 400 Gb/s of network per GPU, some 85 %; 2.0 and 4.8 TB/s
+    # of memory, some 70 %.
     "A100": Machine("A100 80 GB", 0.55 * 312e12, 8, 225e9, 21e9, 5e-6, 1.4e12, 80e9),
     "H200": Machine("H200", 0.38 * 989e12, 8, 340e9, 42e9, 5e-6, 3.3e12, 141e9),
 }

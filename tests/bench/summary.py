@@ -46,25 +46,27 @@ GPU_PEERS = {"chapter 1": "transformers", "dense": "transformers", "lora": "PEFT
 
 
 def gpu_rows(figures):
-    """One dict for each way to train that gpu.py has measured, beside a peer's batch of documents
-    of equal length and its packed row; then one for each profile, and for the rest."""
+    """One dict for each way to train that gpu.py has measured, beside every form of its peer; then
+    one for each profile that ended, and for the rest."""
     for kind in (kind for kind in GPU if kind in figures):
         own = figures[kind]
         row = {"row": GPU[kind], "tokens_per_second": round(own["tokens_per_second"]),
                "mfu": [round(share, 4) for share in own["mfu"] or ()],
                **{name: own[name] for name in ("peak_bytes", "predicted_bytes")}}
-        for how in ("a batch of equal documents", "packed"):
-            peer = figures.get(f"{GPU_PEERS.get(kind)}, {how} (sdpa)")
-            if peer:
-                rate = own["tokens_per_second"] / peer["tokens_per_second"]
-                row[how] = {"peer": GPU_PEERS[kind], "tokens": peer["tokens"],
-                            "tokens_per_second": round(peer["tokens_per_second"]),
-                            "speed": round(rate, 3)}
-                if peer["tokens"] == own["tokens"]:  # else it did not fit
-                    row[how]["memory"] = round(own["peak_bytes"] / peer["peak_bytes"], 3)
+        for name, peer in figures.items():
+            who, _, how = name.partition(", ")
+            if who != GPU_PEERS.get(kind):
+                continue
+            row[how] = {"peer": who, "tokens": peer["tokens"],
+                        "tokens_per_second": round(peer["tokens_per_second"]),
+                        "speed": round(own["tokens_per_second"] / peer["tokens_per_second"], 3)}
+            if peer["tokens"] == own["tokens"]:  # else it did not fit
+                row[how]["memory"] = round(own["peak_bytes"] / peer["peak_bytes"], 3)
         yield row
     for name in (name for name in figures if name.startswith("profile")):
-        found = figures[name]["files"]["profile.json"]
+        found = figures[name]["files"].get("profile.json")
+        if found is None:  # out of time
+            continue
         yield {"row": name, "seconds": round(found["seconds"], 4),
                "explained": round(found["explained"], 3),
                **{part: [round(1e3 * each, 1) for each in (*found["predicted"][part], measured)]
