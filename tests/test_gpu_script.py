@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,33 @@ def test_reports_take_these_arguments(gpu, options):
         module = load(script)
         kind = module.LadderOptions if "ladder" in script else module.ProfileOptions
         kind(**read_flags(kind, "", arguments))
+
+
+def test_runs_take_these_arguments_and_tell_the_last_speed(gpu, options, monkeypatch):
+    """At full size they run on a GPU only; here nothing is started, but every word is read."""
+    runs = load("tests/bench/gpu_runs.py")
+
+    def start(words, **how):
+        _, script, *words = words
+        if script.name == "train.py":
+            train = load(script.relative_to(runs.ROOT))
+            kind = getattr(train, "Options", train.TrainOptions)
+            run = Path(kind(**read_flags(kind, "", words)).out or "nowhere")
+            if run != Path("nowhere"):
+                run.mkdir()
+                lines = [{"step": 9, "tokens_per_second": 5, "peak_memory_bytes": 1},
+                         {"step": 10, "tokens_per_second": 80_000.4, "peak_memory_bytes": 3e10},
+                         {"step": 10, "eval_loss": None}]
+                (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return SimpleNamespace(returncode="generate" in script.name, stdout="out", stderr="why")
+
+    monkeypatch.setattr(runs.subprocess, "run", start)
+    figures = {}
+    rows = [row for measurement in runs.runs(options, figures) for row in measurement]
+    assert [row[-1] for row in rows[:9]] == ["ok", "ok", "WRONG"] * 3
+    assert figures["runs"]["chapter 2, embedded model: generate.py"] == "outwhy"
+    assert rows[-1] == ("Qwen3-0.6B, chapter 3 --compile --method full --quantize none: its tenth "
+                        "step", "80,000 tokens/s, peak 30 GB", "none", "measured")
 
 
 @pytest.mark.slow

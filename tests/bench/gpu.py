@@ -2,11 +2,11 @@
 
     python tests/bench/gpu.py --out gpu.json                      on a machine with a CUDA device
     python tests/bench/gpu.py --part peers ladder --out b.json    some of it
-    python tests/bench/gpu.py --device cpu --size tiny            the same code anywhere, in a minute
+    python tests/bench/gpu.py --device cpu --size tiny            the same code anywhere: a minute
 
 Nothing is downloaded: the models have their real shapes and random weights, the documents are
-random tokens. The parts stand in the order of their worth. What fails is told with its error, and the
-next measurement begins; after every row the figures so far are in --out. The targets are chapter
+random tokens. The parts stand in the order of their worth. What fails is told with its error, and
+the next measurement begins; after every row the figures so far are in --out. The targets are chapter
 3's; on another GPU than a target is for, and on a CPU, the figure is printed and the target is "not
 measured". Beside --out lie the timelines of profile_step.py. The exit code is 1 if a check of
 correctness or a part failed, whatever the speed.
@@ -28,6 +28,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import gpu_pieces
+import gpu_runs
 import gpu_targets
 from gpu_checks import first_checks, other_checks
 from helpers import ROOT
@@ -72,8 +73,8 @@ def reports(options):
     yield "profile", "chapter-03/profiling/profile_step.py", [*model, *dense]
     yield "profile-lora", "chapter-03/profiling/profile_step.py", [*model, "--quantize", "none"]
     yield "profile-qlora", "chapter-03/profiling/profile_step.py", model
-    yield "ladder", "chapter-03/profiling/ladder.py", ["--size", "0.6b", "--first", "packing", "--steps", "2",
-                                             *device]
+    yield "ladder", "chapter-03/profiling/ladder.py", ["--size", "0.6b", "--first", "packing",
+                                                       "--steps", "2", *device]
 
 
 def run_report(name):
@@ -108,7 +109,7 @@ PARTS = {"attention": checks(first_checks), "speed": gpu_targets.speed,
          "chapter-1": single(gpu_targets.chapter_1), "peers": gpu_targets.peers,
          "8b": single(gpu_targets.eight_billion), "loss": single(gpu_targets.loss_cost),
          "loading": single(gpu_targets.loading), "shapes": single(gpu_targets.shapes),
-         "checks": checks(other_checks), "pieces": gpu_pieces.pieces,
+         "checks": checks(other_checks), "runs": gpu_runs.runs, "pieces": gpu_pieces.pieces,
          **{name: run_report(name) for name in (
              "profile", "profile-lora", "profile-qlora", "ladder")}}
 
