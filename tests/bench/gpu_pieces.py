@@ -57,8 +57,7 @@ def attention(options, sizes):
     """Of one layer, forward and backward: as the model calls it; with documents of no tokens
     besides, as `StaticShape` may add them; and PyTorch's other kernels on a batch."""
     T, length, d = budget_of(options), S[options.size], sizes["head_dim"]
-    heads = [sizes[f"num_{kind}_heads"] for kind in (
-        "attention", "key_value", "key_value")]
+    heads = [sizes[f"num_{kind}_heads"] for kind in ("attention", "key_value", "key_value")]
     qkv = [normal(options, T, count, d).requires_grad_() for count in heads]
     flops = 3.5 * 2 * T * length * heads[0] * d
     for name, empty in (("", 0), (", 143 empty documents besides", 143)):

@@ -22,7 +22,7 @@ LARGE = (("1", ()), ("2", ()), ("3", ("--compile",)),
 def runs(options, figures):
     """A list of generators of rows, of which one may fail without the others."""
     large = [through(*one, options, figures) for one in LARGE if options.size == "full"]
-    return [*(there_and_back(chapter, options, figures) for chapter in "123"), *large]
+    return [*(run_resume_ask(chapter, options, figures) for chapter in "123"), *large]
 
 
 def call(what, script, arguments, options, figures):
@@ -36,7 +36,7 @@ def call(what, script, arguments, options, figures):
     return what, f"exit code {done.returncode}", "exit code 0", "ok" if good else "WRONG"
 
 
-def there_and_back(chapter, options, figures):
+def run_resume_ask(chapter, options, figures):
     """The embedded model: four steps and two checkpoints, two steps more, an answer."""
     folder, name = f"chapter-0{chapter}", f"chapter {chapter}, embedded model"
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,9 +56,12 @@ def through(chapter, more, options, figures):
     name = " ".join(("Qwen3-0.6B, chapter", chapter, *more))
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch, "run")
-        yield call(f"{name}: train.py", f"chapter-0{chapter}/train.py", [
+        row = call(f"{name}: train.py", f"chapter-0{chapter}/train.py", [
             "--model", "qwen3-0.6b", "--init", "random", "--data", "virtual", "--steps", 10,
             "--save-every", 0, "--eval-every", 0, "--out", run, *more], options, figures)
+        yield row
+        if row[-1] == "WRONG":
+            return
         lines = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
         last = [line for line in lines if "tokens_per_second" in line][-1]
         figures.setdefault("runs", {})[name] = last
