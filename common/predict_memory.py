@@ -55,7 +55,7 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     parameters marked. `tokens` is T, of the largest pack; `dtype` is the compute dtype; `chunk` is
     the rows of the chunked loss, None for the plain one; `checkpointing` is "none", "selective" or
     "full". `ranks` share the parameters (FSDP2: a rough figure, as gathered weights are not freed
-    at once). `varlen_kernel` (CUDA, 16 bits): attention is one kernel for all documents, not one call
+    at once). `varlen_kernel` (CUDA, 16 bits): attention is one kernel for all documents, not a call
     for each, and a norm is one kernel. `compiled`: layers are, bar attention. AdamW is fused."""
     c, layers = dtype.itemsize, model.model.layers
     embedding, tied = model.model.embed_tokens.weight, model.lm_head is None

@@ -426,7 +426,7 @@ def test_a_data_set_without_one_obvious_split(answer, files, part, parts):
 @pytest.mark.parametrize("files, expected", [
     (GSM8K[:2], [GSM8K[0]]), (["train.json", "dev.json"], ["dev.json"]),
     (["train.json", "x.json"], ["train.json"]), (["x.json"], ["x.json"])])
-def test_what_is_held_out_is_the_part_that_is_named_so(answer, files, expected):
+def test_what_is_held_out_is_the_part_that_is_named_so(answer, parquet, files, expected):
     answer.files, answer.value = files, "x"
     hub.resolve_data("a/b", "--eval-data")
     assert downloads(answer) == expected
