@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from lora import adapter_modules
-from loss import addmm_, softmax_, softmax_at_once_
+from loss import addmm_, chunked_cross_entropy, softmax_, softmax_at_once_
 from modeling_llama import forward_checkpointed
 from nf4 import NF4Linear
 
@@ -41,8 +41,8 @@ def compile_model(model, backend="inductor"):
     if not model.model.embed_tokens.weight.requires_grad:
         model.model.layers[0].forward_packed = torch.compile(forward_first, **settings)
     if device.type == "cuda":
-        model.softmax = functools.partial(
-            softmax_at_once_, compiled=torch.compile(softmax_, **settings))
+        softmax = functools.partial(softmax_at_once_, compiled=torch.compile(softmax_, **settings))
+        model.loss = functools.partial(chunked_cross_entropy, softmax=softmax)
     return model
 
 

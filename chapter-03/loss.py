@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = labelled[count * i // parts:count * (i + 1) // parts]
             x = hidden[rows]  # (C, D)
             logits = x @ weight.t()  # (C, V)
-            loss += softmax(logits, labels[rows], any(wanted))
+            loss += softmax(logits, labels[rows], any(wanted)).sum()
             gradient = logits  # `softmax` has overwritten them
             if wanted[0]:
                 grad_hidden[rows] = gradient @ weight
@@ -75,20 +75,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def softmax_in_pieces_(logits, labels, gradient):
-    """The sum of -log softmax(logits)[label], (C, V) and (C,), in float32. With `gradient` the
-    logits are overwritten by its gradient: softmax(logits), less 1 at the label. A few rows at a
-    time, so that what is float32 stays in the cache, a CPU's or a GPU's."""
+    """-log softmax(logits)[label], (C,), of logits (C, V) and labels (C,), in float32. With
+    `gradient` the logits are overwritten by its gradient: softmax(logits), less 1 at the label. A
+    few rows at a time, so that what is float32 stays in the cache, a CPU's or a GPU's."""
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
-    loss = torch.zeros((), dtype=sum_dtype, device=logits.device)
+    losses = torch.empty(len(labels), 1, dtype=sum_dtype, device=logits.device)
     minus_one = torch.full((), -1, dtype=sum_dtype, device=logits.device)
     size = max(1, (2**21 if logits.device.type == "cpu" else 2**23) // logits.shape[1])
-    for rows, goal in zip(logits.split(size), labels[:, None].split(size)):
+    for rows, goal, loss in zip(*(x.split(size) for x in (logits, labels[:, None], losses))):
         p = torch.log_softmax(rows, dim=-1, dtype=sum_dtype)  # log p, so far
-        loss -= p.gather(1, goal).sum()
+        torch.neg(p.gather(1, goal), out=loss)
         if gradient:
             rows.copy_(p.exp_().scatter_add_(1, goal, minus_one.expand_as(goal)))
         del p  # before the next rows' is made
-    return loss
+    return losses[:, 0]
 
 
 def softmax_at_once_(logits, labels, gradient, compiled=None):
@@ -108,11 +108,11 @@ def softmax_(logits, at_label, labels, gradient):
     x = logits.to(sum_dtype)
     largest = x.amax(dim=1, keepdim=True)
     log_sum = (x - largest).exp().sum(dim=1, keepdim=True).log()
-    loss = (log_sum - (at_label.to(sum_dtype) - largest)).sum()
+    losses = (log_sum - (at_label.to(sum_dtype) - largest))[:, 0]
     if gradient:
         is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
         logits.copy_((x - largest - log_sum).exp() - is_label.to(sum_dtype))
-    return loss
+    return losses
 
 
 @torch.library.custom_op("bareloop::addmm_", mutates_args=("total",))

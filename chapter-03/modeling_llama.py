@@ -231,14 +231,14 @@ def initialise(name, tensor, config):
 class LlamaForCausalLM(nn.Module):
     """The decoder with its output head. A fresh one has random weights (`initialise`).
     `compute_dtype` is the dtype of the activations and matrix products; `chunk` is the most tokens
-    whose logits exist at a time (None: those of all, in the plain loss); `softmax` is the loss's
-    softmax if it is compiled (see loss.py). Set them after construction."""
+    whose logits exist at a time (None: those of all, in the plain loss); `loss` is what labels
+    give, a function with `chunked_cross_entropy`'s first arguments. Set them after construction."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.chunk, self.softmax = CHUNK, None
+        self.chunk, self.loss = CHUNK, chunked_cross_entropy
         self.model = LlamaModel(config)
         self.lm_head = None  # tied: the embedding is also the head, one parameter
         if not config.tie_word_embeddings:
@@ -262,7 +262,7 @@ class LlamaForCausalLM(nn.Module):
         plain_head = self.lm_head is None or isinstance(self.lm_head, Linear)
         if labels is not None and plain_head and self.chunk is not None:
             weight = (self.lm_head or self.model.embed_tokens).weight
-            return chunked_cross_entropy(x, weight, labels, self.chunk, labelled, self.softmax)
+            return self.loss(x, weight, labels, self.chunk, labelled)
         if self.lm_head is not None:
             logits = self.lm_head(x)  # called, as it may carry an adapter
         else:

@@ -19,8 +19,12 @@ from common.ranks import is_main, say
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
           "peak_memory_bytes", "mfu")
-HEADER = ("step", "loss", "lr", "grad norm", "tokens/s", "memory", "MFU", "time left")
-ROW = "{:>13}{:>9}{:>10}{:>10}{:>10}{:>11}{:>6}{:>11}"  # 80 columns
+COLUMNS = {  # what the screen shows of a line: (title, width, how it is written); 80 columns
+    "step": ("step", 13, str), "loss": ("loss", 9, "{:.4f}".format),
+    "lr": ("lr", 10, "{:.2e}".format), "grad_norm": ("grad norm", 10, "{:.3f}".format),
+    "tokens_per_second": ("tokens/s", 10, "{:,.0f}".format),
+    "peak_memory_bytes": ("memory", 11, readable_bytes), "mfu": ("MFU", 6, "{:.1%}".format),
+    "left": ("time left", 11, tqdm.format_interval)}
 
 
 class Metrics:
@@ -29,8 +33,9 @@ class Metrics:
     log a step before saving its checkpoint. An evaluation of `start_step` is not written twice.
     Raises UserError if TensorBoard is wanted and missing, or the folder cannot be written."""
 
-    def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0):
-        self.path = Path(run_folder) / "metrics.jsonl"
+    def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0,
+                 columns=COLUMNS):
+        self.path, self.columns = Path(run_folder) / "metrics.jsonl", columns
         self.total_steps, self.log_every = total_steps, log_every
         self.first = None  # (step, clock) of the first step seen: it compiles and does not count
         self.written = set()  # (step, *keys) of the lines that `start_step` has already
@@ -59,22 +64,20 @@ class Metrics:
         now = time.perf_counter()
         if self.first is None:
             self.first = (step, now)
-            say(ROW.format(*HEADER))
+            say("".join(f"{title:>{width}}" for title, width, _ in self.columns.values()))
         done = step - self.first[0]
         # By the clock since the first step, so evaluation and checkpoints count as well.
         pace = (now - self.first[1]) / done if done else step_seconds
         if step % self.log_every == 0 or done == 0 or step == self.total_steps:
-            say(ROW.format(
-                f"{step}/{self.total_steps}", _number(line["loss"], ".4f"),
-                _number(lr, ".2e"), _number(line["grad_norm"], ".3f"), _number(speed, ",.0f"),
-                readable_bytes(peak_memory_bytes), _number(mfu, ".1%"),
-                tqdm.format_interval(pace * (self.total_steps - step))))
+            line |= {"step": f"{step}/{self.total_steps}", "left": pace * (self.total_steps - step)}
+            say("".join(f"{'-' if line[name] is None else show(line[name]):>{width}}"
+                        for name, (_, width, show) in self.columns.items()))
 
     def log_eval(self, step, **scores):
         """Report an evaluation, say log_eval(200, eval_loss=1.2, exact_match=0.9)."""
         line = self._write({"step": step, **scores}, "eval")
-        shown = ", ".join(f"{name} {_number(line[name], '.4f')}" for name, score in scores.items()
-                          if score is not None)
+        shown = ", ".join(f"{name} {'-' if line[name] is None else format(line[name], '.4f')}"
+                          for name, score in scores.items() if score is not None)
         say(f"{f'{step}/{self.total_steps}':>13}  {shown}")
 
     def sync(self):
@@ -119,7 +122,3 @@ class Metrics:
                 print(f"{self.path}:{number}: not a whole line (a write was cut short): dropped",
                       file=sys.stderr)
         write_whole(self.path, b"".join(kept))
-
-
-def _number(value, form):
-    return "-" if value is None else format(value, form)

@@ -133,11 +133,12 @@ def costs(model, lengths, options, chunk=None):
                       peak_flops=None if peak is None else peak * world_size())
 
 
-def fit_batch(options, model, chunk=None):
+def fit_batch(options, model, chunk=None, beside=0):
     """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
     predicted peak is at most SHARE of the GPU's memory (the rest is for CUDA, kernels' scratch
     space and fragmentation). --grad-accum grows so that a step keeps its tokens. `model` needs only
-    shapes. Raises UserError if the smallest, or one document of --max-seq-len, does not fit."""
+    shapes; `beside` are bytes that are taken already. Raises UserError if the smallest, or one
+    document of --max-seq-len, does not fit."""
     if options.batch_tokens is not None:
         return
     total = torch.cuda.get_device_properties(options.device).total_memory
@@ -146,7 +147,7 @@ def fit_batch(options, model, chunk=None):
     packs_of_most = options.grad_accum
     for tokens in PACKS:
         options.batch_tokens, options.grad_accum = tokens, packs_of_most * PACKS[0] // tokens
-        peak = costs(model, [tokens], options, chunk).peak
+        peak = costs(model, [tokens], options, chunk).peak + beside
         if peak <= SHARE * has or tokens // 2 < max(longest, PACKS[-1]):
             break
     if peak > SHARE * has:

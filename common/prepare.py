@@ -55,10 +55,12 @@ class Data:
             say(encode.show_example(self.train, self.chat))
 
 
-def load(options, source, config, skills):
+def load(options, source, config, skills, reader=Records, finish=lambda encoded: encoded):
     """The `Data` of this run; `source` is the model's folder, for its tokenizer. `skills` are what
     --data tiny stands for: "base", which the embedded model learns from scratch, or "new", which it
-    has never seen; the base skills are then asked too: what is forgotten?"""
+    has never seen; the base skills are then asked too: what is forgotten? Or a function that gives,
+    for a Chat, (records, {name: records held out}). What is trained on and the first that is held
+    out are what `finish` makes of an `Encoded`; files are read by the class `reader`."""
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
     own = ("eval_data", "columns", "rendered", "chat_template", "strict_template")
@@ -68,31 +70,35 @@ def load(options, source, config, skills):
         raise UserError(f"--data {' '.join(embedded)} cannot be combined with "
                         f"{', '.join(given) or 'other files'}")
     if options.data == ["virtual"]:
-        train = encode.virtual(2000, config.vocab_size, limit, options.seed)
-        held_out = encode.virtual(8, config.vocab_size, limit, options.seed + 1)
+        train, held_out = (finish(encode.virtual(count, config.vocab_size, limit, seed))
+                           for count, seed in ((2000, options.seed), (8, options.seed + 1)))
         return Data(source, train, held_out, None, {}, False)
     chat = Chat.load(source, options.chat_template)
-    if embedded:
+    if embedded and callable(skills):
+        records, asked = skills(chat)
+    elif embedded:
         records = tiny.records(skills, "train", TINY_DOCUMENTS, options.seed)
         asked = {name: tiny.records(name, "eval", 200, options.seed) for name in (skills, "base")}
     else:
-        columns = parse_columns(options.columns) if options.columns else None
+        columns = parse_columns(options.columns, reader.formats) if options.columns else None
         flags = {"--data": options.data, "--eval-data": options.eval_data}
-        records, *others = (Records(hub.resolve_data(names, flag), columns, options.rendered)
+        records, *others = (reader(hub.resolve_data(names, flag), columns, options.rendered)
                             for flag, names in flags.items() if names)
         asked = {"held-out": one for one in others}
 
     def encoded(records, title):
-        files = [] if embedded else records.paths
+        files = [] if embedded else [*records.paths, records.code]
         return encode.cached(
             lambda file: encode.encode(records, chat, limit, options.too_long, config.vocab_size,
                                        title, options.strict_template, file),
             [records if embedded else [records.columns, records.rendered], limit, options.too_long,
              config.vocab_size, chat.fingerprint, options.strict_template], files, title)
 
-    train = encoded(records, "data")
+    train = finish(encoded(records, "data"))
     say_what_differs(chat, records)
-    held_out = [*map(encoded, asked.values(), ("held out", "base skills"))]
+    held_out = [encoded(one, "held out" if n == 0 else f"{name} skills")
+                for n, (name, one) in enumerate(asked.items())]
+    held_out[:1] = map(finish, held_out[:1])
     if not asked:
         asked = {"held-out": records}
         train, *held_out = encode.split(train, options.seed)

@@ -14,7 +14,8 @@ On the banner of a section inside a function, which runs to the next banner or t
 
 And `# Copied from chapter-02/lora.py (whole file)` as the first line of a file that is otherwise
 byte for byte the same. Comments and layout are not compared, but in whole files; docstrings are.
-Top-level definitions and sections of four lines or more that two chapters share must be guarded.
+Top-level definitions and sections of four lines or more that two folders share must be guarded. A
+folder within a chapter comes after it, and copies from it in the same way.
 """
 
 import ast
@@ -28,7 +29,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = re.compile(r"Copied from (chapter-\d\d/\w+\.py)(?: \(whole file\))?")
+COPIED = re.compile(r"Copied from (chapter-\d\d/[\w/]+\.py)(?: \(whole file\))?")
 CHANGED = re.compile(r"Changed from chapter-\d\d: \S.*")
 BANNER = re.compile(r"# --- (.+?) ---(?: (.*))?")
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -106,7 +107,7 @@ def tokens(text):
 def check(root):
     """(complaints, drifted): lines of text, and pairs (copy, source) that --fix can mend."""
     units, complaints, drifted = [], [], []
-    for path in sorted(root.glob("chapter-*/*.py")):
+    for path in sorted(root.glob("chapter-*/**/*.py"), key=lambda path: (folder(path), path)):
         found, stray = units_of(path.relative_to(root).as_posix(), path.read_text("utf-8"))
         units += found
         complaints += stray
@@ -116,7 +117,7 @@ def check(root):
     for unit in (unit for unit in units if unit.marker and not CHANGED.fullmatch(unit.marker)):
         match = COPIED.fullmatch(unit.marker)
         sources = named.get((match[1], unit.kind, unit.name), []) if match else []
-        if not match or match[1][:10] >= unit.file[:10]:
+        if not match or folder(match[1]) >= folder(unit.file):
             complaints.append(f"{unit}: {unit.marker!r} names no file of an earlier chapter")
         elif len(sources) != 1:
             complaints.append(f"{unit}: {match[1]} has {len(sources)} of that name, not one")
@@ -130,14 +131,20 @@ def check(root):
     for first, *others in twins.values():  # sorted by file, so the earliest chapter comes first
         complaints += [f"{unit}: is {first} again, but has no `Copied from` marker"
                        for unit in others
-                       if unit.file[:10] != first.file[:10] and not COPIED.match(unit.marker)]
+                       if folder(unit.file) != folder(first.file)
+                       and not COPIED.match(unit.marker)]
     return complaints, drifted
+
+
+def folder(file):
+    return str(Path(file).parent)
 
 
 def fix(root):
     """Write every drifted copy anew from its source; earlier chapters first, as copies chain."""
     while drifted := check(root)[1]:
-        copy, source = min(drifted, key=lambda pair: (pair[0].file, pair[0].first))
+        copy, source = min(drifted, key=lambda pair: (
+            folder(pair[0].file), pair[0].file, pair[0].first))
         text = (root / source.file).read_text("utf-8").splitlines(keepends=True)
         text = text[source.first - 1:source.last]
         lines = (root / copy.file).read_text("utf-8").splitlines(keepends=True)

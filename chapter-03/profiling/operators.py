@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from attention import block_attention
 from buckets import BUCKETS, bucket, duration, loss_of, open_regions, region
-from loss import softmax_at_once_
+from loss import chunked_cross_entropy, softmax_at_once_
 
 # AdamW's bytes for each trained parameter. Fused it reads p, g, m, v and writes p, m, v. Otherwise
 # it is one operator after another: p - lr·wd·p 8 bytes, m + (1-β₁)(g-m) 12, β₂v 8, + (1-β₂)g² 12,
@@ -155,7 +155,8 @@ def record(model, pack, compiled=False):
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         model, pack = copy.deepcopy((model, pack))
-    model.softmax = softmax_at_once_ if compile_loss else None
+    model.loss = functools.partial(chunked_cross_entropy,
+                                   softmax=softmax_at_once_ if compile_loss else None)
     for layer in model.model.layers:
         layer.self_attn.attend = lambda q, k, v, ends, longest: block_attention(q, k, v, ends)
     with fake, Recorder() as recorder:

@@ -42,6 +42,8 @@ class Encoded:
     where each starts, its length, how many of its tokens are trained, the number of the record that
     it came from (skipped ones count too), and a hash of its ids. `notes`: what was left out."""
 
+    unit = "documents"
+
     def __init__(self, tokens, documents, notes=()):
         self.tokens, self.documents, self.notes = tokens, documents, list(notes)
         self.lengths = np.ascontiguousarray(documents["length"])
@@ -59,7 +61,7 @@ class Encoded:
     def announce(self, title):
         """Print how much there is to train on, and what was left out; returns itself."""
         total, trained = self.documents["length"].sum(), self.documents["trained"].sum()
-        say(f"{title}: {len(self):,} documents, {total:,} tokens, {trained / total:.0%} of them "
+        say(f"{title}: {len(self):,} {self.unit}, {total:,} tokens, {trained / total:.0%} of them "
             "trained on")
         more = [f"and {len(self.notes) - 8} more such lines"] if len(self.notes) > 8 else []
         for note in self.notes[:8] + more:
@@ -85,8 +87,8 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
         if by_template and strict:
             raise UserError(f"{where}: {reason} (--strict-template)")
         reason = reason if reason in reasons or len(reasons) < 1000 else "skipped, other reasons"
-        count, first = reasons.get(reason, (0, where))
-        reasons[reason] = count + 1, first
+        count, first, last = reasons.get(reason, (0, where, None))
+        reasons[reason] = count + (where != last), first, where  # an example's records count once
 
     for number, where, record, layout, ids, trained in _tokenise(records, chat, note):
         if vocab_size is not None and len(ids) and ids.max() >= vocab_size:
@@ -108,7 +110,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
             rows.extend((written, end - start, int(trained[start:end].sum()), number,
                          int.from_bytes(digest, "little", signed=True)))
             written += end - start
-    notes = [f"{count:,} {reason} (first: {first})" for reason, (count, first)
+    notes = [f"{count:,} {reason} (first: {first})" for reason, (count, first, _)
              in sorted(reasons.items(), key=lambda item: -item[1][0])]
     if isinstance(records, Records) and records.ignored:
         keys = records.ignored
@@ -249,18 +251,19 @@ def split(encoded, seed, share=0.02, most=200):
     _, groups, copies = np.unique(encoded.documents["digest"], return_inverse=True,
                                   return_counts=True)
     if len(copies) == 1:
-        raise UserError(f"nothing can be held out, as all documents ({count:,}) are the same: give "
-                        "others with --eval-data")
+        raise UserError(f"nothing can be held out, as all {encoded.unit} ({count:,}) are the same:"
+                        " give others with --eval-data")
     order = np.random.default_rng((seed, 1)).permutation(count)
     single = copies[groups[order]] == 1
     held = order[single][:min(most, max(1, int(share * count)))]
     held = held if len(held) else np.flatnonzero(groups == groups[order[0]])
-    say(f"held out: {len(held):,} of these documents (--eval-data takes others)")
+    say(f"held out: {len(held):,} of these {encoded.unit} (--eval-data takes others)")
     if not single.all():
-        say(f"held out: {(~single).sum():,} documents occur more than once; none of them is both "
-            "trained on and held out")
+        say(f"held out: {(~single).sum():,} {encoded.unit} occur more than once; none of them is "
+            "both trained on and held out")
     is_held = np.isin(np.arange(count), held)
-    return tuple(Encoded(encoded.tokens, encoded.documents[part]) for part in (~is_held, is_held))
+    return tuple(type(encoded)(encoded.tokens, encoded.documents[part])
+                 for part in (~is_held, is_held))
 
 
 def show_example(encoded, chat, limit=400):

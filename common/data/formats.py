@@ -18,10 +18,8 @@ FORMATS = (("messages",), ("conversations",), ("instruction", "output"), ("promp
            ("text",))
 BESIDE = ("system", "tools", "functions", "history")
 OPTIONAL = (*BESIDE, "input")
-NAMES = tuple(key for keys in FORMATS for key in keys) + OPTIONAL
 WEIGHTS = ("weight", "train", "loss")  # of a turn or of an example: whether it is trained on
 MEANT = (*BESIDE, *WEIGHTS, "label")  # read under their own names, whatever --columns says
-KNOWN = "; ".join(map(" + ".join, FORMATS))
 TRUTH = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 CALLER = "caller"  # an assistant who calls a tool, in formats where that is a role of its own
 ROLES = {  # what data sets call the speakers -> what chat templates call them
@@ -30,8 +28,15 @@ ROLES = {  # what data sets call the speakers -> what chat templates call them
     "developer": "developer", "tool": "tool", "function": "tool", "observation": "tool",
     "function_response": "tool", "tool_response": "tool", "ipython": "tool",
     "function_call": CALLER, "tool_call": CALLER}
-POST_TRAINING = ("learning from preferences is post-training (DPO and its kin), which this script "
-                 "does not do")
+
+
+def names_of(formats):
+    """All keys that such examples can have."""
+    return tuple(dict.fromkeys([key for keys in formats for key in keys])) + OPTIONAL
+
+
+def known(formats):
+    return "; ".join(map(" + ".join, formats))
 
 
 def convert(value, where, ignored, rendered=False):
@@ -49,8 +54,8 @@ def convert(value, where, ignored, rendered=False):
         record = {"text": _take(value, "text", str, where)}
         record.update({"rendered": True} if rendered else {})
     elif _truth(value.get("label")) is not None and "'label'" not in ignored:
-        raise UserError(f"{where}: 'label' says which answers are good (KTO's format); "
-                        f"{POST_TRAINING}. If it means something else, rename or remove it")
+        raise UserError(f"{where}: 'label' says which answers are good (KTO's format), from which "
+                        "nothing here learns. If it means something else, rename or remove it")
     else:
         messages, tools = _messages(value, keys, where, ignored), _tools(value, where)
         schemas = {str(one.get("name")): one.get("parameters") for tool in tools
@@ -72,13 +77,14 @@ def quoted(key):
 def _no_format(value):
     if "chosen" in value and "rejected" in value:
         columns = "prompt=prompt,completion=chosen" if "prompt" in value else "messages=chosen"
-        return (f"'chosen' and 'rejected' are a pair of answers; {POST_TRAINING}. --columns "
-                f"{columns} trains on the chosen answers alone")
+        return ("'chosen' and 'rejected' are a pair of answers, from which "
+                "chapter-03/post_training/train_dpo.py learns; --columns "
+                f"{columns} trains on the chosen ones alone")
     spelled = {key.strip().lower(): key for key in value}
     columns = next((",".join(f"{key}={spelled[key]}" for key in keys) for keys in FORMATS
                     if spelled.keys() >= {*keys}), "prompt=question,completion=answer")
-    return (f"the keys {listed(map(quoted, value)) or '(none)'} fit no known format ({KNOWN}); map "
-            f"them, as in --columns {columns}")
+    return (f"the keys {listed(map(quoted, value)) or '(none)'} fit no known format "
+            f"({known(FORMATS)}); map them, as in --columns {columns}")
 
 
 def _trains(value, what, where):

@@ -10,7 +10,7 @@ import re
 import zlib
 from pathlib import Path
 
-from common.data.formats import FORMATS, KNOWN, MEANT, NAMES, OPTIONAL, convert, quoted
+from common.data.formats import FORMATS, MEANT, OPTIONAL, convert, known, names_of, quoted
 from common.data.template import Refused
 from common.errors import UserError, listed, nearest, one_line
 
@@ -18,20 +18,20 @@ LONGEST = 2**30  # bytes
 ROWS = 256  # of a Parquet file that are in memory at a time
 
 
-def parse_columns(text):
+def parse_columns(text, formats=FORMATS):
     """--columns prompt=question,completion=answer as {"prompt": "question", ...}."""
-    columns = {}
+    names, columns = names_of(formats), {}
     for part in text.split(","):
         name, _, column = (piece.strip() for piece in part.partition("="))
-        if not column or name not in NAMES:
-            hint = f" (did you mean {column}={name}?)" if column in NAMES else nearest(name, NAMES)
+        if not column or name not in names:
+            hint = f" (did you mean {column}={name}?)" if column in names else nearest(name, names)
             raise UserError(f"--columns {text}: {part.strip()!r} is not NAME=COLUMN, a NAME being "
-                            f"one of {', '.join(NAMES)}{hint}")
+                            f"one of {', '.join(names)}{hint}")
         if name in columns:
             raise UserError(f"--columns {text}: {name!r} is given twice")
         columns[name] = column
-    if not any(columns.keys() >= {*keys} for keys in FORMATS):
-        raise UserError(f"--columns {text}: it must name all keys of one format: {KNOWN}")
+    if not any(columns.keys() >= {*keys} for keys in formats):
+        raise UserError(f"--columns {text}: it must name all keys of one format: {known(formats)}")
     return columns
 
 
@@ -40,6 +40,8 @@ class Records:
     renames keys: {"prompt": "question"} reads "question" as the prompt; `rendered`: a "text" is a
     whole conversation, control tokens included. Paths are checked at once, contents as they are
     read. `size` and `done` (bytes) tell the progress, `ignored` the unused keys and where first."""
+
+    formats, convert, code = FORMATS, staticmethod(convert), __file__  # another class has others
 
     def __init__(self, paths, columns=None, rendered=False):
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
@@ -53,7 +55,7 @@ class Records:
 
     def __iter__(self):
         unmet = {*self.columns.values()}
-        self.done, wanted = 0, {*unmet, *NAMES, *MEANT}
+        self.done, wanted = 0, {*unmet, *names_of(self.formats), *MEANT}
         for path in self.paths:
             before, kind, where = self.done, suffix(path), None
             for where, value, done in READERS[kind](path, wanted):
@@ -62,7 +64,7 @@ class Records:
                     if self.columns and kind != ".txt" and isinstance(value, dict):
                         unmet -= value.keys()
                         value = self._renamed(value, where)
-                    record = convert(value, where, self.ignored, self.rendered)
+                    record = self.convert(value, where, self.ignored, self.rendered)
                 except Refused as error:
                     record = {"refused": str(error)}
                 yield {**record, "where": where}

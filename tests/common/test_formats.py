@@ -184,14 +184,14 @@ def test_prompt_and_completion_as_messages():
 
 @pytest.mark.parametrize("value, message", [
     ({"prompt": "p", "chosen": "c", "rejected": "r"},
-     "post-training .* --columns prompt=prompt,completion=chosen"),
+     "train_dpo\\.py.* --columns prompt=prompt,completion=chosen"),
     ({"prompt": "p", "chosen": said("p", "c"), "rejected": said("p", "r")},
-     "post-training .* --columns prompt=prompt,completion=chosen"),
+     "train_dpo\\.py.* --columns prompt=prompt,completion=chosen"),
     ({"chosen": said("p", "c"), "rejected": said("p", "r")},
-     "post-training .* --columns messages=chosen"),
-    ({"prompt": "p", "completion": "c", "label": True}, "KTO.*post-training"),
-    ({"prompt": "p", "completion": "c", "label": "False"}, "KTO.*post-training"),
-    ({"messages": said("p", "c"), "label": 0}, "KTO.*post-training"),
+     "train_dpo\\.py.* --columns messages=chosen"),
+    ({"prompt": "p", "completion": "c", "label": True}, "KTO.*nothing here learns"),
+    ({"prompt": "p", "completion": "c", "label": "False"}, "KTO.*nothing here learns"),
+    ({"messages": said("p", "c"), "label": 0}, "KTO.*nothing here learns"),
 ])
 def test_preferences_are_recognised_and_refused(value, message):
     with pytest.raises(UserError, match=f"f:1: .*{message}"):

@@ -1,0 +1,75 @@
+"""log p of each token that the model was to write: what preferences, rewards and teachers are
+made of. On a pack it is a vector (T,), and what an answer is worth is the sum over its document.
+
+With `model.loss = chunked_log_probs` a model gives that vector where it gave the sum of losses.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from loss import CHUNK, addmm_, softmax_in_pieces_
+
+
+def chunked_log_probs(hidden, weight, labels, chunk=CHUNK, labelled=None):
+    """log softmax(hidden weightᵀ)[label] of each token, (T,) float32; 0 where the label is negative.
+
+    hidden (T, D), weight (V, D), labels (T,) int64; `chunk` and `labelled` as for
+    `loss.chunked_cross_entropy`, whose sum this is, token by token and with the opposite sign. No
+    (T, V) tensor ever exists. A token's log p depends on its own hidden state alone, so its slope
+    along that, (D,), is found in the forward, whatever is made of log p afterwards; and the
+    backward multiplies. Only the gradient of a trained `weight` needs the logits a second time.
+    """
+    if labelled is None:
+        labelled = (labels >= 0).nonzero()[:, 0]
+    train = torch.is_grad_enabled()
+    wanted = train and hidden.requires_grad, train and weight.requires_grad
+    return _ChunkedLogProbs.apply(hidden, weight, labels, labelled, chunk, wanted)
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, labelled, chunk, wanted):
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # float64 only in tests
+        cast = weight.to(hidden.dtype)
+        losses = torch.zeros(len(hidden), dtype=sum_dtype, device=hidden.device)
+        slopes = torch.zeros_like(hidden) if wanted[0] else None
+        for rows in labelled.split(chunk):
+            logits = hidden[rows] @ cast.t()  # (C, V)
+            losses[rows] = softmax_in_pieces_(logits, labels[rows], wanted[0])
+            if wanted[0]:
+                slopes[rows] = logits @ cast  # they have become the loss's gradient
+            del logits  # before the next chunk's are made
+        ctx.chunk = chunk
+        again = (hidden, weight, labels, labelled) if wanted[1] else (None,) * 4
+        ctx.save_for_backward(slopes, *again)
+        return -losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        slopes, hidden, weight, labels, labelled = ctx.saved_tensors
+        grad_hidden = grad_weight = None
+        if slopes is not None:  # multiplied in float32, rounded once
+            grad_hidden = torch.mul(slopes, -gradient[:, None], out=torch.empty_like(slopes))
+        if weight is not None:
+            cast = weight.to(hidden.dtype)
+            grad_weight = torch.zeros_like(weight, dtype=gradient.dtype)
+            for rows in labelled.split(ctx.chunk):
+                x = hidden[rows]
+                logits = x @ cast.t()
+                softmax_in_pieces_(logits, labels[rows], True)
+                addmm_(grad_weight, logits.mul_(-gradient[rows, None]).t(), x)
+                del logits
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def per_document(values, cu_seqlens):
+    """The sum of `values` (T,) over each document, (N,); an empty document's is 0. Documents are
+    summed one by one, in order: the same bits again, which atomic additions would not give.
+
+    Three documents of 2, 1 and 3 tokens, cu_seqlens 0 2 3 6:
+
+        values  -1.0  0.0 | 0.0 | -0.5  -2.0  0.0     sums  -1.0  0.0  -2.5
+    """
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)

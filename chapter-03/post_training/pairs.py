@@ -1,0 +1,196 @@
+"""Pairs of answers, from files or from the model's own mistakes, to pairs of documents.
+
+    explicit        {"prompt", "chosen", "rejected"}, each a text or a list of messages
+    ShareGPT        {"conversations": [...], "chosen": {"from", "value"}, "rejected": {...}}
+    Alpaca          {"instruction", "input"?, "output": [better, worse]}, or chosen and rejected
+    implicit        {"chosen", "rejected"}, both the whole conversation, as messages or as a text
+                    with turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:" (HH-RLHF)
+
+Told apart by keys and types, in this order. The response is the last turn, the assistant's; all
+before it is the prompt, the same for both. `system`, `tools` and the rest are as in common/README.md.
+"""
+
+import re
+from random import Random
+
+import numpy as np
+
+from common.asking.generation import generate
+from common.data.encode import DOCUMENT, Encoded
+from common.data.formats import convert, quoted
+from common.data.readers import Records
+from common.data.template import Refused
+from common.errors import UserError, listed
+from common.ranks import say
+from common.tiny import skills
+from quantized_model import base_kind, load_model
+
+PAIR = np.dtype([*DOCUMENT.descr, ("border", np.int64)])  # tokens of the chosen answer's document
+TURN = re.compile(r"\n\n(Human|Assistant):")
+SKILL, PROMPTS = "add", 500  # of --data tiny
+TRIES = 8  # answers that are sampled for each prompt, to find a mistake among them
+
+
+class PairRecords(Records):
+    """The records of files of pairs: of each pair two, the chosen conversation and the rejected."""
+
+    formats = (("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"),
+               ("messages", "chosen", "rejected"), ("instruction", "chosen", "rejected"),
+               ("instruction", "output"), ("chosen", "rejected"))
+    code = __file__
+
+    @staticmethod
+    def convert(value, where, ignored, rendered=False):
+        """{"pair": [record, record]} of an example, or {"refused": why it is left out}."""
+        if rendered:
+            raise UserError("--rendered: a pair of rendered texts does not say where its answers "
+                            "begin; give messages")
+        return {"pair": members(value, where, ignored)}
+
+    def __iter__(self):
+        for record in super().__iter__():
+            for one in record.get("pair", [record, record]):  # one refused counts as two as well
+                yield {**one, "where": record["where"]}
+
+
+def members(value, where, ignored):
+    """The two records of a pair, chosen first: {"messages": [...], "tools"?}, of which only the
+    last turn is trained on. Raises Refused for a pair that can be left out, UserError for no pair.
+    """
+    value = dict(value) if isinstance(value, dict) else {}
+    answers = [value.pop(name, None) for name in ("chosen", "rejected")]
+    if answers == [None, None] and "instruction" in value and isinstance(value.get("output"), list):
+        answers = value.pop("output")
+    if len(answers) != 2 or None in answers:
+        raise UserError(
+            f"{where}: no pair of answers: it needs 'chosen' and 'rejected', and has "
+            f"{listed(map(quoted, value)) or 'no keys'}; map others, as in --columns "
+            "prompt=question,chosen=response_j,rejected=response_k (single answers with a 'label', "
+            "KTO's format, are not read)")
+    records = [convert(side(value, answer, where), where, ignored) for answer in answers]
+    prompts = [record["messages"][:-1] for record in records]
+    for record, prompt in zip(records, prompts):
+        if not prompt or record["messages"][-1]["role"] != "assistant":
+            raise Refused("a pair without a prompt, or whose last turn is not the assistant's")
+        for message in prompt:
+            message.pop("train", None)
+            if message["role"] == "assistant":
+                message["train"] = False
+    if prompts[0] != prompts[1]:
+        raise Refused("a pair whose prompts differ, or whose answers are several turns")
+    return records
+
+
+def side(value, answer, where):
+    """What `formats.convert` reads, of a pair's other keys and one of its answers."""
+    value = dict(value)
+    if isinstance(answer, dict):
+        answer = [answer]
+    if "prompt" in value:
+        value.pop("messages", None)  # UltraFeedback has the chosen conversation here once more
+        return {**value, "completion": answer}
+    for name in ("conversations", "messages"):
+        if name in value and not (isinstance(answer, list) and len(answer) > 1):
+            answer = answer if isinstance(answer, list) else [
+                {"role": "assistant", "content": answer}]
+            return {**value, "prompt": value.pop(name), "completion": answer}
+    if "instruction" in value:
+        return {**value, "output": answer}
+    value.pop("messages", None)
+    if isinstance(answer, str):
+        answer = turns(answer)
+    return {**value, "messages": answer}
+
+
+def turns(text):
+    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ...", as HH-RLHF writes a conversation."""
+    before, *parts = TURN.split(text if text.startswith("\n\n") else f"\n\n{text}")
+    if before.strip() or not parts:
+        raise Refused("a pair of texts with neither a prompt nor turns (Human:, Assistant:)")
+    return [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": words.strip()}
+            for who, words in zip(parts[::2], parts[1::2])]
+
+
+class Pairs(Encoded):
+    """Pairs of documents, one after the other, as one `Encoded` document: what a pack holds both of
+    or neither. So `lengths` are those of both together."""
+
+    unit = "pairs"
+
+    @classmethod
+    def of(cls, encoded, batch_tokens):
+        """Of an `Encoded` of records in twos, the pairs of which both are there and fit a pack of
+        `batch_tokens`, whose prompts are the same tokens and whose answers are not; the others are
+        counted. Raises UserError if none is left."""
+        rows, kept = encoded.documents, []
+        reasons = {}
+        numbers = rows["record"]
+        firsts = np.flatnonzero((numbers[:-1] % 2 == 0) & (numbers[1:] == numbers[:-1] + 1))
+        for i in firsts.tolist():
+            (ids, labels), (others, other_labels) = encoded[i], encoded[i + 1]
+            start, other = ((one >= 0).int().argmax() for one in (labels, other_labels))
+            reason = (
+                "whose answers are the same" if ids.equal(others) else
+                "whose prompts are not the same tokens" if not ids[:start].equal(others[:other]) else
+                f"longer together than --batch-tokens {batch_tokens}"
+                if len(ids) + len(others) > batch_tokens else None)
+            if reason:
+                count, first = reasons.get(reason, (0, numbers[i] // 2 + 1))
+                reasons[reason] = count + 1, first
+            else:
+                kept.append(i)
+        lone = len(np.unique(numbers // 2)) - len(firsts)
+        if lone:
+            reasons["of which only one answer can be used"] = lone, None
+        notes = [f"skipped, {count:,} {reason}" + f" (first: example {first})" * (first is not None)
+                 for reason, (count, first) in reasons.items()]
+        if not kept:
+            raise UserError("no pair can be trained on: " + ("; ".join(notes) or "no data"))
+        pairs = np.empty(len(kept), PAIR)
+        chosen, rejected = rows[kept], rows[np.add(kept, 1)]
+        for name in ("start", "record"):
+            pairs[name] = chosen[name]
+        for name in ("length", "trained"):
+            pairs[name] = chosen[name] + rejected[name]
+        pairs["digest"] = chosen["digest"] * 3 + rejected["digest"]  # not the same, exchanged
+        pairs["border"] = chosen["length"]
+        return cls(encoded.tokens, pairs, notes)
+
+    def pair(self, i):
+        """The chosen and the rejected document of pair i, each (input_ids, labels)."""
+        (ids, labels), border = self[i], self.documents["border"][i]
+        return (ids[:border], labels[:border]), (ids[border:], labels[border:])
+
+
+def tiny_pairs(options, device, dtype, chat):
+    """--data tiny for `prepare.load`: what the model, untrained, gets wrong in SKILL, to learn from
+    and held out; then the questions of SKILL and of all the skills that it knew before."""
+    model, _ = load_model(options.model, device, dtype, base=base_kind(options))
+    train, held_out = (own_mistakes(model.to(device), chat, SKILL, split, PROMPTS, options.seed)
+                       for split in ("train", "eval"))
+    random = Random(f"{SKILL} asked {options.seed}")
+    return train, {
+        "mistakes": held_out, SKILL: [skills.record(SKILL, "eval", random) for _ in range(100)],
+        "base": skills.records("base", "eval", 200, options.seed)}
+
+
+def own_mistakes(model, chat, skill, split, count, seed):
+    """Records in twos: to prompts of a tiny skill, `count` at most, the right answer and the first
+    wrong one of TRIES that `model` gave at temperature 1. What it never gets wrong makes no pair.
+    """
+    random = Random(f"{skill} {split} {seed}")
+    drawn = (skills.record(skill, split, random)["messages"] for _ in range(count))
+    asked = list({question["content"]: (question, answer) for question, answer in drawn}.values())
+    prompts = [chat.encode_prompt([question]) for question, _ in asked for _ in range(TRIES)]
+    answers = [chat.decode(ids) for ids in generate(
+        model, prompts, 16, chat.stop_ids, temperature=1.0, seed=seed)]
+    records = []
+    for n, (question, answer) in enumerate(asked):
+        wrong = next((one for one in answers[n * TRIES:(n + 1) * TRIES]
+                      if one.strip() and one != answer["content"]), None)
+        if wrong is not None:
+            records += [{"messages": [question, answer]},
+                        {"messages": [question, {"role": "assistant", "content": wrong}]}]
+    say(f"{skill}: {len(records) // 2} of {len(asked)} prompts ({split}) that the model gets wrong "
+        f"at least once in {TRIES} tries")
+    return records

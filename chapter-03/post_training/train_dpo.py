@@ -1,0 +1,275 @@
+"""Learn from pairs of answers, one chosen and one rejected: DPO and its kin, packed.
+
+    python chapter-03/post_training/train_dpo.py            the tiny model, on its own mistakes
+    python chapter-03/post_training/train_dpo.py --model Qwen/Qwen3-0.6B --data pairs.jsonl
+    torchrun --nproc-per-node 8 chapter-03/post_training/train_dpo.py ...
+
+The loop is chapter 3's, without compiling. New are the pairs, of which a pack holds both answers;
+the reference, which is the same model with its adapters off; and a loss of the answers' log p.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
+
+import torch
+
+from common import guard, hub, memory, predict, prepare, runs, weights
+from common.adapters.merging import merge_into
+from common.adapters.peft import save_adapter
+from common.asking.generation import generate
+from common.errors import UserError, located, run_main
+from common.files.checkpoint import latest, new_run_folder, verify
+from common.files.state import load_state
+from common.metrics import COLUMNS, Metrics
+from common.options import option, parse, save_options
+from common.ranks import (
+    all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
+import lora
+from lora import AdapterConfig, after_step, before_step, optimizer_groups, state_names
+from logprobs import chunked_log_probs
+from modeling_llama import LlamaConfig
+from packing import PackSampler
+from pairs import PairRecords, Pairs, tiny_pairs
+from preference import (
+    LOSSES, NO_REFERENCE, SCORES, PairLogProbs, check_loss, collate_pairs, preference_loss)
+from quantized_model import build, check_base, check_options, mark
+from reference import add_reference, copy_bytes, frozen_copy, reference_log_probs
+from train import Options as TrainOptions, learning_rate
+
+CHAPTER = "03-dpo"
+TINY = {"lr": 1e-3, "warmup": 10, "steps": 80, "batch_tokens": 1024, "dtype": "float32", "rank": 8,
+        "alpha": 16.0, "eval_every": 20, "save_every": 40, "nll": 1.0}
+REAL = {"lr": {"full": 5e-7, "default": 2e-5}, "warmup": 10, "rank": 16, "alpha": 32.0, "nll": 0.0}
+BETA = {"simpo": 2.0, "default": 0.1}  # SimPO's is of a token's log p, the others' of an answer's
+PAIR = {"margin": ("margin", 9, "{:.3f}".format), "pair_accuracy": ("won", 7, "{:.0%}".format),
+        "logp_chosen": ("log p chosen", 14, "{:.2f}".format)}
+SCREEN = {"step": COLUMNS["step"], "loss": COLUMNS["loss"], **PAIR, **{
+    name: COLUMNS[name] for name in ("tokens_per_second", "peak_memory_bytes", "left")}}
+
+
+# Changed from chapter-03: what is made of a pair.
+@dataclass
+class Options(TrainOptions):
+    """Chapter 3's options, and those of the loss."""
+
+    too_long: str = option("drop", "what to do with an answer that is too long with its prompt; "
+                           "one that is cut does not end", choices=("drop", "truncate", "error"))
+    loss: str = option("dpo", "what is made of a pair: preference.py has the equations",
+                       choices=tuple(LOSSES))
+    beta: float = option(None, "β, what a change of log p counts; orpo: the weight of the odds "
+                               "(default: 0.1; simpo: 2)", least=0)
+    label_smoothing: float = option(0.1, "cdpo, robust: ε, the share of pairs that are the wrong "
+                                    "way round", least=0)
+    gamma: float = option(1.0, "simpo: γ, the margin that it asks for", least=0)
+    nll: float = option(None, "λ, the weight of the chosen answer's cross-entropy per token, which "
+                              "keeps that answer likely", least=0)
+
+    def __post_init__(self):
+        if self.beta is None:
+            self.beta = BETA.get(self.loss, BETA["default"])
+
+
+def scored(model, reference, pack, options):
+    """`preference_loss` of a pack from `collate_pairs`."""
+    frozen = None
+    if options.loss not in NO_REFERENCE:
+        frozen = reference_log_probs(model, pack, reference)
+    return preference_loss(PairLogProbs.of(pack, model(**pack), frozen), options)
+
+
+# Changed from chapter-03: the mean of each of SCORES over the pairs.
+@torch.no_grad()
+def evaluate(model, reference, dataset, options):
+    """{name of SCORES: mean over the pairs of `dataset`}. Every rank computes the whole of it."""
+    sampler = PackSampler(dataset.lengths, options.batch_tokens, seed=None)
+    total = 0
+    model.eval()
+    for index in range(sampler.packs_in(1)):
+        pack = collate_pairs([dataset.pair(i) for i in sampler.pack(index)])
+        total += scored(model, reference, memory.to_device(pack, options.device), options)[1]
+    model.train()
+    return dict(zip(SCORES, (total / len(dataset)).tolist()))
+
+
+def main(argv=None):
+    # --- options --- Changed from chapter-03: what makes no sense with pairs.
+    options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    check_options(options)
+    check_loss(options)
+    device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
+    if options.method == "delta-lora" and world_size() > 1:
+        raise UserError("--method delta-lora runs on one process: it moves whole weights")
+    torch.manual_seed(options.seed)
+    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
+
+    # --- model files and data --- Changed from chapter-03: pairs.
+    source = hub.resolve(options.model)
+    verify(source)
+    config_json = weights.read_config(source)
+    with located(source / "config.json"):
+        config = LlamaConfig.from_dict(check_base(config_json, options))
+    shapes = build(config, options, adapter)  # enough to predict what the run will need
+    predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options))
+    data = prepare.load(options, source, config, partial(tiny_pairs, options, device, dtype),
+                        PairRecords, partial(Pairs.of, batch_tokens=options.batch_tokens))
+    data.quizzes.pop("mistakes", None)  # the skill itself is asked, with all its prompts
+
+    # --- what it will need --- Changed from chapter-03: the reference.
+    sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
+    packs_per_step = world_size() * options.grad_accum
+    total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
+    predicted = add_reference(predict.costs(shapes, data.train.lengths, options, shapes.chunk),
+                              shapes, options)
+    say(predicted.report())
+    if total_steps < options.warmup:
+        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
+            "--epochs, --steps, --warmup")
+    if options.dry_run:
+        return 0
+
+    # --- model --- Changed from chapter-03: gives log p; a frozen copy where W moves.
+    home = device if world_size() == 1 else torch.device("cpu")
+    model = build(config, options, adapter, home, source)
+    model.loss = chunked_log_probs
+    reference = frozen_copy(model, options, device)  # None: the model itself, adapters off
+    # Adapters and a base that is already in `dtype` are gathered as they are.
+    shard(model, device, dtype if options.method == "full" else None)
+    model.to(device)
+
+    # --- optimizer --- Copied from chapter-03/train.py
+    groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
+                                  fused=device.type != "mps")
+    names = state_names(model)  # what training can change: all that a checkpoint has to hold
+
+    # --- run folder, resume --- Changed from chapter-03: what the screen shows.
+    saved = None  # the last whole checkpoint
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
+             "eval_loss": None, "logp_chosen": None}
+    if options.resume:
+        run = Path(options.resume)
+        saved = latest(run)
+        if saved is not None:
+            state = load_state(saved, model, optimizer, names)
+        say(f"resuming {run} after step {state['step']}")
+    else:
+        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
+    save_options(options, CHAPTER, run, data)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"],
+                      SCREEN)
+
+    # --- before --- Changed from chapter-03: how the pairs stand.
+    if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
+        data.show_example()
+        say(f"run folder: {run}")
+        prepare.ask(data, model, generate, metrics, 0)
+        scores = evaluate(model, reference, data.held_out, options)
+        state["logp_chosen"] = scores["logp_chosen"]
+        metrics.log_eval(0, eval_loss=scores["loss"], **{name: scores[name] for name in PAIR})
+
+    # --- loop --- Changed from chapter-03: pairs.
+    ready = None
+
+    def make_packs(first):
+        """For the step whose first pack has number `first`: this rank's packs, their pairs, and how
+        many pairs and tokens these have."""
+        # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
+        mine = range(first + this_rank(), first + packs_per_step, world_size())
+        pairs = [sampler.pack(index) for index in mine]
+        packs = [collate_pairs([data.train.pair(i) for i in pack]) for pack in pairs]
+        counts = torch.tensor([sum(map(len, pairs)),
+                               sum(int(sampler.lengths[pack].sum()) for pack in pairs)])
+        return [memory.to_device(pack, device) for pack in packs], pairs, counts
+
+    nonfinite = guard.NonFinite()
+    memory.keep_freed(device)
+    model.train()
+    with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
+        for step in range(state["step"] + 1, total_steps + 1):
+            started = time.perf_counter()
+
+            # --- accumulate --- Changed from chapter-03: divided by the pairs of the step.
+            packs, documents, counts = ready or make_packs(state["next_pack"])
+            state["next_pack"] += packs_per_step
+            count, tokens = all_sum(counts).tolist()
+            totals = torch.zeros(len(SCORES), device=device)
+            for pack in packs:
+                # Of the *whole* step: so that every pair weighs the same, in whichever pack or rank.
+                losses, scores = scored(model, reference, pack, options)
+                (losses.sum() / count).backward()
+                totals += scores / count
+            total_loss, *scores = all_sum(totals)
+            # The next step's packs are made while a GPU is still at work on this one.
+            ready = make_packs(state["next_pack"]) if step < total_steps else None
+
+            # --- clip and step --- Copied from chapter-03/train.py
+            before_step(model, adapter)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+            norm = full_tensor(norm)
+            loss, norm = torch.stack((total_loss, norm)).tolist()  # the only wait for a single GPU
+            lr = learning_rate(step, total_steps, options)
+            if nonfinite.check(loss, norm, step, documents, saved):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_ratio"]
+                optimizer.step()
+                after_step(model, adapter, step)
+            optimizer.zero_grad(set_to_none=True)
+
+            # --- log --- Changed from chapter-03: what became of the pairs.
+            state["step"], state["tokens"] = step, state["tokens"] + tokens
+            seconds = time.perf_counter() - started
+            metrics.log_step(step, loss, lr, norm, tokens, seconds,
+                             memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
+                             pairs=count, **dict(zip(SCORES[1:], torch.stack(scores).tolist())))
+
+            # --- evaluate --- Changed from chapter-03: is the chosen answer still as likely?
+            improved = False
+            if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
+                scores = evaluate(model, reference, data.held_out, options)
+                eval_loss = scores["loss"]
+                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
+                metrics.log_eval(step, eval_loss=eval_loss, **{name: scores[name] for name in PAIR})
+                if step == total_steps and scores["logp_chosen"] < state["logp_chosen"]:
+                    say(f"note: the chosen answers have become less likely than before (log p was "
+                        f"{state['logp_chosen']:.2f}), which no margin shows; --nll 1 holds them up")
+                improved = eval_loss < (state["best_loss"] or math.inf)
+                if improved:
+                    state["best_loss"], state["best_step"] = eval_loss, step
+
+            # --- checkpoint --- Copied from chapter-03/train.py
+            stop = any_rank(signals.requested)
+            due = options.save_every and (step % options.save_every == 0 or step == total_steps)
+            if due or (improved and options.keep_best) or stop:
+                metrics.sync()
+                saved = runs.save_step(run, model, optimizer, state, options, names)
+            if stop:
+                return runs.stopped(run, state, signals)
+
+        # --- result --- Copied from chapter-03/train.py
+        if options.method == "delta-lora":
+            merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
+        if options.method in ("full", "delta-lora"):
+            runs.save_model(run / "final", model, config_json, data, dtype)
+        else:
+            runs.save_files(run / "final", lambda folder: save_adapter(
+                model, adapter, folder, options.model, lora, metadata=mark(options)), data)
+        if any_rank(signals.requested):  # one that came during the saving
+            return runs.stopped(run, state, signals)
+
+    # --- after --- Changed from chapter-03: where generate.py is.
+    prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
+    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
+    say(runs.wrote(kind, run / "final", data.chat is not None, beside=".."))
+    metrics.close()
+    stop_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
