@@ -136,9 +136,9 @@ def costs(model, lengths, options, chunk=None):
 def fit_batch(options, model, chunk=None, beside=0):
     """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
     predicted peak is at most SHARE of the GPU's memory (the rest is for CUDA, kernels' scratch
-    space and fragmentation). --grad-accum grows so that a step keeps its tokens. `model` needs only
-    shapes; `beside` are bytes that are taken already. Raises UserError if the smallest, or one
-    document of --max-seq-len, does not fit."""
+    space and fragmentation), less the bytes `beside`. --grad-accum grows so that a step keeps its
+    tokens. `model` needs only shapes. UserError if the smallest, or the longest document, does not.
+    """
     if options.batch_tokens is not None:
         return
     total = torch.cuda.get_device_properties(options.device).total_memory
@@ -152,10 +152,10 @@ def fit_batch(options, model, chunk=None, beside=0):
             break
     if peak > SHARE * has:
         raise UserError(
-            f"packs of {tokens} tokens need {readable_bytes(peak)}, and of the GPU's"
-            f" {readable_bytes(has)} a run may take {SHARE:.0%}: chapter 3 needs less, with"
-            " --method lora on its base of four bits, or with --activation-checkpointing full; or"
-            " take a smaller --model or --max-seq-len, or set --batch-tokens yourself")
+            f"packs of {tokens} tokens need {readable_bytes(peak)}, over {SHARE:.0%} of the GPU's"
+            f" {readable_bytes(has)}: chapter 3 needs less, with --method lora on four bits, or with"
+            " --activation-checkpointing full; or take a smaller --model, --max-seq-len or"
+            " --batch-tokens")
     say(f"--batch-tokens {tokens} --grad-accum {options.grad_accum}: predicted peak "
         f"{readable_bytes(peak)} of the GPU's {readable_bytes(has)}")
 

@@ -43,11 +43,9 @@ def save_files(folder, write_files, data, size=0):
     commit(folder, write, bytes_needed=size)
 
 
-def wrote(kind, folder, can_answer=True, beside="."):
-    """What is said of the finished "model" or "adapter", with the command that asks it, generate.py
-    in the folder `beside`, seen from the script's own."""
-    script = Path(sys.argv[0]).parent / beside / "generate.py"
-    words = [os.path.normpath(script), f"--{kind}", str(folder)]
+def wrote(kind, folder, can_answer=True, script="generate.py"):
+    """What is said of the finished "model" or "adapter", with the command that asks it."""
+    words = [os.path.normpath(Path(sys.argv[0]).parent / script), f"--{kind}", str(folder)]
     asking = f'\nask it:\npython {shlex.join(words)} --prompt "..."'
     return f"wrote {folder}: a Hugging Face {kind} folder" + asking * can_answer
 

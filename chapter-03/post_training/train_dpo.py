@@ -161,8 +161,8 @@ def main(argv=None):
     else:
         run = new_run_folder(f"chapter-{CHAPTER}", options.out)
     save_options(options, CHAPTER, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"],
-                      SCREEN)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    metrics.columns = SCREEN
 
     # --- before --- Changed from chapter-03: how the pairs stand.
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
@@ -265,7 +265,7 @@ def main(argv=None):
     # --- after --- Changed from chapter-03: where generate.py is.
     prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
     kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(runs.wrote(kind, run / "final", data.chat is not None, beside=".."))
+    say(runs.wrote(kind, run / "final", data.chat is not None, "../generate.py"))
     metrics.close()
     stop_ranks()
     return 0

@@ -63,8 +63,7 @@ class Encoded:
         total, trained = self.documents["length"].sum(), self.documents["trained"].sum()
         say(f"{title}: {len(self):,} {self.unit}, {total:,} tokens, {trained / total:.0%} of them "
             "trained on")
-        more = [f"and {len(self.notes) - 8} more such lines"] if len(self.notes) > 8 else []
-        for note in self.notes[:8] + more:
+        for note in listed(self.notes, separator="\n").splitlines():
             say(f"{title}: {note}")
         return self
 

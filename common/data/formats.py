@@ -30,15 +30,6 @@ ROLES = {  # what data sets call the speakers -> what chat templates call them
     "function_call": CALLER, "tool_call": CALLER}
 
 
-def names_of(formats):
-    """All keys that such examples can have."""
-    return tuple(dict.fromkeys([key for keys in formats for key in keys])) + OPTIONAL
-
-
-def known(formats):
-    return "; ".join(map(" + ".join, formats))
-
-
 def convert(value, where, ignored, rendered=False):
     """{"messages": [...], "tools"?} or {"text"} from an example, a dict as found in a file.
     Messages are as OpenAI has them, but the arguments of calls are objects, and "train": False
@@ -84,7 +75,7 @@ def _no_format(value):
     columns = next((",".join(f"{key}={spelled[key]}" for key in keys) for keys in FORMATS
                     if spelled.keys() >= {*keys}), "prompt=question,completion=answer")
     return (f"the keys {listed(map(quoted, value)) or '(none)'} fit no known format "
-            f"({known(FORMATS)}); map them, as in --columns {columns}")
+            f"({'; '.join(map(' + '.join, FORMATS))}); map them, as in --columns {columns}")
 
 
 def _trains(value, what, where):

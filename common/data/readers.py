@@ -10,7 +10,7 @@ import re
 import zlib
 from pathlib import Path
 
-from common.data.formats import FORMATS, MEANT, OPTIONAL, convert, known, names_of, quoted
+from common.data.formats import FORMATS, MEANT, OPTIONAL, convert, quoted
 from common.data.template import Refused
 from common.errors import UserError, listed, nearest, one_line
 
@@ -20,7 +20,7 @@ ROWS = 256  # of a Parquet file that are in memory at a time
 
 def parse_columns(text, formats=FORMATS):
     """--columns prompt=question,completion=answer as {"prompt": "question", ...}."""
-    names, columns = names_of(formats), {}
+    names, columns = dict.fromkeys(sum(formats, ()) + OPTIONAL), {}
     for part in text.split(","):
         name, _, column = (piece.strip() for piece in part.partition("="))
         if not column or name not in names:
@@ -31,7 +31,8 @@ def parse_columns(text, formats=FORMATS):
             raise UserError(f"--columns {text}: {name!r} is given twice")
         columns[name] = column
     if not any(columns.keys() >= {*keys} for keys in formats):
-        raise UserError(f"--columns {text}: it must name all keys of one format: {known(formats)}")
+        raise UserError(f"--columns {text}: it must name all keys of one format: "
+                        + "; ".join(map(" + ".join, formats)))
     return columns
 
 
@@ -55,7 +56,7 @@ class Records:
 
     def __iter__(self):
         unmet = {*self.columns.values()}
-        self.done, wanted = 0, {*unmet, *names_of(self.formats), *MEANT}
+        self.done, wanted = 0, unmet.union(*self.formats, OPTIONAL, MEANT)
         for path in self.paths:
             before, kind, where = self.done, suffix(path), None
             for where, value, done in READERS[kind](path, wanted):

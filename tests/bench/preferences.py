@@ -1,0 +1,82 @@
+"""What each loss makes of the tiny model's own mistakes: the table of chapter-03/post_training.
+
+    python tests/bench/preferences.py --out preferences.json             about 15 minutes, one core
+    python tests/bench/preferences.py --only "DPO" "DPO + NLL" --seeds 0
+
+Each row is train_dpo.py as a user runs it, with three seeds: how many held-out pairs are won, how
+likely the chosen answers are, and what share of questions is answered exactly, before and after.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "chapter-03" / "post_training" / "train_dpo.py"
+ROWS = {
+    "DPO": "--nll 0",
+    "DPO, β 0.5": "--nll 0 --beta 0.5",
+    "DPO + NLL": "--nll 1",
+    "cDPO": "--loss cdpo --nll 0",
+    "robust DPO": "--loss robust --nll 0",
+    "hinge": "--loss hinge --nll 0",
+    "IPO": "--loss ipo --nll 0",
+    "DPO per token": "--loss dpo-norm --nll 0",
+    "DPO per token, β 2": "--loss dpo-norm --nll 0 --beta 2",
+    "APO-zero": "--loss apo-zero --nll 0",
+    "SimPO": "--loss simpo --nll 0",
+    "ORPO": "--loss orpo --nll 0",
+}
+SHOWN = {"pair_accuracy": "won", "logp_chosen": "log p chosen", "exact_match_add": "add",
+         "exact_match_base": "base"}
+
+
+def run(flags, seed):
+    """{name: (before, after)} of what metrics.jsonl says at the first and the last step."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        subprocess.run([sys.executable, SCRIPT, "--model", "tiny", "--data", "tiny", "--device",
+                        "cpu", "--seed", str(seed), "--out", out, *flags.split()],
+                       check=True, stdout=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    last = max(line["step"] for line in lines)
+    before, after = ({name: value for line in lines if line["step"] == step and "eval_loss" in line
+                      for name, value in line.items()} for step in (0, last))
+    return {name: (before[name], after[name]) for name in SHOWN}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW",
+                        help=f"some of: {', '.join(ROWS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", help="a JSON file for the result")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    rows = []
+    for name in options.only:
+        seeds = [run(ROWS[name], seed) for seed in options.seeds]
+        row = {"loss": name, "flags": ROWS[name], "seeds": options.seeds}
+        for key, title in SHOWN.items():
+            scale = 100 if key != "logp_chosen" else 1
+            for when, place in (("before", 0), ("after", 1)):
+                values = [scale * one[key][place] for one in seeds]
+                row[f"{title} {when}"] = values
+                row[f"{title} {when}, mean"] = statistics.mean(values)
+        rows.append(row)
+        print(f"{name:<20}" + "".join(
+            f"  {title} {row[f'{title} before, mean']:.2f} -> {row[f'{title} after, mean']:.2f}"
+            for title in SHOWN.values()), flush=True)
+        if options.out:
+            about = {"python": platform.python_version(), "rows": rows}
+            Path(options.out).write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
