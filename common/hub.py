@@ -115,7 +115,7 @@ def _plain_words(repo, kind, file=None):
     """Turn huggingface_hub's errors about `repo` into UserErrors that say what to do."""
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     script = f"python {sys.argv[0]} " if sys.argv[0].endswith(".py") else ""
-    data = " --data tiny" if script.endswith("train.py ") else ""
+    data = " --data tiny" if "train" in Path(script).name else ""
     offline = "HF_HUB_OFFLINE is set: unset it, or " if constants.HF_HUB_OFFLINE else ""
     failed = (f"{repo} is no folder here, nor complete in the Hub's cache, and the Hub, or the way "
               f"there, failed: {offline}try again, or, to do without the Hub: {script}--model tiny"

@@ -6,7 +6,8 @@ import importlib.util
 from helpers import ROOT
 
 PRODUCT = sorted([*ROOT.glob("chapter-0?/**/*.py"), *ROOT.glob("common/**/*.py")])
-WORDS = {"chapter-01": 3000, "chapter-02": 3500, "chapter-03": 3000, "chapter-03/profiling": 3000}
+WORDS = {"chapter-01": 3000, "chapter-02": 3500, "chapter-03": 3000, "chapter-03/profiling": 3000,
+         "chapter-03/post_training": 2000}
 
 
 def test_sizes():
@@ -27,7 +28,8 @@ def test_the_house_is_small():
     after_training = lines_of("chapter-03/post_training/*.py")
     assert lines_of("common/**/*.py") <= 4900
     assert lines_of("chapter-03/*.py") <= 2500
-    assert lines_of("common/**/*.py", "chapter-0?/**/*.py") - after_training <= 10_000
+    everything = lines_of("common/**/*.py", "chapter-0?/**/*.py")
+    assert everything <= 11_800 and everything - after_training <= 10_000
 
 
 def test_pages_are_short():

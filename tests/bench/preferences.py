@@ -38,17 +38,16 @@ SHOWN = {"pair_accuracy": "won", "logp_chosen": "log p chosen", "exact_match_add
 
 
 def run(flags, seed):
-    """{name: (before, after)} of what metrics.jsonl says at the first and the last step."""
+    """{name: [(step, value), ...]} of what the evaluations in metrics.jsonl say."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         subprocess.run([sys.executable, SCRIPT, "--model", "tiny", "--data", "tiny", "--device",
-                        "cpu", "--seed", str(seed), "--out", out, *flags.split()],
+                        "cpu", "--seed", str(seed), "--eval-every", "10", "--out", out,
+                        *flags.split()],
                        check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    last = max(line["step"] for line in lines)
-    before, after = ({name: value for line in lines if line["step"] == step and "eval_loss" in line
-                      for name, value in line.items()} for step in (0, last))
-    return {name: (before[name], after[name]) for name in SHOWN}
+    return {name: [(line["step"], line[name]) for line in lines
+                   if "eval_loss" in line and name in line] for name in SHOWN}
 
 
 def main():
@@ -65,10 +64,11 @@ def main():
         row = {"loss": name, "flags": ROWS[name], "seeds": options.seeds}
         for key, title in SHOWN.items():
             scale = 100 if key != "logp_chosen" else 1
-            for when, place in (("before", 0), ("after", 1)):
-                values = [scale * one[key][place] for one in seeds]
+            for when, place in (("before", 0), ("after", -1)):
+                values = [scale * one[key][place][1] for one in seeds]
                 row[f"{title} {when}"] = values
                 row[f"{title} {when}, mean"] = statistics.mean(values)
+        row["curves"] = {key: seeds[0][key] for key in ("pair_accuracy", "logp_chosen")}
         rows.append(row)
         print(f"{name:<20}" + "".join(
             f"  {title} {row[f'{title} before, mean']:.2f} -> {row[f'{title} after, mean']:.2f}"
