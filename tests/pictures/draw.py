@@ -25,6 +25,8 @@ FROM_CODE = {
 FROM_RESULTS = {
     "chapter-02/curves.svg": ("chapter-02/results.json", figures.curves),
     "chapter-03/profiling/ladder.svg": ("chapter-03/profiling/ladder.json", figures.ladder),
+    "chapter-03/post_training/preferences.svg": (
+        "chapter-03/post_training/preferences.json", figures.preferences),
 }
 
 

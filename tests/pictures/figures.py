@@ -165,3 +165,36 @@ def ladder(rows):
                   text(space + big + 8, y + 15, readable_bytes(row["peak_memory_bytes"]), 13)]
     return document(870, 56 + 28 * len(rows), "Tokens per second and peak memory, from the naive "
                     "loop one change at a time", parts)
+
+
+def preferences(results):
+    """Of preferences.py's JSON, the first seed's held-out evaluations: what each loss wins, and
+    what it does to the chosen answers."""
+    rows = [row for row in results["rows"] if row["loss"].startswith("DPO") and "per" not in row["loss"]]
+    panels = (("pair_accuracy", "held-out pairs won", "{:.0%}"),
+              ("logp_chosen", "log p of the chosen answer", "{:.1f}"))
+    top, bottom, width = 44, 240, 280
+    parts = []
+    for panel, (key, title, form) in enumerate(panels):
+        left = 60 + 380 * panel
+        series = [row["curves"][key] for row in rows]
+        values = [value for points in series for _, value in points]
+        low, high, steps = min(values), max(values), series[0][-1][0]
+
+        def place(step, value):
+            return (left + width * step / steps,
+                    bottom - (bottom - top) * (value - low) / (high - low))
+
+        parts += [text(left, 24, title, 15, weight=600), line((left, top), (left, bottom)),
+                  line((left, bottom), (left + width, bottom)),
+                  text(left + width / 2, bottom + 38, "step", 13, "middle")]
+        parts += [text(left - 8, place(0, value)[1] + 4, form.format(value), 12, "end")
+                  for value in (low, high)]
+        parts += [text(place(step, low)[0], bottom + 20, f"{step:.0f}", 12, "middle")
+                  for step in round_numbers(0, steps)]
+        parts += [line(*(place(*point) for point in points), stroke=COLOURS[n], width=2)
+                  for n, points in enumerate(series)]
+        parts += [text(left + width + 6, place(*points[-1])[1] + 4, rows[n]["loss"], 12,
+                       fill=COLOURS[n], weight=600) for n, points in enumerate(series) if panel]
+    return document(870, 290, "Plain DPO wins as many pairs as DPO with NLL, and its chosen answers "
+                    "become unlikely", parts)
