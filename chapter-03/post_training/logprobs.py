@@ -67,10 +67,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 def per_document(values, cu_seqlens):
     """The sum of `values` (T,) over each document, (N,); an empty document's is 0. Documents are
-    summed one by one, in order: the same bits again, which atomic additions would not give.
+    summed one by one, in order: the same bits again, which atomic additions would not give. And in
+    float64: a loss is made of small differences of these sums, which are as large as answers are
+    long.
 
     Three documents of 2, 1 and 3 tokens, cu_seqlens 0 2 3 6:
 
         values  -1.0  0.0 | 0.0 | -0.5  -2.0  0.0     sums  -1.0  0.0  -2.5
     """
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+    home = values.device
+    device = "cpu" if home.type == "mps" else home  # Apple's has neither the sum nor float64
+    sums = torch.segment_reduce(values.to(device).double(), "sum",
+                                offsets=cu_seqlens.to(device).long(), initial=0, unsafe=True)
+    return sums.to(values.dtype).to(home)
