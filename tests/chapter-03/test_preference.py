@@ -441,6 +441,14 @@ def test_a_pair_is_what_its_answers_are_alone():
             assert pairs.tokens[row, column] == len(places)
 
 
+def test_a_pair_of_the_same_answer_twice_pulls_at_nothing():
+    model, (answer, _) = policy_model(), documents(1)[0]
+    pairs, losses, _ = scored(model, collate_pairs([(answer, answer)]), options())
+    found, alone = gradients(model, losses.sum()), gradients(model, 0.05 * pairs.policy[0, 0])
+    for name, gradient in found.items():  # the two halves meet in sums, whose order is not the same
+        assert gradient.abs().max() <= 1e-6 * alone[name].abs().max()
+
+
 def test_collated_pairs_stand_next_to_each_other():
     (c0, r0), (c1, r1) = documents(2)
     pack = collate_pairs([(c0, r0), (c1, r1)])
@@ -482,3 +490,31 @@ def test_a_pack_without_a_pair_pulls_at_nothing():
         assert scores.shape == (len(SCORES),) and not scores.any()
         (losses.sum() / 6).backward()
         assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_step_divides_by_all_of_its_pairs(tmp_path):
+    """Three pairs as one pack, or as packs of two and of one: the same loss and gradient norm."""
+    train_dpo = load("chapter-03/post_training/train_dpo.py")
+
+    def record(n):
+        return {"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"No, {n}!"}
+
+    for name, numbers in (("data", (1, 2, 3)), ("held", (4,))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps(record(n)) + "\n" for n in numbers))
+
+    def first_step(run, *more):
+        train_dpo.main([
+            "--model", "tiny", "--data", str(tmp_path / "data.jsonl"), "--eval-data",
+            str(tmp_path / "held.jsonl"), "--device", "cpu", "--dtype", "float32", "--steps", "1",
+            "--eval-every", "0", "--save-every", "0", "--warmup", "0", "--nll", "1", "--out",
+            str(tmp_path / run), *more])
+        lines = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+        return next(line for line in lines if "grad_norm" in line)
+
+    one = first_step("one", "--batch-tokens", "256")
+    tokens = one["tokens"] // 3
+    several = first_step("several", "--batch-tokens", str(2 * tokens + 1), "--grad-accum", "2")
+    assert one["pairs"] == several["pairs"] == 3 and several["tokens"] == one["tokens"]
+    for name in ("loss", "grad_norm", *SCORES[1:]):
+        assert several[name] == pytest.approx(one[name], rel=1e-4), name
