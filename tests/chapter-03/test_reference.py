@@ -132,6 +132,13 @@ def test_the_reference_pass_leaves_nothing_behind(checkpointing):
     assert all(torch.equal(model.get_parameter(name).grad, grad) for name, grad in kept.items())
 
 
+def test_the_reference_pass_has_no_gradient_whatever_could_be_trained():
+    trained = build()  # adapters off, nothing could be; here everything can
+    for found in (reference_log_probs(trained, PACK),
+                  reference_log_probs(build("dense", "lora"), PACK, trained)):
+        assert trained(**PACK).requires_grad and not found.requires_grad
+
+
 @pytest.mark.parametrize("method", ["full", "delta-lora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_frozen_copy_is_the_model_as_it_was(method, dtype):
