@@ -11,7 +11,7 @@ from loss import CHUNK, addmm_, softmax_in_pieces_
 
 
 def chunked_log_probs(hidden, weight, labels, chunk=CHUNK, labelled=None):
-    """log softmax(hidden weightᵀ)[label] of each token, (T,) float32; 0 where the label is negative.
+    """log softmax(hidden weightᵀ)[label] of each token, (T,) float32; 0 where the label is below 0.
 
     hidden (T, D), weight (V, D), labels (T,) int64; `chunk` and `labelled` as for
     `loss.chunked_cross_entropy`, whose sum this is, token by token and with the opposite sign. No
@@ -58,7 +58,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 x = hidden[rows]
                 logits = x @ cast.t()
                 softmax_in_pieces_(logits, labels[rows], True)
-                addmm_(grad_weight, logits.mul_(-gradient[rows, None]).t(), x)
+                x = (x * -gradient[rows, None]).to(x.dtype)  # (C, D), not the logits, (C, V)
+                addmm_(grad_weight, logits.t(), x)
                 del logits
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
@@ -66,10 +67,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 def per_document(values, cu_seqlens):
     """The sum of `values` (T,) over each document, (N,); an empty document's is 0. Documents are
-    summed one by one, in order: the same bits again, which atomic additions would not give.
+    summed one by one, in order: the same bits again, which atomic additions would not give. And in
+    float64: a loss is made of small differences of these sums, which are as large as answers are
+    long.
 
     Three documents of 2, 1 and 3 tokens, cu_seqlens 0 2 3 6:
 
         values  -1.0  0.0 | 0.0 | -0.5  -2.0  0.0     sums  -1.0  0.0  -2.5
     """
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+    home = values.device
+    device = "cpu" if home.type == "mps" else home  # Apple's has neither the sum nor float64
+    sums = torch.segment_reduce(values.to(device).double(), "sum",
+                                offsets=cu_seqlens.to(device).long(), initial=0, unsafe=True)
+    return sums.to(values.dtype).to(home)

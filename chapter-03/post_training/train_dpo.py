@@ -115,6 +115,8 @@ def main(argv=None):
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))
     shapes = build(config, options, adapter)  # enough to predict what the run will need
+    if isinstance(shapes.lm_head, lora.LoRALinear):
+        raise UserError("--target-modules: log p comes from a plain output head; leave lm_head out")
     predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options))
     data = prepare.load(options, source, config, partial(tiny_pairs, options, device, dtype),
                         PairRecords, partial(Pairs.of, batch_tokens=options.batch_tokens))

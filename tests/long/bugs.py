@@ -1,10 +1,11 @@
 """Every row of the incident table: with its bug put in, the row's test fails; without, it passes.
+And the bugs that learning from preferences invites, which are no incidents: row "dpo".
 
     python tests/long/bugs.py                all rows
     python tests/long/bugs.py --row 15       one of them; --row may be given several times
 
 The bug is a small change of the text of a file, in a copy of the tree; the checkout is not touched.
-The tests are those that `ROWS` of tests/test_incidents.py names.
+The tests are those that `ROWS` of tests/test_incidents.py names; those of "dpo" stand beside it.
 """
 
 import argparse
@@ -157,6 +158,77 @@ BUGS = [
         ("common/metrics.py", "Report an evaluation", "Report bits per byte: an evaluation")]),
 ]
 
+LOG_P, PAIRS, REFERENCE = (f"chapter-03/test_{name}.py::"
+                           for name in ("logprobs", "preference", "reference"))
+POST = "chapter-03/post_training/"
+MASKS = PAIRS + "test_tokens_and_masks_are_trls"
+# The same, each with its test.
+DPO = [("dpo", *bug) for bug in [
+    ("a position is scored with its own token", [
+        ("chapter-03/packing.py", "F.pad(labels[1:], (0, 1), value=IGNORE) for", "labels for")],
+     PAIRS + "test_log_probs_of_answers_are_trls"),
+    ("the mask is shifted by one", [
+        ("common/data/encode.py", "torch.where(trained, input_ids, IGNORE)",
+         "torch.where(trained.roll(1), input_ids, IGNORE)")], MASKS),
+    ("the prompt is scored", [
+        ("common/data/encode.py", "return input_ids, torch.where(trained, input_ids, IGNORE)",
+         "return input_ids, input_ids")], MASKS),
+    ("earlier answers are scored", [
+        (POST + "pairs.py", 'message["train"] = False', "pass")], MASKS),
+    ("the end of the turn is not scored", [
+        ("common/data/trained_spans.py", "end = stop.end()", "end = end")], MASKS),
+    ("the mean of an answer's log p", [
+        (POST + "logprobs.py", '.double(), "sum",', '.double(), "mean",')],
+     PAIRS + "test_log_probs_of_answers_are_trls"),
+    ("sums of log p in float32", [
+        (POST + "logprobs.py", "values.to(device).double()", "values.to(device)")],
+     LOG_P + "test_long_documents_are_summed_to_the_last_digit"),
+    ("every token pulls as much", [
+        (POST + "logprobs.py", "torch.mul(slopes, -gradient[:, None],",
+         "torch.mul(slopes, -gradient.mean(),")], LOG_P + "test_float32_equals_the_oracle"),
+    ("every token pulls as much at the head", [
+        (POST + "logprobs.py", "(x * -gradient[rows, None])", "(x * -gradient.mean())")],
+     LOG_P + "test_tied_embedding_gets_the_sum_of_both_gradients"),
+    ("c c r r", [
+        (POST + "preference.py", "[one for pair in pairs for one in pair]",
+         "[pair[i] for i in (0, 1) for pair in pairs]")],
+     PAIRS + "test_collated_pairs_stand_next_to_each_other"),
+    ("the other answer is preferred", [
+        (POST + "preference.py", "return values[:, 0] - values[:, 1]",
+         "return values[:, 1] - values[:, 0]")], PAIRS + "test_losses_and_scores_are_trls"),
+    ("IPO of sums", [
+        (POST + "preference.py", "(difference(q.m) - 1 / (2 * o.beta))",
+         "(q.delta - 1 / (2 * o.beta))")], PAIRS + "test_every_loss_is_its_equation"),
+    ("the odds of a certain token", [
+        (POST + "preference.py", "a.clamp(max=-1e-6)", "a")],
+     PAIRS + "test_orpo_is_finite_for_a_token_that_is_certain"),
+    ("dropout", [(POST + "preference.py", "if options.dropout:", "if False:")],
+     PAIRS + "test_options_that_make_no_sense_with_pairs_are_refused"),
+    ("the mean of a pack, whatever its pairs", [
+        (POST + "train_dpo.py", "(losses.sum() / count).backward()", "losses.mean().backward()")],
+     PAIRS + "test_a_step_divides_by_all_of_its_pairs"),
+    ("adapters stay off", [
+        (POST + "reference.py", "del layer.forward  #", "pass  #")],
+     REFERENCE + "test_without_its_adapters_a_model_is_its_base_to_the_last_bit"),
+    ("adapters stay off after an error", [
+        (POST + "reference.py", "    try:\n        yield\n    finally:",
+         "    yield\n    if True:")], REFERENCE + "test_adapters_are_on_again_after_an_error"),
+    ("the adapter is the reference too", [
+        (POST + "reference.py", "return lambda x: layer.base(x)",
+         "return type(layer).forward.__get__(layer)")],
+     PAIRS + "test_log_probs_of_answers_are_trls"),
+    ("PiSSA's reference lacks what its adapter holds", [
+        (POST + "reference.py", "if isinstance(layer, PiSSALinear):", "if False:")],
+     REFERENCE + "test_pissas_reference_is_the_model_before_and_not_what_was_left_of_it"),
+    ("the reference has a gradient", [
+        (POST + "reference.py", "@torch.no_grad()\ndef reference_log_probs",
+         "def reference_log_probs")],
+     REFERENCE + "test_the_reference_pass_has_no_gradient_whatever_could_be_trained"),
+    ("the reference moves with the policy", [
+        (POST + "reference.py", "copy.deepcopy(model).to(dtype).requires_grad_(False).eval()",
+         "model")], REFERENCE + "test_a_frozen_copy_is_the_model_as_it_was"),
+]]
+
 
 def test_of(row):
     """What pytest is to run for this row."""
@@ -197,13 +269,14 @@ def put_in(tree, changes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--row", type=int, action="append", choices=list(ROWS), help="only these")
-    chosen = parser.parse_args().row or list(ROWS)
+    rows = [*map(str, ROWS), "dpo"]
+    parser.add_argument("--row", action="append", choices=rows, help="only these")
+    chosen = parser.parse_args().row or rows
     began, clean, missed, count = time.monotonic(), {}, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         tree = copied(Path(folder))
-        for row, what, changes, *other in BUGS:
-            if row not in chosen:
+        for row, what, changes, *other in BUGS + DPO:
+            if str(row) not in chosen:
                 continue
             test = other[0] if other else test_of(row)
             if test not in clean:
@@ -215,7 +288,7 @@ def main():
             good = clean[test][0] == 0 and code == 1
             missed, count = missed + (not good), count + 1
             verdict = "caught" if good else "FAILS WITHOUT IT" if clean[test][0] else "NOT CAUGHT"
-            print(f"{row:2} {verdict}: {what}\n      {said[:110]}", flush=True)
+            print(f"{row:>3} {verdict}: {what}\n      {said[:110]}", flush=True)
     print(f"{count} bugs of {len(set(chosen))} rows, {missed} not caught; "
           f"{time.monotonic() - began:.0f} s")
     return 1 if missed else 0
