@@ -1,6 +1,7 @@
 """The CUDA branch without a GPU: fake tensors on "cuda" through whole training steps.
 
     python tests/fake_cuda.py steps       every chapter and method, two layers, a line of JSON each
+    python tests/fake_cuda.py pairs       learning from pairs: the reference pass, log p, the loss
     python tests/fake_cuda.py compiled    chapter 3 through torch.compile, as far as AOTAutograd
     python tests/fake_cuda.py memory      Qwen3 at full depth: the predicted peak and the traced one
     python tests/fake_cuda.py "chapter 2, lora" loss        some cases by their names
@@ -165,8 +166,9 @@ class Case:
     """A chapter's model and step under a configuration; `run` gives what was seen of it."""
 
     def __init__(self, chapter, method="full", quantize="none", checkpointing="none",
-                 compiled=False, model="qwen3-0.6b", layers=2, tokens=2048):
+                 compiled=False, model="qwen3-0.6b", layers=2, tokens=2048, pairs=False):
         self.chapter, self.tokens, self.compiled, self.whole = chapter, tokens, compiled, not layers
+        self.pairs = pairs  # a step of train_dpo.py
         self.raw = dict(read_config(ROOT / "common/architectures" / model))
         self.raw["num_hidden_layers"] = layers or self.raw["num_hidden_layers"]
         self.files = {path.stem: load(path.relative_to(ROOT)) for path in
@@ -177,6 +179,9 @@ class Case:
         if chapter == "chapter-03":
             more |= {**QUANTIZE[quantize], "compile": compiled,
                      "activation_checkpointing": checkpointing}
+        if pairs:
+            more |= {"nll": 1.0}
+            self.files["train"] = load("chapter-03/post_training/train_dpo.py")
         train = self.files["train"]
         self.options = getattr(train, "Options", train.TrainOptions)(
             dtype="bfloat16", device="cuda", init="pretrained", batch_tokens=tokens, **more)
@@ -198,7 +203,7 @@ class Case:
     def pack(self, step):
         """A pack of documents of 2,048 tokens at most, each with 100 · `step` that have no label; of
         a fixed shape if it is to be compiled."""
-        packing, length = self.files["packing"], min(2048, self.tokens)
+        packing, length = self.files["packing"], min(512 if self.pairs else 2048, self.tokens)
         ids = torch.zeros(self.tokens // length, length, dtype=torch.int64)
         examples = [(row, row.masked_fill(torch.arange(length) < 100 * step, -100)) for row in ids]
         if self.compiled:
@@ -210,7 +215,10 @@ class Case:
         """One optimizer step as the loop has it; gives what is wrong with the gradients."""
         pack = {name: torch.empty(value.shape, dtype=value.dtype, device=CUDA)
                 if torch.is_tensor(value) else value for name, value in pack.items()}
-        if self.chapter == "chapter-03":
+        if self.pairs:
+            model.loss = self.files["train"].chunked_log_probs
+            loss = self.files["train"].scored(model, None, pack, self.options)[0].sum()
+        elif self.chapter == "chapter-03":
             loss = model(**pack)
         else:
             loss = self.files["train"].loss_sum(model, pack)
@@ -302,6 +310,8 @@ STEPS = {"chapter 1": ("chapter-01",),
          **{f"chapter 3, lora on {base}, {mode}": ("chapter-03", "lora", base, mode)
             for base in QUANTIZE for mode in MODES},
          "chapter 3, dora on double, selective": ("chapter-03", "dora", "double", "selective")}
+PAIRS = {f"pairs, {method} on {base}": ("chapter-03", method, base) for method, base in (
+    ("lora", "none"), ("lora", "nf4"), ("dora", "double"), ("pissa", "none"))}
 COMPILED = {f"{name}, compiled": (*case, True) for name, case in STEPS.items()
             if name.startswith("chapter 3")}
 COMPILED |= {f"chapter 3, {method}, compiled": ("chapter-03", method, "none", "none", True)
@@ -322,6 +332,8 @@ def whole(case, tokens=2048, model="qwen3-0.6b"):
 
 KINDS = {
     "steps": {name: lambda case=case: Case(*case).run() for name, case in STEPS.items()},
+    "pairs": {name: lambda case=case: Case(*case, pairs=True).run()
+              for name, case in PAIRS.items()},
     "compiled": {name: lambda case=case: Case(*case).run() for name, case in COMPILED.items()},
     "memory": {"loss": lambda: loss_memory(), **{
         f"{name}, {tokens} tokens": whole(case, tokens)

@@ -32,7 +32,7 @@ def others_slow(cases, *telling):
             for case in cases]
 
 
-@pytest.mark.parametrize("case", [*fake_cuda.STEPS, *others_slow(
+@pytest.mark.parametrize("case", [*fake_cuda.STEPS, *fake_cuda.PAIRS, *others_slow(
     fake_cuda.COMPILED, "chapter 3, dense, none, compiled", "chapter 3, lora-fa, compiled",
     "chapter 3, lora on nf4, full, compiled", "chapter 3, lora on double, selective, compiled")])
 def test_step(case, found):
