@@ -1,7 +1,7 @@
 """What each loss makes of the tiny model's own mistakes: the table of chapter-03/post_training.
 
     python tests/bench/preferences.py --out preferences.json             about 15 minutes, one core
-    python tests/bench/preferences.py --only "DPO" "DPO + NLL" --seeds 0
+    python tests/bench/preferences.py --only dpo "dpo --nll 1" --seeds 0
 
 Each row is train_dpo.py as a user runs it, with three seeds: how many held-out pairs are won, how
 likely the chosen answers are, and what share of questions is answered exactly, before and after.
@@ -19,20 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "chapter-03" / "post_training" / "train_dpo.py"
-ROWS = {
-    "DPO": "--nll 0",
-    "DPO, β 0.5": "--nll 0 --beta 0.5",
-    "DPO + NLL": "--nll 1",
-    "cDPO": "--loss cdpo --nll 0",
-    "robust DPO": "--loss robust --nll 0",
-    "hinge": "--loss hinge --nll 0",
-    "IPO": "--loss ipo --nll 0",
-    "DPO per token": "--loss dpo-norm --nll 0",
-    "DPO per token, β 2": "--loss dpo-norm --nll 0 --beta 2",
-    "APO-zero": "--loss apo-zero --nll 0",
-    "SimPO": "--loss simpo --nll 0",
-    "ORPO": "--loss orpo --nll 0",
-}
+ROWS = ("dpo", "dpo --beta 0.5", "dpo --nll 1", "cdpo", "robust", "hinge", "ipo", "dpo-norm",
+        "dpo-norm --beta 2", "apo-zero", "simpo", "orpo")  # what follows --loss
 SHOWN = {"pair_accuracy": "won", "logp_chosen": "log p chosen", "exact_match_add": "add",
          "exact_match_base": "base"}
 
@@ -43,7 +31,7 @@ def run(flags, seed):
         out = Path(folder) / "run"
         subprocess.run([sys.executable, SCRIPT, "--model", "tiny", "--data", "tiny", "--device",
                         "cpu", "--seed", str(seed), "--eval-every", "10", "--out", out,
-                        *flags.split()],
+                        "--nll", "0", "--loss", *flags.split()],
                        check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     return {name: [(line["step"], line[name]) for line in lines
@@ -52,7 +40,7 @@ def run(flags, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW",
+    parser.add_argument("--only", nargs="+", default=ROWS, choices=ROWS, metavar="ROW",
                         help=f"some of: {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", help="a JSON file for the result")
@@ -60,22 +48,24 @@ def main():
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = []
     for name in options.only:
-        seeds = [run(ROWS[name], seed) for seed in options.seeds]
-        row = {"loss": name, "flags": ROWS[name], "seeds": options.seeds}
+        seeds = [run(name, seed) for seed in options.seeds]
+        row = {"loss": name, "seeds": options.seeds}
         for key, title in SHOWN.items():
             scale = 100 if key != "logp_chosen" else 1
             for when, place in (("before", 0), ("after", -1)):
-                values = [scale * one[key][place][1] for one in seeds]
+                values = [round(scale * one[key][place][1], 4) for one in seeds]
                 row[f"{title} {when}"] = values
-                row[f"{title} {when}, mean"] = statistics.mean(values)
-        row["curves"] = {key: seeds[0][key] for key in ("pair_accuracy", "logp_chosen")}
+                row[f"{title} {when}, mean"] = round(statistics.mean(values), 4)
+        row["curves"] = {key: [(step, round(value, 4)) for step, value in seeds[0][key]]
+                         for key in ("pair_accuracy", "logp_chosen")}
         rows.append(row)
         print(f"{name:<20}" + "".join(
             f"  {title} {row[f'{title} before, mean']:.2f} -> {row[f'{title} after, mean']:.2f}"
             for title in SHOWN.values()), flush=True)
         if options.out:
             about = {"python": platform.python_version(), "rows": rows}
-            Path(options.out).write_text(json.dumps(about, indent=1) + "\n")
+            lines = json.dumps(about).replace('{"loss"', '\n{"loss"')
+            Path(options.out).write_text(lines + "\n")
 
 
 if __name__ == "__main__":

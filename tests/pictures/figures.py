@@ -170,7 +170,7 @@ def ladder(rows):
 def preferences(results):
     """Of preferences.py's JSON, the first seed's held-out evaluations: what each loss wins, and
     what it does to the chosen answers."""
-    rows = [row for row in results["rows"] if row["loss"].startswith("DPO") and "per" not in row["loss"]]
+    rows = [row for row in results["rows"] if row["loss"].split()[0] == "dpo"]
     panels = (("pair_accuracy", "held-out pairs won", "{:.0%}"),
               ("logp_chosen", "log p of the chosen answer", "{:.1f}"))
     top, bottom, width = 44, 240, 280
