@@ -122,6 +122,13 @@ def check_loss(options):
         raise UserError("--beta must be above 0, and --label-smoothing below 0.5")
 
 
+def check_head(model):
+    """Raise UserError if the output head has an adapter: then it gives logits, and no log p."""
+    if hasattr(model.lm_head, "base"):
+        raise UserError("--target-modules: an adapter at the output head (lm_head) is not for "
+                        "train_dpo.py, which asks the head for log p alone; leave it out")
+
+
 def collate_pairs(pairs):
     """A pack of pairs, each (chosen, rejected), documents as (input_ids, labels): c₀ r₀ c₁ r₁ and
     so on, each with its own copy of the prompt. No pair gives a token that has no label."""

@@ -37,7 +37,8 @@ from modeling_llama import LlamaConfig
 from packing import PackSampler
 from pairs import PairRecords, Pairs, tiny_pairs
 from preference import (
-    LOSSES, NO_REFERENCE, SCORES, PairLogProbs, check_loss, collate_pairs, preference_loss)
+    LOSSES, NO_REFERENCE, SCORES, PairLogProbs, check_head, check_loss, collate_pairs,
+    preference_loss)
 from quantized_model import build, check_base, check_options, mark
 from reference import add_reference, copy_bytes, frozen_copy, reference_log_probs
 from train import Options as TrainOptions, learning_rate
@@ -115,6 +116,7 @@ def main(argv=None):
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))
     shapes = build(config, options, adapter)  # enough to predict what the run will need
+    check_head(shapes)
     predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options))
     data = prepare.load(options, source, config, partial(tiny_pairs, options, device, dtype),
                         PairRecords, partial(Pairs.of, batch_tokens=options.batch_tokens))
