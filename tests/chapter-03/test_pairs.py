@@ -73,8 +73,9 @@ SHAPES = {
     "instruction null": {"instruction": None, "prompt": U, "chosen": W, "rejected": L},
 }
 MORE = {  # (value, what came before ASK, the keys that are noted)
-    "ultrafeedback": ({"prompt": U, "prompt_id": "p", "chosen": [ASK, RIGHT], "rejected": [ASK, WRONG],
-                       "messages": [ASK, RIGHT], "score_chosen": 8.5, "score_rejected": 2.0},
+    "ultrafeedback": ({"prompt": U, "prompt_id": "p", "chosen": [ASK, RIGHT],
+                       "rejected": [ASK, WRONG], "messages": [ASK, RIGHT], "score_chosen": 8.5,
+                       "score_rejected": 2.0},
                       [], ["messages", "prompt_id", "score_chosen", "score_rejected"]),
     "system": ({"system": "Be brief.", "prompt": U, "chosen": W, "rejected": L}, [SYSTEM], []),
     "system, sharegpt": ({"conversations": [HUMAN], "system": "Be brief.", "chosen": GPT,
@@ -146,7 +147,7 @@ def test_an_answer_that_only_looks_like_turns_is_a_text(text):
     ({"chosen": [RIGHT, ASK], "rejected": [WRONG, ASK]}, "last turn is not the assistant's"),
     ({"chosen": human(U, W), "rejected": human("Who?", L)}, "prompts differ"),
     ({"chosen": human(U, W), "rejected": human(U, L, "And?", L)}, "several turns"),
-    ({"prompt": U, "chosen": [RIGHT, ASK, RIGHT], "rejected": [WRONG, ASK, RIGHT]}, "several turns"),
+    ({"prompt": U, "chosen": [RIGHT, ASK, RIGHT], "rejected": [WRONG, ASK, RIGHT]}, "several"),
     ({"prompt": U, "chosen": [RIGHT, ASK], "rejected": L}, "last turn is not the assistant's"),
     ({"conversations": [HUMAN, GPT], "chosen": W, "rejected": L}, "ends with a turn of the ass"),
     ({"prompt": U, "chosen": [RIGHT, RIGHT], "rejected": L}, "ends with a turn of the assistant"),
@@ -265,9 +266,10 @@ def odd(rng, depth=3):
     return {rng.choice(KEYS): odd(rng, depth - 1) for _ in range(rng.randrange(6))}
 
 
-KEYS = ("prompt", "chosen", "rejected", "conversations", "messages", "instruction", "output", "input",
-        "system", "tools", "functions", "history", "role", "content", "from", "value", "train",
-        "weight", "loss", "label", "text", "completion", "tool_calls", "function_call", "name", "x")
+KEYS = ("prompt", "chosen", "rejected", "conversations", "messages", "instruction", "output",
+        "input", "system", "tools", "functions", "history", "role", "content", "from", "value",
+        "train", "weight", "loss", "label", "text", "completion", "tool_calls", "function_call",
+        "name", "x")
 
 
 def changed(value, rng):
@@ -455,7 +457,8 @@ REASONS = {reason: reason for _, reasons in KINDS for reason in reasons} | {
 
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_left_out_in_silence(tmp_path, capsys, seed):
-    """Every pair of the file is trained on, or is counted, as one, with the place of the first."""
+    """Every pair of the file is trained on, or is counted, as one, with the place of the first.
+    """
     rng, chat = random.Random(seed), Chat.load(ROOT / "common/tiny")
     drawn = [None, *(rng.choice([None, None, *KINDS]) for _ in range(60))]
     rows = [{"prompt": f"{U} {i}", **(one[0] if one else {"chosen": W, "rejected": L})}
@@ -480,7 +483,8 @@ def test_nothing_is_left_out_in_silence(tmp_path, capsys, seed):
 def test_an_answer_that_is_too_long(tmp_path):
     chat = Chat.load(ROOT / "common/tiny")
     rows = [{"prompt": U, "chosen": "12" * 60, "rejected": L},
-            {"prompt": U, "chosen": W, "rejected": L}, {"prompt": U * 60, "chosen": W, "rejected": L}]
+            {"prompt": U, "chosen": W, "rejected": L},
+            {"prompt": U * 60, "chosen": W, "rejected": L}]
     records = pairs.PairRecords(write(tmp_path / "a.jsonl", rows))
     assert len(pairs.Pairs.of(encoded(records, chat, 50), 400)) == 1
     with refused("a.jsonl:1", "the limit is 50"):
@@ -576,9 +580,9 @@ def test_other_data_are_held_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("rows, parts", [
     ([{"prompt": U, "chosen": W, "rejected": W}], ["no pair can be trained on", "are the same"]),
-    ([{"prompt": U, "chosen": "", "rejected": W}], ["no pair can be trained on", "only one answer"]),
+    ([{"prompt": U, "chosen": "", "rejected": W}], ["no pair can be trained on", "only one"]),
     ([{"prompt": U, "chosen": "", "rejected": ""}], ["no example can be trained on"]),
-    ([{"chosen": W, "rejected": L}], ["no example can be trained on", "neither a prompt nor turns"]),
+    ([{"chosen": W, "rejected": L}], ["no example can be trained on", "neither a prompt nor"]),
     ([SHAPES["explicit"]], ["nothing can be held out", "pairs (1)"]),
 ])
 def test_nothing_to_learn_from(tmp_path, rows, parts):
