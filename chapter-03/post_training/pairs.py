@@ -7,7 +7,7 @@
                     with turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:" (HH-RLHF)
 
 Told apart by keys and types, in this order. The response is the last turn, the assistant's; all
-before it is the prompt, the same for both. `system`, `tools` and the rest are as in common/README.md.
+before it is the prompt, the same for both. `system`, `tools` and others: as in common/README.md.
 """
 
 import json
@@ -146,10 +146,11 @@ class Pairs(Encoded):
         firsts = np.flatnonzero((numbers[:-1] % 2 == 0) & (numbers[1:] == numbers[:-1] + 1))
         for i in firsts.tolist():
             (ids, labels), (others, other_labels) = encoded[i], encoded[i + 1]
-            start, other = ((one >= 0).int().argmax() for one in (labels, other_labels))
+            asked, other = (one[:(marks >= 0).int().argmax()] for one, marks in (
+                (ids, labels), (others, other_labels)))
             reason = (
                 "whose answers are the same" if ids.equal(others) else
-                "whose prompts are not the same tokens" if not ids[:start].equal(others[:other]) else
+                "whose prompts are not the same tokens" if not asked.equal(other) else
                 f"longer together than --batch-tokens {batch_tokens}"
                 if len(ids) + len(others) > batch_tokens else None)
             if reason:

@@ -245,6 +245,16 @@ def test_a_step_that_is_not_finite_is_skipped(options, tmp_path, capsys, monkeyp
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(folder).values())
 
 
+def test_a_log_p_that_is_not_finite_at_first_ends_nothing(
+        options, tmp_path, capsys, monkeypatch):
+    real, values = train.evaluate, iter((math.nan, -1.0, -2.0))
+    monkeypatch.setattr(train, "evaluate", lambda *given: {
+        **real(*given), "logp_chosen": next(values)})
+    folder = run(options, tmp_path)
+    assert lines(folder, "eval_loss")[0]["logp_chosen"] is None
+    assert "less likely" not in capsys.readouterr().out
+
+
 def test_virtual_and_tiny_data(tmp_path, capsys, monkeypatch):
     common = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--steps", "1"]
     folder = run([*common, "--data", "virtual", "--batch-tokens", "512"], tmp_path, "--nll", 0)
