@@ -106,6 +106,12 @@ def test_every_shape_gives_the_same_pair(name):
     assert value == SHAPES[name]  # the reader's value is left as it was
 
 
+def test_null_and_what_pandas_writes_for_it_are_absent():
+    for nothing in (None, math.nan):
+        absent = dict.fromkeys(("prompt", "conversations", "instruction", "system", "x"), nothing)
+        assert of({**absent, **SHAPES["implicit"]}) == expected()
+
+
 @pytest.mark.parametrize("name", MORE)
 def test_what_stands_beside_a_pair_is_read_or_noted(name):
     value, before, noted = MORE[name]
