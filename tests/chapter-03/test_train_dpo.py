@@ -145,7 +145,8 @@ def test_its_adapter_is_asked_and_merged(options, tmp_path, capsys):
 QUICK = "full", "lora", "pissa", "delta-lora"
 METHODS = [*(pytest.param(method, DENSE, marks=[] if method in QUICK else pytest.mark.slow)
              for method in train.lora.METHODS),
-           ("lora", ("--quantize", "nf4")), ("dora", ("--quantize", "nf4", "--double-quant"))]
+           ("lora", ("--quantize", "nf4")),
+           pytest.param("dora", ("--double-quant",), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("method, more", METHODS)
@@ -297,15 +298,13 @@ def test_more_packs_are_one_larger_pack(options, tmp_path):
     folder.mkdir()
     data, held_out = (write_pairs(folder / f"{name}.jsonl", 24, equal=True) for name in "ab")
     options = [*options, "--data", str(data), "--eval-data", str(held_out)]
-    one = run(options, tmp_path, "--steps", 1, name="one")
-    line = lines(one)[0]
+    line = lines(run(options, tmp_path, "--steps", 1, "--eval-every", 0))[0]
     length = line["tokens"] // line["pairs"]
     assert line["tokens"] == length * line["pairs"]
     runs = [run(options, tmp_path, "--batch-tokens", length * 12 // count, "--grad-accum", count,
-                name=f"packs{count}") for count in (1, 2, 4)]
-    assert [line["pairs"] for line in lines(runs[2])] == [12] * 4
-    for other in runs[1:]:
-        assert_close(runs[0], other)
+                name=f"packs{count}") for count in (1, 3)]
+    assert [line["pairs"] for line in lines(runs[1])] == [12] * 4
+    assert_close(*runs)
 
 
 def ranks(count, *arguments, patch=lambda: None):
@@ -352,14 +351,13 @@ def test_a_rank_without_a_pair_adds_nothing_and_waits_for_nobody(options, tmp_pa
         ranks(count, *options, *more, "--grad-accum", 2 // count, "--out",
               tmp_path / f"ranks{count}", patch=no_odd_packs)
     assert_close(tmp_path / "ranks1", tmp_path / "ranks2")
-    ranks(1, *options, *more, "--grad-accum", 2, "--out", tmp_path / "all")
-    some, all_ = (lines(tmp_path / name)[0]["pairs"] for name in ("ranks2", "all"))
-    assert 0 < some < all_
+    everything = run(options, tmp_path, *more, "--grad-accum", 2, "--steps", 1)
+    assert 0 < lines(tmp_path / "ranks2")[0]["pairs"] < lines(everything)[0]["pairs"]
 
 
 # --- stopped and gone on with ---
 
-@pytest.mark.parametrize("moments, changes", [(1, 1), pytest.param(8, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments, changes", [(0, 1), pytest.param(8, 16, marks=pytest.mark.slow)])
 def test_what_was_killed_becomes_what_it_would_have_been(tmp_path, monkeypatch, moments, changes):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = write_pairs(tmp_path / "pairs.jsonl")
