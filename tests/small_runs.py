@@ -25,6 +25,11 @@ CONFIG = dict(
     num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
     rope_theta=1e4, rms_norm_eps=1e-6, initializer_range=0.1, tie_word_embeddings=True)
 STEPS, EVERY = 6, 2
+SCRIPTS = {"03-dpo": "chapter-03/post_training/train_dpo.py"}  # others than chapter-0N/train.py
+
+
+def script_of(chapter):
+    return SCRIPTS.get(chapter, f"chapter-{chapter}/train.py")
 
 
 def write_inputs(folder, steps=STEPS, documents=24):
@@ -53,7 +58,7 @@ def short_answers(module):
 
 def train(arguments, chapter="01"):
     """`train.main(arguments)` in this process, on one thread, asking few and short questions."""
-    script = f"chapter-{chapter}/train.py"
+    script = script_of(chapter)
     module = load(script)
     torch.set_num_threads(1)
     with contextlib.ExitStack() as small:
@@ -95,7 +100,7 @@ def changes_of_the_disk(arguments, chapter="01"):
 @functools.cache
 def _import_all(chapter):
     """What PyTorch imports at the first step takes a second: better here than in each fork."""
-    load(f"chapter-{chapter}/train.py")
+    load(script_of(chapter))
     parameter = torch.nn.Parameter(torch.ones(1, 1))
     optimizer = torch.optim.AdamW([parameter], fused=True)
     parameter.grad = torch.ones(1, 1)

@@ -7,17 +7,19 @@
                     with turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:" (HH-RLHF)
 
 Told apart by keys and types, in this order. The response is the last turn, the assistant's; all
-before it is the prompt, the same for both. `system`, `tools` and the rest are as in common/README.md.
+before it is the prompt, the same for both. `system`, `tools` and others: as in common/README.md.
 """
 
+import json
 import re
+from contextlib import suppress
 from random import Random
 
 import numpy as np
 
 from common.asking.generation import generate
 from common.data.encode import DOCUMENT, Encoded
-from common.data.formats import convert, quoted
+from common.data.formats import FORMATS, OPTIONAL, convert, names_of, quoted
 from common.data.readers import Records
 from common.data.template import Refused
 from common.errors import UserError, listed
@@ -27,6 +29,7 @@ from quantized_model import base_kind, load_model
 
 PAIR = np.dtype([*DOCUMENT.descr, ("border", np.int64)])  # tokens of the chosen answer's document
 TURN = re.compile(r"\n\n(Human|Assistant):")
+ASKED = "prompt", "conversations", "messages", "instruction"  # keys of what comes before an answer
 SKILL, PROMPTS = "add", 500  # of --data tiny
 TRIES = 8  # answers that are sampled for each prompt, to find a mistake among them
 
@@ -57,21 +60,25 @@ def members(value, where, ignored):
     """The two records of a pair, chosen first: {"messages": [...], "tools"?}, of which only the
     last turn is trained on. Raises Refused for a pair that can be left out, UserError for no pair.
     """
-    value = dict(value) if isinstance(value, dict) else {}
-    answers = [value.pop(name, None) for name in ("chosen", "rejected")]
+    value = {key: one for key, one in value.items() if one is not None and one == one} if (
+        isinstance(value, dict)) else {}  # null, and NaN, which is pandas' null, count as absent
+    answers = [value.get(name) for name in ("chosen", "rejected")]
     if answers == [None, None] and "instruction" in value and isinstance(value.get("output"), list):
-        answers = value.pop("output")
-    if len(answers) != 2 or None in answers:
+        answers = value["output"]
+    if len(answers) != 2 or not all(isinstance(one, (str, list, dict)) for one in answers):
         raise UserError(
-            f"{where}: no pair of answers: it needs 'chosen' and 'rejected', and has "
-            f"{listed(map(quoted, value)) or 'no keys'}; map others, as in --columns "
+            f"{where}: no pair of answers: it needs 'chosen' and 'rejected', texts or messages, and"
+            f" has {listed(map(quoted, value)) or 'no keys'}; map others, as in --columns "
             "prompt=question,chosen=response_j,rejected=response_k (single answers with a 'label', "
             "KTO's format, are not read)")
-    records = [convert(side(value, answer, where), where, ignored) for answer in answers]
+    records = [convert(side(value, unpacked(answer), where, ignored), where, ignored)
+               for answer in answers]
     prompts = [record["messages"][:-1] for record in records]
     for record, prompt in zip(records, prompts):
         if not prompt or record["messages"][-1]["role"] != "assistant":
             raise Refused("a pair without a prompt, or whose last turn is not the assistant's")
+        if prompt[-1]["role"] == "assistant":
+            raise Refused("a pair whose prompt ends with a turn of the assistant's")
         for message in prompt:
             message.pop("train", None)
             if message["role"] == "assistant":
@@ -81,25 +88,36 @@ def members(value, where, ignored):
     return records
 
 
-def side(value, answer, where):
-    """What `formats.convert` reads, of a pair's other keys and one of its answers."""
-    value = dict(value)
-    if isinstance(answer, dict):
-        answer = [answer]
-    if "prompt" in value:
-        value.pop("messages", None)  # UltraFeedback has the chosen conversation here once more
-        return {**value, "completion": answer}
-    for name in ("conversations", "messages"):
-        if name in value and not (isinstance(answer, list) and len(answer) > 1):
-            answer = answer if isinstance(answer, list) else [
-                {"role": "assistant", "content": answer}]
-            return {**value, "prompt": value.pop(name), "completion": answer}
-    if "instruction" in value:
-        return {**value, "output": answer}
-    value.pop("messages", None)
-    if isinstance(answer, str):
-        answer = turns(answer)
-    return {**value, "messages": answer}
+def side(value, answer, where, ignored):
+    """What `formats.convert` reads, of a pair's other keys and one of its answers, a text or a list
+    of turns. What else the pair could be read as, once more as UltraFeedback has it, is noted."""
+    name = next((one for one in ASKED if one in value), None)
+    if name in ("conversations", "messages") and isinstance(answer, list) and len(answer) > 1:
+        name = None  # the answer is the whole conversation
+    question, beside = unpacked(value.get(name)), dict(value)
+    for key in names_of([*FORMATS, *PairRecords.formats]):
+        if key not in OPTIONAL and key in beside:
+            del beside[key]
+            if key not in (name, "chosen", "rejected", "output"):
+                ignored.setdefault(quoted(key), where)
+    if name is None:
+        return {**beside, "messages": turns(answer) if isinstance(answer, str) else answer}
+    if name == "instruction":
+        return {**beside, "instruction": question, "output": answer}
+    return {**beside, "prompt": question, "completion": answer}
+
+
+def unpacked(value):
+    """One turn as a list of it; a list of turns that is JSON in a text, as tables have it, as that
+    list; all else as it is."""
+    found = value
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+    found = [found] if isinstance(found, dict) else found
+    is_turns = isinstance(found, list) and found and all(
+        isinstance(one, dict) and one.keys() & {"role", "from"} for one in found)
+    return found if is_turns or not isinstance(value, str) else value
 
 
 def turns(text):
@@ -128,10 +146,11 @@ class Pairs(Encoded):
         firsts = np.flatnonzero((numbers[:-1] % 2 == 0) & (numbers[1:] == numbers[:-1] + 1))
         for i in firsts.tolist():
             (ids, labels), (others, other_labels) = encoded[i], encoded[i + 1]
-            start, other = ((one >= 0).int().argmax() for one in (labels, other_labels))
+            asked, other = (one[:(marks >= 0).int().argmax()] for one, marks in (
+                (ids, labels), (others, other_labels)))
             reason = (
                 "whose answers are the same" if ids.equal(others) else
-                "whose prompts are not the same tokens" if not ids[:start].equal(others[:other]) else
+                "whose prompts are not the same tokens" if not asked.equal(other) else
                 f"longer together than --batch-tokens {batch_tokens}"
                 if len(ids) + len(others) > batch_tokens else None)
             if reason:
@@ -154,7 +173,7 @@ class Pairs(Encoded):
             pairs[name] = chosen[name] + rejected[name]
         pairs["digest"] = chosen["digest"] * 3 + rejected["digest"]  # not the same, exchanged
         pairs["border"] = chosen["length"]
-        return cls(encoded.tokens, pairs, notes)
+        return cls(encoded.tokens, pairs, notes).announce("pairs")
 
     def pair(self, i):
         """The chosen and the rejected document of pair i, each (input_ids, labels)."""

@@ -172,7 +172,8 @@ def main(argv=None):
         say(f"run folder: {run}")
         prepare.ask(data, model, generate, metrics, 0)
         scores = evaluate(model, reference, data.held_out, options)
-        state["logp_chosen"] = scores["logp_chosen"]
+        if math.isfinite(scores["logp_chosen"]):  # else it stays unknown: JSON has no NaN
+            state["logp_chosen"] = scores["logp_chosen"]
         metrics.log_eval(0, eval_loss=scores["loss"], **{name: scores[name] for name in PAIR})
 
     # --- loop --- Changed from chapter-03: pairs.
@@ -202,7 +203,7 @@ def main(argv=None):
             count, tokens = all_sum(counts).tolist()
             totals = torch.zeros(len(SCORES), device=device)
             for pack in packs:
-                # Of the *whole* step: so that every pair weighs the same, in whichever pack or rank.
+                # Of the *whole* step: so every pair weighs the same, in whichever pack or rank.
                 losses, scores = scored(model, reference, pack, options)
                 (losses.sum() / count).backward()
                 totals += scores / count
@@ -237,9 +238,10 @@ def main(argv=None):
                 eval_loss = scores["loss"]
                 state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
                 metrics.log_eval(step, eval_loss=eval_loss, **{name: scores[name] for name in PAIR})
-                if step == total_steps and scores["logp_chosen"] < state["logp_chosen"]:
-                    say(f"note: the chosen answers have become less likely than before (log p was "
-                        f"{state['logp_chosen']:.2f}), which no margin shows; --nll 1 holds them up")
+                before = state["logp_chosen"]
+                if step == total_steps and before and scores["logp_chosen"] < before:
+                    say("note: the chosen answers have become less likely than before (log p was "
+                        f"{before:.2f}), which no margin shows; --nll 1 holds them up")
                 improved = eval_loss < (state["best_loss"] or math.inf)
                 if improved:
                     state["best_loss"], state["best_step"] = eval_loss, step

@@ -20,16 +20,16 @@ _FAMILIES = {
 
 
 def read_config(path):
-    """The config.json of folder `path` as a dict, in one dialect whichever it was written in. It
-    always has `rope_theta` (float) and `rope_scaling` (None, or a dict with `rope_type` and without
-    theta), never `rope_parameters`; `head_dim`, `num_key_value_heads` (null: all heads) and
-    `max_position_embeddings` follow the family's rule if absent. Every other key is as in the file.
-    Raises UserError for a file that is missing or broken; types are for the model's own config."""
+    """The config.json of folder `path` as a dict in one dialect: always with `rope_theta` (float)
+    and `rope_scaling` (None, or a dict with `rope_type`, without theta), never `rope_parameters`;
+    `head_dim`, `num_key_value_heads` (null: all heads), `max_position_embeddings` by the family's
+    rule if absent; other keys as in the file, unchecked. UserError if it is missing or broken."""
     file = Path(path) / "config.json"
     if not file.exists():
         adapter = file.with_name("adapter_config.json").exists()
         raise UserError(f"{path}: " + (
-            "an adapter, not a model: it goes with --adapter, or merge it first" if adapter else
+            "an adapter, not a model: ask it with --adapter; to train on, merge it first: python "
+            f"chapter-03/merge.py --adapter {path} --out merged" if adapter else
             "no config.json here, so this is not a model folder"))
     config = read_json(file)
     layers, width, heads = (config.get(key) for key in (

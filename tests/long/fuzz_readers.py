@@ -26,6 +26,7 @@ from common.options import TrainOptions, parse, save_options
 
 CHAPTER_1, CHAPTER_2 = load("chapter-01/train.py"), load("chapter-02/train.py")
 NF4 = load("chapter-03/bnb_files.py")
+PAIRS = load("chapter-03/post_training/pairs.py")
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do you do?"},
         {"role": "assistant", "content": "Well.\nAnd you?"}]
 
@@ -113,6 +114,31 @@ def read_data(folder, names):
     each(*(lambda name=name: encode.encode(records(name), _chat, 64, vocab_size=512)
            for name in names),
          *(lambda name=name: list(records(name, columns)) for name in names if "alp" in name))
+
+
+def prepare_pairs(folder):
+    global _chat
+    ask, *answers = TALK[1], TALK[2], {"role": "assistant", "content": "Badly."}
+    words = [one["content"] for one in (ask, *answers)]
+    for name, more in {
+            "text": dict(zip(("prompt", "chosen", "rejected"), words)),
+            "list": {"chosen": [*TALK[:2], answers[0]], "rejected": [*TALK[:2], answers[1]]},
+            "hh": {key: f"\n\nHuman: {words[0]}\n\nAssistant: {answer}"
+                   for key, answer in zip(("chosen", "rejected"), words[1:])},
+            "share": {"conversations": [{"from": "human", "value": words[0]}], "system": "Brief.",
+                      "chosen": {"from": "gpt", "value": words[1]}, "rejected": answers[1]},
+            "alpaca": {"instruction": words[0], "input": "", "output": words[1:]},
+            "json": {"prompt": json.dumps([ask]), "chosen": json.dumps(answers[:1]),
+                     "rejected": words[2]}}.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps(more) + "\n") * 3)
+    small_runs.write_inputs(folder / "made")
+    _chat = Chat.load(folder / "made/model")
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def read_pairs(folder, names):
+    each(*(lambda name=name: PAIRS.Pairs.of(encode.encode(
+        PAIRS.PairRecords(folder / name), _chat, 64, vocab_size=512), 100) for name in names))
 
 
 # --- models ---
@@ -347,6 +373,7 @@ def read_cache(folder, names):
 
 TARGETS = [
     Target("data", 4, prepare_data, read_data),
+    Target("pairs", 2, prepare_pairs, read_pairs),
     Target("config", 4, prepare_config, read_configs),
     Target("weights", 3, prepare_weights, read_weights),
     Target("quantised", 1, prepare_quantised, read_quantised),
