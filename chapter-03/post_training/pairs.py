@@ -19,7 +19,7 @@ import numpy as np
 
 from common.asking.generation import generate
 from common.data.encode import DOCUMENT, Encoded
-from common.data.formats import FORMATS, OPTIONAL, convert, names_of, quoted
+from common.data.formats import FORMATS, convert, quoted
 from common.data.readers import Records
 from common.data.template import Refused
 from common.errors import UserError, listed
@@ -92,11 +92,14 @@ def side(value, answer, where, ignored):
     """What `formats.convert` reads, of a pair's other keys and one of its answers, a text or a list
     of turns. What else the pair could be read as, once more as UltraFeedback has it, is noted."""
     name = next((one for one in ASKED if one in value), None)
-    if name in ("conversations", "messages") and isinstance(answer, list) and len(answer) > 1:
+    if name in ("conversations", "messages") and is_turns(answer) and (
+            answer[0].get("role", answer[0].get("from")) in ("user", "human", "system")):
         name = None  # the answer is the whole conversation
     question, beside = unpacked(value.get(name)), dict(value)
-    for key in names_of([*FORMATS, *PairRecords.formats]):
-        if key not in OPTIONAL and key in beside:
+    if isinstance(question, str) and question.startswith("\n\nHuman:"):
+        question = [turn for turn in turns(question) if turn["content"]]
+    for key in dict.fromkeys(sum(FORMATS + PairRecords.formats, ())):
+        if key in beside:
             del beside[key]
             if key not in (name, "chosen", "rejected", "output"):
                 ignored.setdefault(quoted(key), where)
@@ -115,9 +118,13 @@ def unpacked(value):
         with suppress(ValueError, RecursionError):
             found = json.loads(value)
     found = [found] if isinstance(found, dict) else found
-    is_turns = isinstance(found, list) and found and all(
-        isinstance(one, dict) and one.keys() & {"role", "from"} for one in found)
-    return found if is_turns or not isinstance(value, str) else value
+    return found if is_turns(found) or not isinstance(value, str) else value
+
+
+def is_turns(value):
+    """Whether it is a list of messages, in either spelling."""
+    return isinstance(value, list) and value and all(
+        isinstance(one, dict) and one.keys() & {"role", "from"} for one in value)
 
 
 def turns(text):
@@ -184,6 +191,8 @@ class Pairs(Encoded):
 def tiny_pairs(options, device, dtype, chat):
     """--data tiny for `prepare.load`: what the model, untrained, gets wrong in SKILL, to learn from
     and held out; then the questions of SKILL and of all the skills that it knew before."""
+    if options.init == "random":
+        raise UserError("--data tiny needs a model that can do something: leave --init random out")
     model, _ = load_model(options.model, device, dtype, base=base_kind(options))
     train, held_out = (own_mistakes(model.to(device), chat, SKILL, split, PROMPTS, options.seed)
                        for split in ("train", "eval"))

@@ -89,6 +89,8 @@ MORE = {  # (value, what came before ASK, the keys that are noted)
                         EARLIER, []),
     "turns, hh": ({"chosen": human("Hi", "Hello.", U, W), "rejected": human("Hi", "Hello.", U, L)},
                   EARLIER, []),
+    "hh prompt": ({"prompt": human("Hi", "Hello.", U) + "\n\nAssistant:", "chosen": W,
+                   "rejected": L}, EARLIER, []),
     "whole conversation beside": (
         {"conversations": [HUMAN, GPT], "chosen": [HUMAN, GPT], "rejected": [HUMAN, BAD_GPT]},
         [], ["conversations"]),
@@ -118,6 +120,12 @@ def test_what_stands_beside_a_pair_is_read_or_noted(name):
     ignored = {}
     assert of(value, ignored) == expected(*before)
     assert {key.strip("'") for key in ignored} == {*noted} and {*ignored.values()} <= {"f:1"}
+
+
+def test_an_answer_of_several_turns_keeps_the_prompt_beside_it():
+    turns = [{"role": "assistant", "content": "Let me see."}, {"role": "tool", "content": "21"}]
+    for record in of({"messages": [ASK], "chosen": [*turns, RIGHT], "rejected": [*turns, WRONG]}):
+        assert record["messages"][:3] == [ASK, {**turns[0], "train": False}, turns[1]]
 
 
 def test_tools_and_calls():

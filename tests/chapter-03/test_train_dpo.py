@@ -456,7 +456,7 @@ def test_an_adapter_at_an_untied_head_is_refused_and_none_is_fine(options, tmp_p
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     options = [*options, "--model", str(tmp_path / "model")]
     for targets in ("q_proj,lm_head", "lm_head", ".*(q_proj|lm_head)"):
-        with refused("--target-modules", "lm_head", "leave it out"):
+        with refused("--target-modules", "leave lm_head out"):
             run(options, tmp_path, "--target-modules", targets)
     assert not (tmp_path / "run").exists()
     for more in ((), ("--method", "full", *DENSE)):
