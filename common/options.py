@@ -176,10 +176,10 @@ def choose_dtype(name, device):
 
 
 def parse(options_class, chapter, description, tiny, real, argv=None):
-    """The options of this run of `chapter` "01", "02" or "03", an `options_class`. `tiny` and
-    `real` are the presets, dicts of option values, for the embedded model (`init` and `steps` only
-    on the embedded data) and for all others; a value that depends on --method is itself a dict,
-    with a "default". Raises UserError before any file of the model is touched."""
+    """The options of this run, an `options_class`; `chapter` is "01", say. The presets `tiny` and
+    `real` are dicts of option values, for the embedded model (`init` and `steps` only on the
+    embedded data) and for all others; a value that depends on --method is a dict with a "default".
+    Raises UserError before any file of the model is touched."""
     given = read_flags(options_class, description, argv)
     if "config" in given:
         path = given["config"]

@@ -58,9 +58,9 @@ class Data:
 def load(options, source, config, skills, reader=Records, finish=lambda encoded: encoded):
     """The `Data` of this run; `source` is the model's folder, for its tokenizer. `skills` are what
     --data tiny stands for: "base", which the embedded model learns from scratch, or "new", which it
-    has never seen; the base skills are then asked too: what is forgotten? Or a function that gives,
-    for a Chat, (records, {name: records held out}). What is trained on and the first that is held
-    out are what `finish` makes of an `Encoded`; files are read by the class `reader`."""
+    has never seen; the base skills are then asked too: what is forgotten? Or a function that gives
+    (records, {name: held-out records}) for a Chat. `reader` reads files; `finish` makes of the
+    `Encoded` of all records, and of the first held-out ones, what is trained on and evaluated."""
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
     own = ("eval_data", "columns", "rendered", "chat_template", "strict_template")
@@ -74,11 +74,10 @@ def load(options, source, config, skills, reader=Records, finish=lambda encoded:
                            for count, seed in ((2000, options.seed), (8, options.seed + 1)))
         return Data(source, train, held_out, None, {}, False)
     chat = Chat.load(source, options.chat_template)
-    if embedded and callable(skills):
-        records, asked = skills(chat)
-    elif embedded:
-        records = tiny.records(skills, "train", TINY_DOCUMENTS, options.seed)
-        asked = {name: tiny.records(name, "eval", 200, options.seed) for name in (skills, "base")}
+    if embedded:
+        records, asked = skills(chat) if callable(skills) else (
+            tiny.records(skills, "train", TINY_DOCUMENTS, options.seed),
+            {name: tiny.records(name, "eval", 200, options.seed) for name in (skills, "base")})
     else:
         columns = parse_columns(options.columns, reader.formats) if options.columns else None
         flags = {"--data": options.data, "--eval-data": options.eval_data}
@@ -96,8 +95,8 @@ def load(options, source, config, skills, reader=Records, finish=lambda encoded:
 
     train = finish(encoded(records, "data"))
     say_what_differs(chat, records)
-    held_out = [encoded(one, "held out" if n == 0 else f"{name} skills")
-                for n, (name, one) in enumerate(asked.items())]
+    titles = "held out", *map("{} skills".format, [*asked][1:])
+    held_out = [*map(encoded, asked.values(), titles)]
     held_out[:1] = map(finish, held_out[:1])
     if not asked:
         asked = {"held-out": records}

@@ -13,9 +13,8 @@ def choose_tokens(logits, temperature, top_k, top_p, draws):
     """The next token of each document, (N,) int64, from logits (N, V). Temperature 0, or one too
     small for float32, takes the likeliest. Otherwise a token is drawn from softmax(logits /
     temperature), of which `top_k` (0: no limit) and then `top_p` (1: no limit) leave only the
-    likeliest: k tokens, and the fewest that together have probability p ("The Curious Case of
-    Neural Text Degeneration", 1904.09751, section 3.1). `draws` (N,) are uniform in [0, 1): the
-    token is the one at which the running sum of probabilities passes them."""
+    likeliest: k tokens, and the fewest that together have probability p (1904.09751, section 3.1).
+    `draws` (N,), uniform in [0, 1), say at which running sum of probabilities."""
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     logits = logits.float()

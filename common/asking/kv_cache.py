@@ -7,10 +7,9 @@ import torch.nn.functional as F
 
 
 class KVCache:
-    """Room for N = `documents` documents of up to C = `room` tokens. In each layer, document n is
-    row n of keys and of values, (N, K, C, d), from its position 0 on. The first pass takes whole
-    prompts of any lengths, and attends within them as usual; every later pass takes one token of
-    each document. Not for training: nothing here has gradients."""
+    """Room, without gradients, for N = `documents` documents of up to C = `room` tokens. In each
+    layer document n is row n of keys and of values, (N, K, C, d), from its position 0 on. The first
+    pass takes whole prompts, and attends within them as usual; later ones a token a document."""
 
     def __init__(self, documents, room):
         self.documents, self.room = documents, room

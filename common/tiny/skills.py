@@ -86,10 +86,9 @@ def records(name, split, count, seed=0):
     """`count` records of the skills `name`, "base", "new" or "all", each skill in turn, determined
     by the seed; a longer list starts with the shorter one. `split` is "train" or "eval", and no
     prompt is in both. Each record is {"messages": [user, assistant], "skill": name of the skill}.
-    Raises ValueError for another name or split."""
+    ValueError for another name or split."""
     if name not in SKILLS or split not in ("train", "eval"):
-        raise ValueError(f"skills: no data {name!r} {split!r}: take base, new or all, "
-                         "and train or eval")
+        raise ValueError(f"skills: no data {name!r} {split!r}: base, new or all; train or eval")
     random = Random(f"{name} {split} {seed}")
     return [record(skill, split, random) for skill in islice(cycle(SKILLS[name]), count)]
 
