@@ -58,7 +58,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 x = hidden[rows]
                 logits = x @ cast.t()
                 softmax_in_pieces_(logits, labels[rows], True)
-                addmm_(grad_weight, logits.mul_(-gradient[rows, None]).t(), x)
+                # x is multiplied and not the logits: it has D columns, not V.
+                addmm_(grad_weight, logits.t(), (x * -gradient[rows, None]).to(x.dtype))
                 del logits
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
