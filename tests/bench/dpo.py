@@ -53,11 +53,12 @@ SHORTEST, LONGEST = 16, 512  # tokens of a prompt with its answer
 
 # --- beside TRL ---
 
-def random_pairs(count, vocabulary, seed=0):
+def random_pairs(count, vocabulary, spread, seed=0):
     """Pairs of documents as (input_ids, labels), of which the answer is trained. The lengths of
-    prompts and answers are log-normal, as `encode.virtual`'s; half are below 64 tokens."""
+    prompts and answers are log-normal, as `encode.virtual`'s; half are below 64 tokens. `spread` is
+    the standard deviation of their logarithm; with 0 all are equally long, so nothing is padded."""
     random = np.random.default_rng(seed)
-    lengths = np.exp(random.normal(np.log(LONGEST / 8), 0.8, (count, 3)))
+    lengths = np.exp(random.normal(np.log(LONGEST / 8), spread, (count, 3)))
     pairs = []
     for prompt, *answers in np.clip(lengths, SHORTEST // 2, LONGEST // 2).astype(int).tolist():
         start = torch.from_numpy(random.integers(0, vocabulary, prompt))
@@ -137,7 +138,8 @@ def trl_row(kind, folder, stored, autocast, adapters, scratch, same=True):
         output_dir=scratch, use_cpu=True, bf16=autocast, gradient_checkpointing=False, beta=BETA,
         max_length=None, report_to=[], disable_tqdm=True, save_strategy="no", seed=0,
         dataloader_pin_memory=False)
-    with_reference = {"ref_model": read(torch.bfloat16 if autocast else stored)}
+    # As TRL itself reads it: in another dtype the first loss would not be ln 2.
+    with_reference = {"ref_model": read(stored)}
     with_adapter = {"peft_config": LoraConfig(r=RANK, lora_alpha=ALPHA,
                                               target_modules="all-linear")}
     trainer = DPOTrainer(
@@ -160,7 +162,7 @@ def beside_trl(options):
     """The part `peers`; gives its figures, and the largest gap of losses."""
     dtype, config = getattr(torch, options.dtype), config_of(options.size)
     count = WARM + options.steps * options.repeats
-    pairs = random_pairs(count * options.pairs, config["vocab_size"])
+    pairs = random_pairs(count * options.pairs, config["vocab_size"], options.spread)
     steps = [[document for pair in pairs[i:i + options.pairs] for document in pair]
              for i in range(0, len(pairs), options.pairs)]
     tokens = sum(len(ids) for step in steps for ids, _ in step)
@@ -315,8 +317,6 @@ def step_memory(arguments):
     gc.collect()
     with LivePeak() as live:
         step()
-    print(f"{[len(pack['labels']) for pack in packs]} tokens in the packs, {predicted.tokens} "
-          f"predicted")
     return live.peak, dict(predicted)
 
 
@@ -332,6 +332,7 @@ def memory_figures(options):
             gc.collect()
             figures[name] = {"measured": measured, "predicted": sum(predicted.values()),
                              "categories": predicted}
+            print(f"{name}: {json.dumps(figures[name])}", flush=True)  # a run takes minutes
     table(["run", "measured MB", "predicted MB", "predicted / measured"], [
         [name, f"{one['measured'] / 1e6:.0f}", f"{one['predicted'] / 1e6:.0f}",
          f"{one['predicted'] / one['measured']:.3f}"] for name, one in figures.items()])
@@ -349,6 +350,8 @@ def main(argv=None):
     parser.add_argument("--size", choices=SIZES, default="mid", help="peers: of the model")
     parser.add_argument("--kinds", nargs="+", choices=("lora", "dense"), default=["lora", "dense"])
     parser.add_argument("--pairs", type=int, default=8, help="peers: pairs of a step")
+    parser.add_argument("--spread", type=float, default=0.8,
+                        help="peers: of the lengths; 0: all the same, so that nothing is padded")
     parser.add_argument("--lr", type=float, default=1e-4, help="peers")
     parser.add_argument("--profile", action="store_true", help="peers: where a step's time goes")
     parser.add_argument("--tokens", type=int, default=4096, help="logprobs: T")
