@@ -11,7 +11,7 @@ from loss import CHUNK, addmm_, softmax_in_pieces_
 
 
 def chunked_log_probs(hidden, weight, labels, chunk=CHUNK, labelled=None):
-    """log softmax(hidden weightᵀ)[label] of each token, (T,) float32; 0 where the label is negative.
+    """log softmax(hidden weightᵀ)[label] of each token, (T,) float32; 0 where the label is below 0.
 
     hidden (T, D), weight (V, D), labels (T,) int64; `chunk` and `labelled` as for
     `loss.chunked_cross_entropy`, whose sum this is, token by token and with the opposite sign. No
