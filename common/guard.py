@@ -78,7 +78,7 @@ def memory_advice(options, predicted):
         smaller = options.batch_tokens // 2
         cut = f"; documents over {smaller} tokens are then cut" * (options.max_seq_len > smaller)
         advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
-                  f" tokens in a step){cut}, or a smaller model, or chapter 3 with --quantize nf4 and"
+                  f" tokens in a step){cut}, a smaller model, or chapter 3 with --quantize nf4 and"
                   " --activation-checkpointing")
         # PyTorch's message goes on for a paragraph about its allocator.
         raise UserError(f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak"
