@@ -33,10 +33,8 @@ class Metrics:
     log a step before saving its checkpoint. An evaluation of `start_step` is not written twice.
     Raises UserError if TensorBoard is wanted and missing, or the folder cannot be written."""
 
-    columns = COLUMNS  # or others, with keys of `log_step`'s `more`
-
     def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0):
-        self.path = Path(run_folder) / "metrics.jsonl"
+        self.path, self.columns = Path(run_folder) / "metrics.jsonl", COLUMNS  # or others
         self.total_steps, self.log_every = total_steps, log_every
         self.first = None  # (step, clock) of the first step seen: it compiles and does not count
         self.written = set()  # (step, *keys) of the lines that `start_step` has already

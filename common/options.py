@@ -34,6 +34,7 @@ def option(default, text, choices=None, least=None):
 class TrainOptions:
     """The options of every chapter's train.py; `parse` gives each that a run needs a value."""
 
+    gpu_data = GPU_DATA  # what auto takes on a GPU; None: it takes tiny everywhere
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
     init: str = option(None, "weights to start from", choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
@@ -47,7 +48,7 @@ class TrainOptions:
                                    "example says, instead of counting it")
     rendered: bool = option(False, "each \"text\" of the data is a conversation that a chat "
                             "template has already rendered, control tokens included")
-    out: str = option(None, "the run's folder (default: runs/chapter-0N/ and the next number)")
+    out: str = option(None, "the run's folder (default: the next number in runs/chapter-…/)")
     resume: str = option(None, "go on with the run in this folder")
     config: str = option(None, "a JSON file with any of these options, as {\"lr\": 1e-4}")
     dry_run: bool = option(False, "print the resolved options, the parameter counts and the "
@@ -225,7 +226,8 @@ def _summary(options):
 def _choose_model_and_data(options, device, tiny, real):
     """Fill in `auto` for the model and the data, say so, and give the preset's other values."""
     on_gpu = device.type == "cuda"
-    big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 16e9  # bytes
+    has = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+    big = has >= 16e9 and options.gpu_data  # bytes
     model, data = options.model, " ".join(options.data)
     if data == "auto" and model not in ("auto", "tiny"):
         raise UserError(f"--model {model} needs --data: your own, or virtual for random tokens")
@@ -235,12 +237,11 @@ def _choose_model_and_data(options, device, tiny, real):
     if model == "auto":
         options.model = "tiny" if small else GPU_MODEL
     if data == "auto":
-        options.data = ["tiny" if small else GPU_DATA]
+        options.data = ["tiny" if small else options.gpu_data]
     if model == data == "auto":
         other = ("the small one add --model tiny" if big else
                  f"the real thing add --model {GPU_MODEL} --data my.jsonl")
-        say(f"auto: {'a' if big else 'no'} GPU of 16 GB or more is here, so --model "
-            f"{options.model} --data {options.data[0]};\n      for {other}")
+        say(f"auto: --model {options.model} --data {options.data[0]};\n      for {other}")
     # On a GPU `predict.fit_batch` chooses --batch-tokens, once the model's shapes are known.
     preset = {"init": "pretrained", "eval_every": 200, "save_every": 200,
               "batch_tokens": None if on_gpu else 2048,

@@ -46,7 +46,8 @@ CHAPTER = "03-dpo"
 TINY = {"lr": 1e-3, "warmup": 10, "steps": 80, "batch_tokens": 1024, "dtype": "float32", "rank": 8,
         "alpha": 16.0, "eval_every": 20, "save_every": 40, "nll": 1.0}
 REAL = {"lr": {"full": 5e-7, "default": 2e-5}, "warmup": 10, "rank": 16, "alpha": 32.0, "nll": 0.0}
-BETA = {"simpo": 2.0, "default": 0.1}  # SimPO's is of a token's log p, the others' of an answer's
+# These are of the mean log p of a token, which is that much smaller than an answer's sum.
+BETA = {"simpo": 2.0, "dpo-norm": 2.0, "default": 0.1}
 PAIR = {"margin": ("margin", 9, "{:.3f}".format), "pair_accuracy": ("won", 7, "{:.0%}".format),
         "logp_chosen": ("log p chosen", 14, "{:.2f}".format)}
 SCREEN = {"step": COLUMNS["step"], "loss": COLUMNS["loss"], **PAIR, **{
@@ -58,12 +59,13 @@ SCREEN = {"step": COLUMNS["step"], "loss": COLUMNS["loss"], **PAIR, **{
 class Options(TrainOptions):
     """Chapter 3's options, and those of the loss."""
 
+    gpu_data = None
     too_long: str = option("drop", "what to do with an answer that is too long with its prompt; "
                            "one that is cut does not end", choices=("drop", "truncate", "error"))
     loss: str = option("dpo", "what is made of a pair: preference.py has the equations",
                        choices=tuple(LOSSES))
     beta: float = option(None, "β, what a change of log p counts; orpo: the weight of the odds "
-                               "(default: 0.1; simpo: 2)", least=0)
+                               "(default: 0.1; simpo, dpo-norm: 2)", least=0)
     label_smoothing: float = option(0.1, "cdpo, robust: ε, the share of pairs that are the wrong "
                                     "way round", least=0)
     gamma: float = option(1.0, "simpo: γ, the margin that it asks for", least=0)

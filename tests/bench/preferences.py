@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "chapter-03" / "post_training" / "train_dpo.py"
 ROWS = ("dpo", "dpo --beta 0.5", "dpo --nll 1", "cdpo", "robust", "hinge", "ipo", "dpo-norm",
-        "dpo-norm --beta 2", "apo-zero", "simpo", "orpo")  # what follows --loss
+        "dpo-norm --beta 0.1", "apo-zero", "simpo", "orpo")  # what follows --loss
 SHOWN = {"pair_accuracy": "won", "logp_chosen": "log p chosen", "exact_match_add": "add",
          "exact_match_base": "base"}
 
