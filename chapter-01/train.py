@@ -194,7 +194,8 @@ def main(argv=None):
                 eval_loss = evaluate(model, data.held_out, options)
                 state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
                 metrics.log_eval(step, eval_loss=eval_loss)
-                improved = eval_loss < (state["best_loss"] or math.inf)
+                best = math.inf if state["best_loss"] is None else state["best_loss"]
+                improved = eval_loss < best
                 if improved:
                     state["best_loss"], state["best_step"] = eval_loss, step
 

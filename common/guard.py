@@ -47,8 +47,8 @@ class NonFinite:
         self.skipped = self.in_a_row = 0
 
     def check(self, loss, grad_norm, step, documents, checkpoint=None):
-        """False if the loop must skip this step. The loss and norm are those over all ranks, so that
-        all decide alike; `documents` are the step's packs, lists of ids; for the message."""
+        """False if the loop must skip this step. Give loss and norm over all ranks, so that all
+        decide alike; for messages the step's packs (lists of ids) and the last good checkpoint."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
@@ -76,10 +76,10 @@ def memory_advice(options, predicted):
         largest = sorted(predicted.items(), key=lambda item: -item[1])[:3]
         shares = ", ".join(f"{name} {readable_bytes(size)}" for name, size in largest if size)
         smaller = options.batch_tokens // 2
-        cut = f"; documents over {smaller} tokens are then cut" * (options.max_seq_len > smaller)
         advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
-                  f" tokens in a step){cut}, a smaller model, or chapter 3 with --quantize nf4 and"
-                  " --activation-checkpointing")
+                  " tokens in a step; what is longer is then cut or dropped)" if smaller >= 128 else
+                  "--batch-tokens is small already: take a smaller model, or chapter 3 with"
+                  " --quantize nf4 and --activation-checkpointing")
         # PyTorch's message goes on for a paragraph about its allocator.
         raise UserError(f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak"
                         f" {readable_bytes(sum(predicted.values()))} ({shares}); {advice}"

@@ -34,7 +34,7 @@ def option(default, text, choices=None, least=None):
 class TrainOptions:
     """The options of every chapter's train.py; `parse` gives each that a run needs a value."""
 
-    gpu_data = GPU_DATA  # what auto takes on a GPU; None: it takes tiny everywhere
+    gpu_data = GPU_DATA  # not an option: what auto takes on a GPU; None: tiny, as elsewhere
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
     init: str = option(None, "weights to start from", choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
@@ -226,20 +226,19 @@ def _summary(options):
 def _choose_model_and_data(options, device, tiny, real):
     """Fill in `auto` for the model and the data, say so, and give the preset's other values."""
     on_gpu = device.type == "cuda"
-    has = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
-    big = has >= 16e9 and options.gpu_data  # bytes
+    big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 16e9  # bytes
     model, data = options.model, " ".join(options.data)
     if data == "auto" and model not in ("auto", "tiny"):
         raise UserError(f"--model {model} needs --data: your own, or virtual for random tokens")
     if model == "auto" and data not in ("auto", "tiny") and not big:
         raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id ({GPU_MODEL})")
-    small = not big or "tiny" in (model, data)
+    small = not big or "tiny" in (model, data) or data == "auto" and options.gpu_data is None
     if model == "auto":
         options.model = "tiny" if small else GPU_MODEL
     if data == "auto":
         options.data = ["tiny" if small else options.gpu_data]
     if model == data == "auto":
-        other = ("the small one add --model tiny" if big else
+        other = ("the small one add --model tiny" if not small else
                  f"the real thing add --model {GPU_MODEL} --data my.jsonl")
         say(f"auto: --model {options.model} --data {options.data[0]};\n      for {other}")
     # On a GPU `predict.fit_batch` chooses --batch-tokens, once the model's shapes are known.

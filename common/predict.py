@@ -26,12 +26,12 @@ SHOWN = ("blocks", "embedding", "head", "norms", "adapters")  # all kinds
 # Data sheets' dense TFLOP/s: in bfloat16 with float32 sums, in float32 without tensor cores.
 PEAK_TFLOPS = {
     "A100": (312, 19.5), "A800": (312, 19.5), "A30": (165, 10.3), "A40": (149.7, 37.4),
-    "A10": (125, 31.2), "A10G": (70, 35), "RTX A6000": (154.8, 38.7),
-    "H100 PCIe": (756, 51), "H100 NVL": (835, 60), "H100": (989, 67), "H800": (989, 67),
-    "H200 NVL": (835, 60), "H200": (989, 67), "GH200": (989, 67), "H20": (148, 44),
-    "B200": (2250, 75), "L4": (121, 30.3), "L40": (181, 90.5), "L40S": (362, 91.6),
-    "RTX 3090": (71, 35.6), "RTX 4090": (165.2, 82.6), "RTX 5090": (209.5, 104.8),
-    "RTX 6000 Ada": (364, 91.1), "MI250X": (383, 47.9), "MI300X": (1307, 163.4)}
+    "A10": (125, 31.2), "A10G": (70, 35), "RTX A6000": (154.8, 38.7), "L4": (121, 30.3),
+    "L40": (181, 90.5), "L40S": (362, 91.6), "H100 PCIe": (756, 51), "H100 NVL": (835, 60),
+    "H100": (989, 67), "H800": (989, 67), "H200 NVL": (835, 60), "H200": (989, 67),
+    "GH200": (989, 67), "H20": (148, 44), "B200": (2250, 75), "RTX 3090": (71, 35.6),
+    "RTX 4090": (165.2, 82.6), "RTX 5090": (209.5, 104.8), "RTX 6000 Ada": (364, 91.1),
+    "MI250X": (383, 47.9), "MI300X": (1307, 163.4)}
 
 
 def parameters(model):
@@ -133,29 +133,29 @@ def costs(model, lengths, options, chunk=None):
                       peak_flops=None if peak is None else peak * world_size())
 
 
-def fit_batch(options, model, chunk=None, beside=0):
+def fit_batch(options, model, chunk=None, beside=0, documents=1):
     """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
     predicted peak is at most SHARE of the GPU's memory (the rest is for CUDA, kernels' scratch
     space and fragmentation), less the bytes `beside`. --grad-accum grows so that a step keeps its
-    tokens. `model` needs only shapes. UserError if the smallest, or the longest document, does not.
-    """
+    tokens. `model` needs only shapes. UserError if the smallest does not fit, or not the longest
+    document, or as many of them as `documents` says."""
     if options.batch_tokens is not None:
         return
     total = torch.cuda.get_device_properties(options.device).total_memory
     has = all_sum(torch.tensor(total), ReduceOp.MIN).item()  # of the smallest GPU
-    longest = min(options.max_seq_len, model.config.max_position_embeddings, PACKS[0])
+    most = min(documents * min(options.max_seq_len, model.config.max_position_embeddings), PACKS[0])
     packs_of_most = options.grad_accum
     for tokens in PACKS:
         options.batch_tokens, options.grad_accum = tokens, packs_of_most * PACKS[0] // tokens
         peak = costs(model, [tokens], options, chunk).peak + beside
-        if peak <= SHARE * has or tokens // 2 < max(longest, PACKS[-1]):
+        if peak <= SHARE * has or tokens // 2 < max(most, PACKS[-1]):
             break
     if peak > SHARE * has:
         raise UserError(
             f"packs of {tokens} tokens need {readable_bytes(peak)}, over {SHARE:.0%} of the GPU's"
-            f" {readable_bytes(has)}: chapter 3 needs less, with --method lora on four bits, or with"
-            " --activation-checkpointing full; or take a smaller --model, --max-seq-len or"
-            " --batch-tokens")
+            f" {readable_bytes(has)}: chapter 3 needs less, with --method lora on its base of four"
+            " bits, or with --activation-checkpointing full; or take a smaller --model or"
+            " --max-seq-len, or set --batch-tokens yourself")
     say(f"--batch-tokens {tokens} --grad-accum {options.grad_accum}: predicted peak "
         f"{readable_bytes(peak)} of the GPU's {readable_bytes(has)}")
 

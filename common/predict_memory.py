@@ -48,7 +48,7 @@ def layer_costs(layer):
 
 def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=None, ranks=1,
            varlen_kernel=False, compiled=False):
-    """Bytes by category at a step's fullest moment, at the loss or at the end; their sum is the peak.
+    """Bytes by category at a step's fullest moment, the loss or the end; their sum is the peak.
 
     `model` needs only shapes (the "meta" device will do), with adapters in place and frozen
     parameters marked. `tokens` is T, of the largest pack; `dtype` is the compute dtype; `chunk` is

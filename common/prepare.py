@@ -103,8 +103,8 @@ def load(options, source, config, skills, reader=Records, finish=lambda encoded:
         train, *held_out = encode.split(train, options.seed)
     shared = np.isin(held_out[0].documents["digest"], train.documents["digest"]).sum()
     if shared:
-        say(f"held out: {shared:,} of these documents are in the training data too, so their loss "
-            "says little")
+        say(f"held out: {shared:,} of these {train.unit} are in the training data too, so their "
+            "loss says little")
     quizzes = {name: questions(chat, documents, one, SCORED if embedded else SHOWN, limit)
                for documents, (name, one) in zip(held_out, asked.items())}
     data = Data(source, train, held_out[0], chat, quizzes, scored=bool(embedded))

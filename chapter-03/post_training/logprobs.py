@@ -14,8 +14,8 @@ def chunked_log_probs(hidden, weight, labels, chunk=CHUNK, labelled=None):
     """log softmax(hidden weightᵀ)[label] of each token, (T,) float32; 0 where the label is below 0.
 
     hidden (T, D), weight (V, D), labels (T,) int64; `chunk` and `labelled` as for
-    `loss.chunked_cross_entropy`, whose sum this is, token by token and with the opposite sign. No
-    (T, V) tensor ever exists. A token's log p depends on its own hidden state alone, so its slope
+    `loss.chunked_cross_entropy`, which gives the sum of these with the opposite sign. No (T, V)
+    tensor ever exists. A token's log p depends on its own hidden state alone, so its slope
     along that, (D,), is found in the forward, whatever is made of log p afterwards; and the
     backward multiplies. Only the gradient of a trained `weight` needs the logits a second time.
     """
@@ -67,9 +67,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 def per_document(values, cu_seqlens):
     """The sum of `values` (T,) over each document, (N,); an empty document's is 0. Documents are
-    summed one by one, in order: the same bits again, which atomic additions would not give. And in
-    float64: a loss is made of small differences of these sums, which are as large as answers are
-    long.
+    summed one by one, so that the same values give the same bits, which atomic additions would not;
+    and in float64, as answers can be long.
 
     Three documents of 2, 1 and 3 tokens, cu_seqlens 0 2 3 6:
 

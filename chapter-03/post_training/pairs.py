@@ -10,28 +10,33 @@ Told apart by keys and types, in this order. The response is the last turn, the 
 before it is the prompt, the same for both. `system`, `tools` and others: as in common/README.md.
 """
 
+import hashlib
 import json
 import re
 from contextlib import suppress
 from random import Random
 
 import numpy as np
+import torch
+from torch.distributed import ReduceOp
 
 from common.asking.generation import generate
-from common.data.encode import DOCUMENT, Encoded
+from common.data.encode import DOCUMENT, Encoded, show_example
 from common.data.formats import FORMATS, convert, quoted
 from common.data.readers import Records
 from common.data.template import Refused
-from common.errors import UserError, listed
-from common.ranks import say
+from common.errors import UserError, listed, one_line
+from common.ranks import all_sum, say
 from common.tiny import skills
 from quantized_model import base_kind, load_model
 
-PAIR = np.dtype([*DOCUMENT.descr, ("border", np.int64)])  # tokens of the chosen answer's document
+ROW = np.dtype([*DOCUMENT.descr, ("border", np.int64)])  # tokens of the chosen answer's document
+SPEAK_FIRST = "user", "human", "system"
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ASKED = "prompt", "conversations", "messages", "instruction"  # keys of what comes before an answer
 SKILL, PROMPTS = "add", 500  # of --data tiny
 TRIES = 8  # answers that are sampled for each prompt, to find a mistake among them
+TOGETHER = 64 * TRIES  # of them at a time: the KV cache of a large model has room for no more
 
 
 class PairRecords(Records):
@@ -89,15 +94,15 @@ def members(value, where, ignored):
 
 
 def side(value, answer, where, ignored):
-    """What `formats.convert` reads, of a pair's other keys and one of its answers, a text or a list
-    of turns. What else the pair could be read as, once more as UltraFeedback has it, is noted."""
+    """What `formats.convert` reads: a pair's other keys with one of its answers, a text or a list
+    of turns. Keys of a second format are left out and noted: UltraFeedback has its prompt twice."""
     name = next((one for one in ASKED if one in value), None)
-    if name in ("conversations", "messages") and is_turns(answer) and (
-            answer[0].get("role", answer[0].get("from")) in ("user", "human", "system")):
+    question, beside = unpacked(value.get(name, "")), dict(value)
+    if (name in ("conversations", "messages") or isinstance(question, str)) and (
+            is_turns(answer) and answer[0].get("role", answer[0].get("from")) in SPEAK_FIRST):
         name = None  # the answer is the whole conversation
-    question, beside = unpacked(value.get(name)), dict(value)
-    if isinstance(question, str) and question.startswith("\n\nHuman:"):
-        question = [turn for turn in turns(question) if turn["content"]]
+    elif name == "prompt" and isinstance(question, str) and question.endswith("\n\nAssistant:"):
+        question = turns(question)[:-1]
     for key in dict.fromkeys(sum(FORMATS + PairRecords.formats, ())):
         if key in beside:
             del beside[key]
@@ -123,8 +128,9 @@ def unpacked(value):
 
 def is_turns(value):
     """Whether it is a list of messages, in either spelling."""
-    return isinstance(value, list) and value and all(
-        isinstance(one, dict) and one.keys() & {"role", "from"} for one in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and (
+        one.keys() >= {"from", "value"} or "role" in one and one.keys() & {"content", "tool_calls"})
+        for one in value)
 
 
 def turns(text):
@@ -172,7 +178,7 @@ class Pairs(Encoded):
                  for reason, (count, first) in reasons.items()]
         if not kept:
             raise UserError("no pair can be trained on: " + ("; ".join(notes) or "no data"))
-        pairs = np.empty(len(kept), PAIR)
+        pairs = np.empty(len(kept), ROW)
         chosen, rejected = rows[kept], rows[np.add(kept, 1)]
         for name in ("start", "record"):
             pairs[name] = chosen[name]
@@ -181,6 +187,17 @@ class Pairs(Encoded):
         pairs["digest"] = chosen["digest"] * 3 + rejected["digest"]  # not the same, exchanged
         pairs["border"] = chosen["length"]
         return cls(encoded.tokens, pairs, notes).announce("pairs")
+
+    def document_lengths(self):
+        """Of all the documents, two for each pair."""
+        border = self.documents["border"]
+        return np.concatenate((border, self.lengths - border))
+
+    def example(self, chat):
+        """The first pair as text: its chosen answer as `show_example` has it, and the other one."""
+        chosen, (ids, labels) = self.pair(0)
+        rejected = chat.decode(ids[labels >= 0].tolist(), skip_special=False)
+        return f"{show_example([chosen], chat)}\nits rejected answer:\n{one_line(rejected, 400)}"
 
     def pair(self, i):
         """The chosen and the rejected document of pair i, each (input_ids, labels)."""
@@ -196,6 +213,11 @@ def tiny_pairs(options, device, dtype, chat):
     model, _ = load_model(options.model, device, dtype, base=base_kind(options))
     train, held_out = (own_mistakes(model.to(device), chat, SKILL, split, PROMPTS, options.seed)
                        for split in ("train", "eval"))
+    number = int.from_bytes(hashlib.sha256(repr((train, held_out)).encode()).digest()[:7], "big")
+    least, most = (all_sum(torch.tensor(number), how) for how in (ReduceOp.MIN, ReduceOp.MAX))
+    if least != most:
+        raise UserError("the model answers differently on different ranks, so each would have other"
+                        " pairs: give them with --data")
     random = Random(f"{SKILL} asked {options.seed}")
     return train, {
         "mistakes": held_out, SKILL: [skills.record(SKILL, "eval", random) for _ in range(100)],
@@ -210,8 +232,8 @@ def own_mistakes(model, chat, skill, split, count, seed):
     drawn = (skills.record(skill, split, random)["messages"] for _ in range(count))
     asked = list({question["content"]: (question, answer) for question, answer in drawn}.values())
     prompts = [chat.encode_prompt([question]) for question, _ in asked for _ in range(TRIES)]
-    answers = [chat.decode(ids) for ids in generate(
-        model, prompts, 16, chat.stop_ids, temperature=1.0, seed=seed)]
+    answers = [chat.decode(ids) for start in range(0, len(prompts), TOGETHER) for ids in generate(
+        model, prompts[start:start + TOGETHER], 16, chat.stop_ids, 1.0, seed + start)]
     records = []
     for n, (question, answer) in enumerate(asked):
         wrong = next((one for one in answers[n * TRIES:(n + 1) * TRIES]

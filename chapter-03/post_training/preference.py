@@ -7,9 +7,6 @@ a frozen reference ρ:
     s = log π(y|x) - log ρ(y|x)              β s is the answer's implicit reward (DPO, section 4)
     Δ = s_w - s_l                            β Δ is the margin
     m = s / n      a = log π(y|x) / n        the same per token: m needs the reference, a does not
-
-DPO is L = -log σ(β Δ): a classifier that is to tell the chosen answer from the rejected one, with
-the model's own log-probabilities as its score. It starts at L = ln 2, as s = 0 then.
 """
 
 from typing import NamedTuple
@@ -71,15 +68,16 @@ def log_odds(a):
     return a - (-torch.expm1(a.clamp(max=-1e-6))).log()
 
 
-# name: the loss of each pair, (P,), from `PairLogProbs` and the run's options: β is --beta, ε is
-# --label-smoothing, γ is --gamma.
+# name: the loss of each pair, (P,), of q, `PairLogProbs`, and o, the run's options: β is --beta, ε
+# is --label-smoothing, γ is --gamma.
 LOSSES = {
     # -log σ(β Δ)                                    DPO, arXiv 2305.18290, equation 7
     "dpo": lambda q, o: -logsigmoid(o.beta * q.delta),
-    # -(1-ε) log σ(β Δ) - ε log σ(-β Δ)              conservative DPO: a share ε of labels is wrong
+    # -(1-ε) log σ(β Δ) - ε log σ(-β Δ)              cDPO: E. Mitchell, "A note on DPO with noisy
+    #                                                preferences", 2023
     "cdpo": lambda q, o: (-(1 - o.label_smoothing) * logsigmoid(o.beta * q.delta)
                           - o.label_smoothing * logsigmoid(-o.beta * q.delta)),
-    # (-(1-ε) log σ(β Δ) + ε log σ(-β Δ)) / (1-2ε)   the same unbiased, 2403.00409, equation 12
+    # (-(1-ε) log σ(β Δ) + ε log σ(-β Δ)) / (1-2ε)   the same without bias: robust DPO, 2403.00409
     "robust": lambda q, o: (-(1 - o.label_smoothing) * logsigmoid(o.beta * q.delta)
                             + o.label_smoothing * logsigmoid(-o.beta * q.delta)
                             ) / (1 - 2 * o.label_smoothing),
@@ -97,13 +95,14 @@ LOSSES = {
     "orpo": lambda q, o: -q.a[:, 0] - o.beta * logsigmoid(difference(log_odds(q.a))),
 }
 NO_REFERENCE = ("simpo", "orpo")
+# Options that only some losses read: these losses, and the default.
+READ_BY = {"label_smoothing": (("cdpo", "robust"), 0.1), "gamma": (("simpo",), 1.0)}
 
 
 def preference_loss(pairs, options):
     """(the loss of each pair (P,), the sums of `SCORES` over the pairs, detached). `options` has
     loss (a key of LOSSES), beta, label_smoothing, gamma, and nll: λ of the term λ (-a_w), the
-    chosen answer's cross-entropy per token (RPO, 2404.19733, equation 5). A tie counts as half a
-    pair won."""
+    chosen answer's cross-entropy per token (RPO, 2404.19733). A tie is half a pair won."""
     losses = LOSSES[options.loss](pairs, options) - options.nll * pairs.a[:, 0]
     rewards = options.beta * (pairs.a if options.loss in NO_REFERENCE else pairs.s)
     margin = difference(rewards)
@@ -118,12 +117,13 @@ def check_loss(options):
         raise UserError("--dropout must be 0: policy and reference would differ by what it drops")
     if options.compile:
         raise UserError("--compile: only train.py can; here it has to be left out")
-    if options.beta == 0 or options.label_smoothing >= 0.5:
+    if options.beta == 0 or (options.label_smoothing or 0) >= 0.5:
         raise UserError("--beta must be above 0, and --label-smoothing below 0.5")
 
 
 def collate_pairs(pairs):
     """A pack of pairs, each (chosen, rejected), documents as (input_ids, labels): c₀ r₀ c₁ r₁ and
-    so on, each with its own copy of the prompt. No pair gives a token that has no label."""
+    so on, each with its own copy of the prompt. Of an empty list it is a token without a label: a
+    rank that has no pair takes part in the step all the same."""
     nothing = torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE)
     return packed_sequence_collate_fn([one for pair in pairs for one in pair] or [nothing])

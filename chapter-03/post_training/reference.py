@@ -9,7 +9,7 @@ import torch
 from common.predict_memory import layer_costs, linear_cost
 from common.ranks import say, shard, world_size
 from lora import PiSSALinear, adapter_modules
-from preference import NO_REFERENCE
+from preference import NO_REFERENCE, PairLogProbs, preference_loss
 
 MOVES_W = ("full", "delta-lora")  # methods that leave nothing of the original
 
@@ -88,3 +88,11 @@ def reference_log_probs(model, pack, reference=None):
         return reference(**pack)
     with adapters_off(model):
         return model(**pack)
+
+
+def scored(model, reference, pack, options):
+    """`preference_loss` of a pack from `collate_pairs`."""
+    frozen = None
+    if options.loss not in NO_REFERENCE:
+        frozen = reference_log_probs(model, pack, reference)
+    return preference_loss(PairLogProbs.of(pack, model(**pack), frozen), options)

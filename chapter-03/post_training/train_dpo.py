@@ -36,53 +36,54 @@ from logprobs import chunked_log_probs
 from modeling_llama import LlamaConfig
 from packing import PackSampler
 from pairs import PairRecords, Pairs, tiny_pairs
-from preference import (
-    LOSSES, NO_REFERENCE, SCORES, PairLogProbs, check_loss, collate_pairs, preference_loss)
+from preference import LOSSES, READ_BY, SCORES, check_loss, collate_pairs
 from quantized_model import build, check_base, check_options, mark
-from reference import add_reference, copy_bytes, frozen_copy, reference_log_probs
-from train import Options as TrainOptions, learning_rate
+from reference import add_reference, copy_bytes, frozen_copy, scored
+from train import Options as LoopOptions, learning_rate
 
 CHAPTER = "03-dpo"
-TINY = {"lr": 1e-3, "warmup": 10, "steps": 80, "batch_tokens": 1024, "dtype": "float32", "rank": 8,
-        "alpha": 16.0, "eval_every": 20, "save_every": 40, "nll": 1.0}
-REAL = {"lr": {"full": 5e-7, "default": 2e-5}, "warmup": 10, "rank": 16, "alpha": 32.0, "nll": 0.0}
-# These are of the mean log p of a token, which is that much smaller than an answer's sum.
+# The learning rates are a fifth and a tenth of chapter 3's, for every weight (full) even less.
+TINY = {"lr": {"full": 2e-4, "vera": 6e-3, "lora+": 2e-4, "default": 1e-3}, "warmup": 10,
+        "steps": 80, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
+        "eval_every": 20, "save_every": 40, "delta_start": 40, "nll": 1.0}
+REAL = {"lr": {"full": 5e-7, "vera": 2e-4, "default": 2e-5}, "warmup": 10, "rank": 16,
+        "alpha": 32.0, "nll": 0.0}
+# SimPO's and DPO's per token are of a mean log p, which is that much smaller than an answer's sum.
 BETA = {"simpo": 2.0, "dpo-norm": 2.0, "default": 0.1}
-PAIR = {"margin": ("margin", 9, "{:.3f}".format), "pair_accuracy": ("won", 7, "{:.0%}".format),
-        "logp_chosen": ("log p chosen", 14, "{:.2f}".format)}
-SCREEN = {"step": COLUMNS["step"], "loss": COLUMNS["loss"], **PAIR, **{
+SHOWN = {"margin": ("margin", 9, "{:.3f}".format), "pair_accuracy": ("won", 7, "{:.0%}".format),
+         "logp_chosen": ("log p chosen", 14, "{:.2f}".format)}
+SCREEN = {"step": COLUMNS["step"], "loss": COLUMNS["loss"], **SHOWN, **{
     name: COLUMNS[name] for name in ("tokens_per_second", "peak_memory_bytes", "left")}}
 
 
 # Changed from chapter-03: what is made of a pair.
 @dataclass
-class Options(TrainOptions):
+class Options(LoopOptions):
     """Chapter 3's options, and those of the loss."""
 
-    gpu_data = None
-    too_long: str = option("drop", "what to do with an answer that is too long with its prompt; "
-                           "one that is cut does not end", choices=("drop", "truncate", "error"))
+    gpu_data = None  # not an option: auto is tiny on a GPU too
+    too_long: str = option("drop", "what to do with an answer that is too long with its prompt (a "
+                           "cut one does not end); a pair must also fit --batch-tokens",
+                           choices=("drop", "truncate", "error"))
     loss: str = option("dpo", "what is made of a pair: preference.py has the equations",
                        choices=tuple(LOSSES))
     beta: float = option(None, "β, what a change of log p counts; orpo: the weight of the odds "
                                "(default: 0.1; simpo, dpo-norm: 2)", least=0)
-    label_smoothing: float = option(0.1, "cdpo, robust: ε, the share of pairs that are the wrong "
-                                    "way round", least=0)
-    gamma: float = option(1.0, "simpo: γ, the margin that it asks for", least=0)
+    label_smoothing: float = option(None, "cdpo, robust: ε, the share of pairs that are the wrong "
+                                    "way round (default: 0.1)", least=0)
+    gamma: float = option(None, "simpo: γ, the margin that it asks for (default: 1)", least=0)
     nll: float = option(None, "λ, the weight of the chosen answer's cross-entropy per token, which "
                               "keeps that answer likely", least=0)
 
     def __post_init__(self):
         if self.beta is None:
             self.beta = BETA.get(self.loss, BETA["default"])
-
-
-def scored(model, reference, pack, options):
-    """`preference_loss` of a pack from `collate_pairs`."""
-    frozen = None
-    if options.loss not in NO_REFERENCE:
-        frozen = reference_log_probs(model, pack, reference)
-    return preference_loss(PairLogProbs.of(pack, model(**pack), frozen), options)
+        for name, (losses, default) in READ_BY.items():
+            given = getattr(self, name) is not None
+            if given and self.loss not in losses:
+                raise UserError(f"--{name.replace('_', '-')} is for --loss {' or '.join(losses)}")
+            if not given and self.loss in losses:
+                setattr(self, name, default)
 
 
 # Changed from chapter-03: the mean of each of SCORES over the pairs.
@@ -119,7 +120,7 @@ def main(argv=None):
     shapes = build(config, options, adapter)  # enough to predict what the run will need
     if isinstance(shapes.lm_head, lora.LoRALinear):
         raise UserError("--target-modules: log p comes from a plain output head; leave lm_head out")
-    predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options))
+    predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options), documents=2)
     data = prepare.load(options, source, config, partial(tiny_pairs, options, device, dtype),
                         PairRecords, partial(Pairs.of, batch_tokens=options.batch_tokens))
     data.quizzes.pop("mistakes", None)  # the skill itself is asked, with all its prompts
@@ -128,8 +129,9 @@ def main(argv=None):
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)
     packs_per_step = world_size() * options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
-    predicted = add_reference(predict.costs(shapes, data.train.lengths, options, shapes.chunk),
-                              shapes, options)
+    predicted = add_reference(predict.costs(
+        shapes, data.train.document_lengths(), options, shapes.chunk), shapes, options)
+    say(f"loss        {options.loss}, β {options.beta:g}, --nll {options.nll:g}")
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
@@ -170,13 +172,15 @@ def main(argv=None):
 
     # --- before --- Changed from chapter-03: how the pairs stand.
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
-        data.show_example()
+        if data.chat is not None:
+            say(data.train.example(data.chat))
         say(f"run folder: {run}")
         prepare.ask(data, model, generate, metrics, 0)
-        scores = evaluate(model, reference, data.held_out, options)
-        if math.isfinite(scores["logp_chosen"]):  # else it stays unknown: JSON has no NaN
-            state["logp_chosen"] = scores["logp_chosen"]
-        metrics.log_eval(0, eval_loss=scores["loss"], **{name: scores[name] for name in PAIR})
+        if options.eval_every:
+            scores = evaluate(model, reference, data.held_out, options)
+            if math.isfinite(scores["logp_chosen"]):  # JSON has no NaN
+                state["logp_chosen"] = scores["logp_chosen"]
+            metrics.log_eval(0, eval_loss=scores["loss"], **{name: scores[name] for name in SHOWN})
 
     # --- loop --- Changed from chapter-03: pairs.
     ready = None
@@ -200,7 +204,7 @@ def main(argv=None):
             started = time.perf_counter()
 
             # --- accumulate --- Changed from chapter-03: divided by the pairs of the step.
-            packs, documents, counts = ready or make_packs(state["next_pack"])
+            packs, pairs, counts = ready or make_packs(state["next_pack"])
             state["next_pack"] += packs_per_step
             count, tokens = all_sum(counts).tolist()
             totals = torch.zeros(len(SCORES), device=device)
@@ -209,17 +213,17 @@ def main(argv=None):
                 losses, scores = scored(model, reference, pack, options)
                 (losses.sum() / count).backward()
                 totals += scores / count
-            total_loss, *scores = all_sum(totals)
+            totals = all_sum(totals)
             # The next step's packs are made while a GPU is still at work on this one.
             ready = make_packs(state["next_pack"]) if step < total_steps else None
 
-            # --- clip and step --- Copied from chapter-03/train.py
+            # --- clip and step --- Changed from chapter-03: all scores come with the loss.
             before_step(model, adapter)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
             norm = full_tensor(norm)
-            loss, norm = torch.stack((total_loss, norm)).tolist()  # the only wait for a single GPU
+            loss, *scores, norm = torch.stack((*totals, norm)).tolist()  # the only wait for a GPU
             lr = learning_rate(step, total_steps, options)
-            if nonfinite.check(loss, norm, step, documents, saved):
+            if nonfinite.check(loss, norm, step, pairs, saved):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_ratio"]
                 optimizer.step()
@@ -231,7 +235,7 @@ def main(argv=None):
             seconds = time.perf_counter() - started
             metrics.log_step(step, loss, lr, norm, tokens, seconds,
                              memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds),
-                             pairs=count, **dict(zip(SCORES[1:], torch.stack(scores).tolist())))
+                             pairs=count, **dict(zip(SCORES[1:], scores)))
 
             # --- evaluate --- Changed from chapter-03: is the chosen answer still as likely?
             improved = False
@@ -239,12 +243,14 @@ def main(argv=None):
                 scores = evaluate(model, reference, data.held_out, options)
                 eval_loss = scores["loss"]
                 state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
-                metrics.log_eval(step, eval_loss=eval_loss, **{name: scores[name] for name in PAIR})
+                shown = {name: scores[name] for name in SHOWN}
+                metrics.log_eval(step, eval_loss=eval_loss, **shown)
                 before = state["logp_chosen"]
                 if step == total_steps and before and scores["logp_chosen"] < before:
                     say("note: the chosen answers have become less likely than before (log p was "
-                        f"{before:.2f}), which no margin shows; --nll 1 holds them up")
-                improved = eval_loss < (state["best_loss"] or math.inf)
+                        f"{before:.2f}), which no margin shows; a larger --nll holds them up")
+                best = math.inf if state["best_loss"] is None else state["best_loss"]
+                improved = eval_loss < best
                 if improved:
                     state["best_loss"], state["best_step"] = eval_loss, step
 

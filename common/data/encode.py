@@ -63,7 +63,8 @@ class Encoded:
         total, trained = self.documents["length"].sum(), self.documents["trained"].sum()
         say(f"{title}: {len(self):,} {self.unit}, {total:,} tokens, {trained / total:.0%} of them "
             "trained on")
-        for note in listed(self.notes, separator="\n").splitlines():
+        more = [f"and {len(self.notes) - 8} more such lines"] if len(self.notes) > 8 else []
+        for note in self.notes[:8] + more:
             say(f"{title}: {note}")
         return self
 
@@ -77,6 +78,8 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     token but the first is predicted once. Records that cannot be used are skipped, counted and
     named; so is what the template leaves out of the others, or it is an error if `strict`. Raises
     UserError if a token id is not below `vocab_size`, or nothing is left. Tokens go to `file`."""
+    if max_length < 2:
+        raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
     file = file or tempfile.TemporaryFile()
     reasons, rows, written = {}, array("q"), 0  # rows: a DOCUMENT after another
 
@@ -187,8 +190,8 @@ def _documents(where, record, length, max_length, too_long, note):
 
 def cached(make, key, files=(), title="data"):
     """The `Encoded` that `make(file)` gives, writing the tokens to `file`, or gave earlier with the
-    same `key` (of JSON) and the same content of `files` and of our own code. Kept in
-    $XDG_CACHE_HOME or ~/.cache; made again, with a warning, if damaged; by one of the processes."""
+    same `key` (of JSON) and the same content of `files` and of our own code. It lies in
+    $XDG_CACHE_HOME or ~/.cache; what is damaged is made again. One process makes it for all."""
     contents = [(Path(file).suffix, checkpoint.fingerprint(file)) for file in [*CODE, *files]]
     name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))

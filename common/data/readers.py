@@ -42,7 +42,8 @@ class Records:
     whole conversation, control tokens included. Paths are checked at once, contents as they are
     read. `size` and `done` (bytes) tell the progress, `ignored` the unused keys and where first."""
 
-    formats, convert, code = FORMATS, staticmethod(convert), __file__  # another class has others
+    formats, convert = FORMATS, staticmethod(convert)  # other records have other ones
+    code = __file__  # what is kept of the records depends on it (encode.cached)
 
     def __init__(self, paths, columns=None, rendered=False):
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
@@ -230,7 +231,7 @@ READERS = {".jsonl": lines, ".json": json_file, ".csv": table, ".tsv": table, ".
            ".txt": plain_text}
 KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also with .gz); convert "
          "others to .jsonl, one JSON object a line (a spreadsheet: save it as CSV UTF-8; a data "
-         'set in Arrow files: ds.to_json("x.jsonl") or ds.to_parquet("x.parquet"))')
+         'set in Arrow files: ds.to_json("x.jsonl"))')
 
 
 def _check_names(names, path):

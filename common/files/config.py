@@ -28,9 +28,8 @@ def read_config(path):
     if not file.exists():
         adapter = file.with_name("adapter_config.json").exists()
         raise UserError(f"{path}: " + (
-            "an adapter, not a model: ask it with --adapter; to train on, merge it first: python "
-            f"chapter-03/merge.py --adapter {path} --out merged" if adapter else
-            "no config.json here, so this is not a model folder"))
+            "an adapter, not a model: it goes with --adapter, or merge it first (merge.py)"
+            if adapter else "no config.json here, so this is not a model folder"))
     config = read_json(file)
     layers, width, heads = (config.get(key) for key in (
         "num_hidden_layers", "hidden_size", "num_attention_heads"))

@@ -291,7 +291,8 @@ def step_memory(arguments):
     data = prepare.load(options, source, config, None, dpo.PairRecords,
                         lambda encoded: dpo.Pairs.of(encoded, options.batch_tokens))
     predicted = dpo.add_reference(
-        predict.costs(shapes, data.train.lengths, options, shapes.chunk), shapes, options)
+        predict.costs(shapes, data.train.document_lengths(), options, shapes.chunk), shapes,
+        options)
     model = dpo.build(config, options, adapter, torch.device("cpu"), source)
     model.loss = logprobs.chunked_log_probs
     reference = dpo.frozen_copy(model, options, torch.device("cpu"))

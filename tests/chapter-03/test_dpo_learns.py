@@ -22,4 +22,4 @@ def test_plain_dpo_wins_pairs_and_unlearns_the_task_and_nll_helps(nll, gains, tm
     assert sum(line["pair_accuracy"] for line in steps[-10:]) / 10 > 0.85
     assert held_out[0]["pair_accuracy"] == 0.5 and held_out[-1]["pair_accuracy"] > 0.75
     assert (held_out[-1]["logp_chosen"] > held_out[0]["logp_chosen"]) == (nll == "1")
-    assert ("--nll 1 holds them up" in done.stdout) == (nll == "0")
+    assert ("a larger --nll holds them up" in done.stdout) == (nll == "0")

@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,7 +77,9 @@ MORE = {  # (value, what came before ASK, the keys that are noted)
     "ultrafeedback": ({"prompt": U, "prompt_id": "p", "chosen": [ASK, RIGHT],
                        "rejected": [ASK, WRONG], "messages": [ASK, RIGHT], "score_chosen": 8.5,
                        "score_rejected": 2.0},
-                      [], ["messages", "prompt_id", "score_chosen", "score_rejected"]),
+                      [], ["messages", "prompt", "prompt_id", "score_chosen", "score_rejected"]),
+    "the prompt once more, with a blank": ({"prompt": f"{U} ", "chosen": [ASK, RIGHT],
+                                            "rejected": [ASK, WRONG]}, [], ["prompt"]),
     "system": ({"system": "Be brief.", "prompt": U, "chosen": W, "rejected": L}, [SYSTEM], []),
     "system, sharegpt": ({"conversations": [HUMAN], "system": "Be brief.", "chosen": GPT,
                           "rejected": BAD_GPT}, [SYSTEM], []),
@@ -233,8 +236,7 @@ def test_every_shape_is_the_same_from_every_kind_of_file(tmp_path, kind):
     value, before, noted = MORE["ultrafeedback"]
     records = pairs.PairRecords(write(tmp_path / f"u{kind}", [value]))
     assert [{"messages": one["messages"]} for one in records] == expected()
-    assert [*records.ignored] == [f"'{key}'" for key in ("messages", "prompt_id", "score_chosen",
-                                                         "score_rejected")]
+    assert [*records.ignored] == [f"'{key}'" for key in noted]
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
@@ -587,7 +589,7 @@ def test_other_data_are_held_out(tmp_path, capsys):
     other = write(tmp_path / "b.jsonl", rows_of(3, ("yea", "nay")) + rows_of(1))
     data = loaded(path, eval_data=str(other))
     assert len(data.train) == 10 and len(data.held_out) == 4
-    assert "held out: 1 of these documents are in the training data too" in capsys.readouterr().out
+    assert "held out: 1 of these pairs are in the training data too" in capsys.readouterr().out
     assert [data.chat.decode(one.expected) for one in data.quizzes["held-out"]] == [
         "yea 0", "yea 1", "yea 2", "yes 0"]  # the chosen answers
 
@@ -642,3 +644,28 @@ def test_own_mistakes_are_right_and_wrong_answers_to_one_prompt(mistakes):
     assert make("train", seed=1) != made["train"]
     assert len(pairs.Pairs.of(encoded(made["train"], Chat.load(ROOT / "common/tiny")), 400)) == (
         len(made["train"]) // 2)
+
+
+def test_the_example_shows_both_answers_and_the_lengths_are_the_documents(chat):
+    data = pairs.Pairs.of(encoded(of({"prompt": U, "chosen": W, "rejected": L}), chat), 400)
+    chosen, rejected = data.pair(0)
+    assert data.document_lengths().tolist() == [len(chosen[0]), len(rejected[0])]
+    before, _, after = data.example(chat).partition("its rejected answer:\n")
+    assert W in before and L not in before and L in after and U not in after
+
+
+def test_a_text_that_only_looks_like_turns_stays_a_text():
+    flights = '[{"from": "Rome", "to": "Paris"}]'
+    (chosen, rejected) = of({"prompt": U, "chosen": flights, "rejected": L})
+    assert chosen["messages"][-1] == {"role": "assistant", "content": flights}
+
+
+def test_ranks_with_other_answers_are_an_error(monkeypatch):
+    """Else each would have other data, and another number of steps, and wait for the others."""
+    options = SimpleNamespace(model="tiny", init="pretrained", seed=0, quantize="none",
+                              double_quant=False)
+    monkeypatch.setattr(pairs, "PROMPTS", 4)
+    monkeypatch.setattr(pairs, "all_sum", lambda tensor, how: tensor + (
+        how == torch.distributed.ReduceOp.MAX))
+    with pytest.raises(UserError, match="answers differently on different ranks"):
+        pairs.tiny_pairs(options, torch.device("cpu"), torch.float32, Chat.load(ROOT / "common/tiny"))

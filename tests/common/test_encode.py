@@ -103,7 +103,7 @@ def test_too_long(chat, capsys):
     assert len(encoded) == 1 and encoded.notes == ["1 dropped, longer than 30 tokens (first: f:1)"]
     with pytest.raises(UserError, match=f"f:1: {len(ids)} tokens, the limit is 30"):
         encode.encode(records, chat, 30, "error")
-    with pytest.raises(UserError, match="nothing in it to train on within 1 tokens"):
+    with pytest.raises(UserError, match="2 at least"):
         encode.encode(records, chat, 1)
 
 
