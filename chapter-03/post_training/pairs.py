@@ -153,17 +153,16 @@ class Pairs(Encoded):
         """Of an `Encoded` of records in twos, the pairs of which both are there and fit a pack of
         `batch_tokens`, whose prompts are the same tokens and whose answers are not; the others are
         counted. Raises UserError if none is left."""
-        rows, kept = encoded.documents, []
-        reasons = {}
-        numbers = rows["record"]
+        rows, tokens = encoded.documents, np.asarray(encoded.tokens)
+        kept, reasons, numbers = [], {}, rows["record"]
         firsts = np.flatnonzero((numbers[:-1] % 2 == 0) & (numbers[1:] == numbers[:-1] + 1))
         for i in firsts.tolist():
-            (ids, labels), (others, other_labels) = encoded[i], encoded[i + 1]
-            asked, other = (one[:(marks >= 0).int().argmax()] for one, marks in (
-                (ids, labels), (others, other_labels)))
+            one, two = (tokens[start:start + length] for start, length, *_ in rows[i:i + 2].tolist())
+            ids, others = one["id"], two["id"]
+            asked, other = ids[:one["trained"].argmax()], others[:two["trained"].argmax()]
             reason = (
-                "whose answers are the same" if ids.equal(others) else
-                "whose prompts are not the same tokens" if not asked.equal(other) else
+                "whose answers are the same" if np.array_equal(ids, others) else
+                "whose prompts are not the same tokens" if not np.array_equal(asked, other) else
                 f"longer together than --batch-tokens {batch_tokens}"
                 if len(ids) + len(others) > batch_tokens else None)
             if reason:
