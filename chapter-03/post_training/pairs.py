@@ -157,7 +157,8 @@ class Pairs(Encoded):
         kept, reasons, numbers = [], {}, rows["record"]
         firsts = np.flatnonzero((numbers[:-1] % 2 == 0) & (numbers[1:] == numbers[:-1] + 1))
         for i in firsts.tolist():
-            one, two = (tokens[start:start + length] for start, length, *_ in rows[i:i + 2].tolist())
+            one, two = (tokens[start:start + length]
+                        for start, length, *_ in rows[i:i + 2].tolist())
             ids, others = one["id"], two["id"]
             asked, other = ids[:one["trained"].argmax()], others[:two["trained"].argmax()]
             reason = (
