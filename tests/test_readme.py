@@ -200,7 +200,7 @@ def test_results_equal_their_json(readme):
 
 def test_the_reading_path_is_as_long_as_it_says():
     """The front page's table: whole files, or what a chapter's file adds to the one before it."""
-    rows = re.findall(r"^\| \d \| (what )?\[.*?\]\((.*?)\).* \| (\d+) \| \d+ \|$", read("README.md"),
+    rows = re.findall(r"^\| \d+ \| (what )?\[.*?\]\((.*?)\).* \| (\d+) \| \d+ \|$", read("README.md"),
                       re.MULTILINE)
     before = {"chapter-02/train.py": "chapter-01/train.py",
               "chapter-02/modeling_llama.py": "chapter-01/modeling_qwen3.py"}
