@@ -76,8 +76,9 @@ def memory_advice(options, predicted):
         largest = sorted(predicted.items(), key=lambda item: -item[1])[:3]
         shares = ", ".join(f"{name} {readable_bytes(size)}" for name, size in largest if size)
         smaller = options.batch_tokens // 2
+        cut = f"; documents over {smaller} tokens are too long" * (options.max_seq_len > smaller)
         advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
-                  " tokens in a step; what is longer is then cut or dropped)" if smaller >= 128 else
+                  f" tokens in a step){cut}" if smaller >= 128 else
                   "--batch-tokens is small already: take a smaller model, or chapter 3 with"
                   " --quantize nf4 and --activation-checkpointing")
         # PyTorch's message goes on for a paragraph about its allocator.

@@ -18,7 +18,7 @@ from common.predict_memory import layer_costs, linear_cost, memory
 from common.ranks import all_sum, say, world_size
 
 PACKS = (16384, 8192, 4096, 2048)  # tokens, in the order in which `fit_batch` tries them
-SHARE = 0.85  # the part of a GPU's memory that a run may take
+SHARE = 0.85  # of a GPU; the rest is for CUDA, scratch space of kernels, fragmentation
 # The kind of a parameter, by a part of its name; all others belong to the blocks.
 KINDS = {"lora_": "adapters", "vera_": "adapters", "embed_tokens": "embedding", "lm_head": "head",
          "norm": "norms"}
@@ -135,10 +135,9 @@ def costs(model, lengths, options, chunk=None):
 
 def fit_batch(options, model, chunk=None, beside=0, documents=1):
     """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
-    predicted peak is at most SHARE of the GPU's memory (the rest is for CUDA, kernels' scratch
-    space and fragmentation), less the bytes `beside`. --grad-accum grows so that a step keeps its
-    tokens. `model` needs only shapes. UserError if the smallest does not fit, or not the longest
-    document, or as many of them as `documents` says."""
+    predicted peak, and `beside` bytes, take at most SHARE of a GPU's memory. --grad-accum grows so
+    that a step keeps its tokens. `model` needs only shapes. UserError if the smallest does not fit,
+    or not the longest document, or as many of them as `documents` says."""
     if options.batch_tokens is not None:
         return
     total = torch.cuda.get_device_properties(options.device).total_memory

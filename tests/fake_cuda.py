@@ -183,7 +183,7 @@ class Case:
             more |= {"nll": 1.0}
             self.files["train"] = load("chapter-03/post_training/train_dpo.py")
         train = self.files["train"]
-        self.options = getattr(train, "Options", train.TrainOptions)(
+        self.options = (train.TrainOptions if chapter == "chapter-01" else train.Options)(
             dtype="bfloat16", device="cuda", init="pretrained", batch_tokens=tokens, **more)
 
     def build(self):

@@ -231,7 +231,7 @@ READERS = {".jsonl": lines, ".json": json_file, ".csv": table, ".tsv": table, ".
            ".txt": plain_text}
 KINDS = (f"give files that end in {', '.join(READERS)} (any but Parquet also with .gz); convert "
          "others to .jsonl, one JSON object a line (a spreadsheet: save it as CSV UTF-8; a data "
-         'set in Arrow files: ds.to_json("x.jsonl"))')
+         'set in Arrow files: ds.to_json("x.jsonl") or ds.to_parquet("x.parquet"))')
 
 
 def _check_names(names, path):
