@@ -70,12 +70,15 @@ def members(value, where, ignored):
     answers = [value.get(name) for name in ("chosen", "rejected")]
     if answers == [None, None] and "instruction" in value and isinstance(value.get("output"), list):
         answers = value["output"]
-    if len(answers) != 2 or not all(isinstance(one, (str, list, dict)) for one in answers):
+    kinds = [type(one).__name__ for one in answers if not isinstance(one, (str, list, dict))]
+    if None in answers or len(answers) != 2:
         raise UserError(
-            f"{where}: no pair of answers: it needs 'chosen' and 'rejected', texts or messages, and"
-            f" has {listed(map(quoted, value)) or 'no keys'}; map others, as in --columns "
+            f"{where}: no pair of answers: it needs 'chosen' and 'rejected', and has "
+            f"{listed(map(quoted, value)) or 'no keys'}; map others, as in --columns "
             "prompt=question,chosen=response_j,rejected=response_k (single answers with a 'label', "
             "KTO's format, are not read)")
+    if kinds:
+        raise UserError(f"{where}: an answer must be a text or messages, not {kinds[0]}")
     records = [convert(side(value, unpacked(answer), where, ignored), where, ignored)
                for answer in answers]
     prompts = [record["messages"][:-1] for record in records]

@@ -117,8 +117,8 @@ def check_loss(options):
         raise UserError("--dropout must be 0: policy and reference would differ by what it drops")
     if options.compile:
         raise UserError("--compile: only train.py can; here it has to be left out")
-    if options.beta == 0 or (options.label_smoothing or 0) >= 0.5:
-        raise UserError("--beta must be above 0, and --label-smoothing below 0.5")
+    if (options.label_smoothing or 0) >= 0.5:
+        raise UserError("--label-smoothing must be below 0.5: at 0.5 a pair says nothing")
 
 
 def collate_pairs(pairs):

@@ -68,7 +68,7 @@ class Options(LoopOptions):
     loss: str = option("dpo", "what is made of a pair: preference.py has the equations",
                        choices=tuple(LOSSES))
     beta: float = option(None, "β, what a change of log p counts; orpo: the weight of the odds "
-                               "(default: 0.1; simpo, dpo-norm: 2)", least=0)
+                               "(default: 0.1; simpo, dpo-norm: 2)", least=1e-9)
     label_smoothing: float = option(None, "cdpo, robust: ε, the share of pairs that are the wrong "
                                     "way round (default: 0.1)", least=0)
     gamma: float = option(None, "simpo: γ, the margin that it asks for (default: 1)", least=0)
@@ -131,7 +131,9 @@ def main(argv=None):
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
     predicted = add_reference(predict.costs(
         shapes, data.train.document_lengths(), options, shapes.chunk), shapes, options)
-    say(f"loss        {options.loss}, β {options.beta:g}, --nll {options.nll:g}")
+    more = "".join(f", {name} {getattr(options, name):g}" for name in READ_BY
+                   if getattr(options, name) is not None)
+    say(f"loss        {options.loss}, β {options.beta:g}{more}, --nll {options.nll:g}")
     say(predicted.report())
     if total_steps < options.warmup:
         say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "

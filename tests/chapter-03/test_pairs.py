@@ -184,7 +184,7 @@ def test_what_is_no_use_is_one_pair_less(value, why):
     ({"prompt": U, "chosen": W, "rejected": None}, ["no pair"]),
     ({"prompt": U, "chosen": math.nan, "rejected": L}, ["no pair"]),
     ({"prompt": U, "chosen": math.nan, "rejected": math.nan, "text": "x"}, ["no pair"]),
-    ({"prompt": U, "chosen": 5, "rejected": 6}, ["texts or messages"]),
+    ({"prompt": U, "chosen": 5, "rejected": 6}, ["a text or messages, not int"]),
     ({"instruction": U, "output": [W, L, L]}, ["no pair", "'output'"]),
     ({"instruction": U, "output": [W, None]}, ["no pair"]),
     ({"instruction": U, "output": W}, ["no pair"]),

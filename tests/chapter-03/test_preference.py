@@ -365,7 +365,7 @@ def test_options_that_make_no_sense_with_pairs_are_refused():
     preference.check_loss(options(**fine))
     preference.check_loss(options(label_smoothing=0.49, beta=1e-3, **fine))
     for wrong, word in ((dict(dropout=0.1), "--dropout"), (dict(compile=True), "--compile"),
-                        (dict(beta=0.0), "--beta"), (dict(label_smoothing=0.5), "--label")):
+                        (dict(label_smoothing=0.5), "--label")):
         with pytest.raises(UserError, match=word):
             preference.check_loss(options(**{**fine, **wrong}))
 

@@ -424,10 +424,10 @@ def test_what_may_not_change_on_a_resume(options, tmp_path):
 @pytest.mark.parametrize("more, parts", [
     (("--dropout", "0.1"), ["--dropout must be 0"]),
     (("--compile",), ["--compile", "left out"]),
-    (("--beta", "0"), ["--beta must be above 0"]),
-    (("--beta", "-1"), ["--beta", "least is 0"]),
+    (("--beta", "0"), ["--beta: 0.0: the least is 1e-09"]),
+    (("--beta", "-1"), ["--beta: -1.0: the least is 1e-09"]),
     (("--beta", "nan"), ["--beta"]),
-    (("--loss", "cdpo", "--label-smoothing", "0.5"), ["--label-smoothing below 0.5"]),
+    (("--loss", "cdpo", "--label-smoothing", "0.5"), ["--label-smoothing must be below 0.5"]),
     (("--label-smoothing", "0.1"), ["--label-smoothing is for --loss cdpo or robust"]),
     (("--loss", "orpo", "--gamma", "1"), ["--gamma is for --loss simpo"]),
     (("--loss", "dppo"), ["did you mean dpo?"]),
