@@ -25,7 +25,7 @@ from common.data.encode import DOCUMENT, Encoded, show_example
 from common.data.formats import FORMATS, convert, quoted
 from common.data.readers import Records
 from common.data.template import Refused
-from common.errors import UserError, listed, one_line
+from common.errors import UserError, listed, printable
 from common.ranks import all_sum, say
 from common.tiny import skills
 from quantized_model import base_kind, load_model
@@ -199,8 +199,9 @@ class Pairs(Encoded):
     def example(self, chat):
         """The first pair as text: its chosen answer as `show_example` has it, and the other one."""
         chosen, (ids, labels) = self.pair(0)
-        rejected = chat.decode(ids[labels >= 0].tolist(), skip_special=False)
-        return f"{show_example([chosen], chat)}\nits rejected answer:\n{one_line(rejected, 400)}"
+        rejected = chat.decode(ids[labels >= 0].tolist(), skip_special=False).split("\n")
+        return "\n".join((show_example([chosen], chat), "its rejected answer:",
+                          *(printable(line, 400) for line in rejected)))
 
     def pair(self, i):
         """The chosen and the rejected document of pair i, each (input_ids, labels)."""

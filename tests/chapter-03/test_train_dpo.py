@@ -359,7 +359,7 @@ def test_a_rank_without_a_pair_adds_nothing_and_waits_for_nobody(options, tmp_pa
 
 # --- stopped and gone on with ---
 
-@pytest.mark.parametrize("moments, changes", [(0, 1), pytest.param(8, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments, changes", [(0, 1), pytest.param(4, 8, marks=pytest.mark.slow)])
 def test_what_was_killed_becomes_what_it_would_have_been(tmp_path, monkeypatch, moments, changes):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = write_pairs(tmp_path / "pairs.jsonl")
