@@ -28,13 +28,13 @@ COLUMNS = {  # what the screen shows of a line: (title, width, how it is written
 
 
 class Metrics:
-    """The main rank's reports of a run, into `run_folder` and onto the screen. On a resume, lines
-    after `start_step` are first removed from metrics.jsonl, so that there is no gap and no repeat:
-    log a step before saving its checkpoint. An evaluation of `start_step` is not written twice.
-    Raises UserError if TensorBoard is wanted and missing, or the folder cannot be written."""
+    """The main rank's reports of a run, into the file `name` of `run_folder` and onto the screen. On
+    a resume, lines after `start_step` are first removed: log a step before saving its checkpoint.
+    Raises UserError if it cannot be written, or TensorBoard is wanted and missing."""
 
-    def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0):
-        self.path, self.columns = Path(run_folder) / "metrics.jsonl", COLUMNS  # or others
+    def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0,
+                 name="metrics.jsonl"):
+        self.path, self.columns = Path(run_folder) / name, COLUMNS  # or others
         self.total_steps, self.log_every = total_steps, log_every
         self.first = None  # (step, clock) of the first step seen: it compiles and does not count
         self.written = set()  # (step, *keys) of the lines that `start_step` has already
@@ -59,7 +59,7 @@ class Metrics:
         into metrics.jsonl too. The first step, the last and every `log_every`th are printed."""
         speed = tokens / step_seconds if step_seconds > 0 else None
         values = (step, loss, lr, grad_norm, tokens, speed, step_seconds, peak_memory_bytes, mfu)
-        line = self._write({**dict(zip(FIELDS, values)), **more}, "train")
+        line = self.write({**dict(zip(FIELDS, values)), **more}, "train")
         now = time.perf_counter()
         if self.first is None:
             self.first = (step, now)
@@ -74,7 +74,7 @@ class Metrics:
 
     def log_eval(self, step, **scores):
         """Report an evaluation, say log_eval(200, eval_loss=1.2, exact_match=0.9)."""
-        line = self._write({"step": step, **scores}, "eval")
+        line = self.write({"step": step, **scores}, "eval")
         shown = ", ".join(f"{name} {'-' if line[name] is None else format(line[name], '.4f')}"
                           for name, score in scores.items() if score is not None)
         say(f"{f'{step}/{self.total_steps}':>13}  {shown}")
@@ -91,7 +91,7 @@ class Metrics:
         if self.board is not None:
             self.board.close()
 
-    def _write(self, line, kind):
+    def write(self, line, kind="more"):
         """Write the line, null where not finite, unless it is in the file already; gives it."""
         line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in line.items()}

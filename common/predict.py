@@ -137,7 +137,7 @@ def fit_batch(options, model, chunk=None, beside=0, documents=1):
     """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
     predicted peak, and `beside` bytes, take at most SHARE of a GPU's memory. --grad-accum grows so
     that a step keeps its tokens. `model` needs only shapes. UserError if the smallest does not fit,
-    or not the longest document, or as many of them as `documents` says."""
+    or has no room for `documents` of the longest."""
     if options.batch_tokens is not None:
         return
     total = torch.cuda.get_device_properties(options.device).total_memory

@@ -10,7 +10,7 @@ import numpy as np
 
 from common import hub
 from common.data import encode
-from common.data.chat import Chat, fixed_date
+from common.data.chat import NOT_ASKED, Chat, fixed_date
 from common.data.parts import THOUGHTS
 from common.data.readers import Records, parse_columns
 from common.data.template import Refused
@@ -46,6 +46,7 @@ class Data:
     chat: Chat | None  # None: random tokens, nothing to ask
     quizzes: dict
     scored: bool  # whether exact match means something for these answers
+    records: tuple = ()  # what `train` and `held_out` were made of, and further quizzes
 
     def digest(self):
         return hashlib.sha256(self.train.documents["digest"].tobytes()).hexdigest()
@@ -57,10 +58,9 @@ class Data:
 
 def load(options, source, config, skills, reader=Records, finish=lambda encoded: encoded):
     """The `Data` of this run; `source` is the model's folder, for its tokenizer. `skills` are what
-    --data tiny stands for: "base", which the embedded model learns from scratch, or "new", which it
-    has never seen; the base skills are then asked too: what is forgotten? Or a function that gives
-    (records, {name: held-out records}) for a Chat. `reader` reads files; `finish` makes of the
-    `Encoded` of all records, and of the first held-out ones, what is trained on and evaluated."""
+    --data tiny stands for: "base", "new" (how much of the base is forgotten is then asked too), or
+    a function that gives (records, {name: held-out records}) for a Chat. `reader` reads files;
+    `finish` makes of an `Encoded` what is trained on, or evaluated."""
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
     own = ("eval_data", "columns", "rendered", "chat_template", "strict_template")
@@ -75,14 +75,14 @@ def load(options, source, config, skills, reader=Records, finish=lambda encoded:
         return Data(source, train, held_out, None, {}, False)
     chat = Chat.load(source, options.chat_template)
     if embedded:
-        records, asked = skills(chat) if callable(skills) else (
+        read, asked = skills(chat) if callable(skills) else (
             tiny.records(skills, "train", TINY_DOCUMENTS, options.seed),
             {name: tiny.records(name, "eval", 200, options.seed) for name in (skills, "base")})
     else:
         columns = parse_columns(options.columns, reader.formats) if options.columns else None
         flags = {"--data": options.data, "--eval-data": options.eval_data}
-        records, *others = (reader(hub.resolve_data(names, flag), columns, options.rendered)
-                            for flag, names in flags.items() if names)
+        read, *others = (reader(hub.resolve_data(names, flag), columns, options.rendered)
+                         for flag, names in flags.items() if names)
         asked = {"held-out": one for one in others}
 
     def encoded(records, title):
@@ -93,13 +93,13 @@ def load(options, source, config, skills, reader=Records, finish=lambda encoded:
             [records if embedded else [records.columns, records.rendered], limit, options.too_long,
              config.vocab_size, chat.fingerprint, options.strict_template], files, title)
 
-    train = finish(encoded(records, "data"))
-    say_what_differs(chat, records)
+    train = finish(encoded(read, "data"))
+    say_what_differs(chat, read)
     titles = "held out", *map("{} skills".format, [*asked][1:])
     held_out = [*map(encoded, asked.values(), titles)]
     held_out[:1] = map(finish, held_out[:1])
     if not asked:
-        asked = {"held-out": records}
+        asked = {"held-out": read}
         train, *held_out = encode.split(train, options.seed)
     shared = np.isin(held_out[0].documents["digest"], train.documents["digest"]).sum()
     if shared:
@@ -107,7 +107,7 @@ def load(options, source, config, skills, reader=Records, finish=lambda encoded:
             "loss says little")
     quizzes = {name: questions(chat, documents, one, SCORED if embedded else SHOWN, limit)
                for documents, (name, one) in zip(held_out, asked.items())}
-    data = Data(source, train, held_out[0], chat, quizzes, scored=bool(embedded))
+    data = Data(source, train, held_out[0], chat, quizzes, bool(embedded), (read, *asked.values()))
     if options.resume and not options.allow_changes:
         began = read_json(Path(options.resume) / "train_config.json").get("data")
         if began not in (None, data.digest()):
@@ -135,7 +135,7 @@ def _question(chat, record, ids=(), trained=()):
     end = None
     if "messages" in record:
         messages = record["messages"]
-        more = {name: value for name, value in record.items() if name not in ("messages", "where")}
+        more = {name: value for name, value in record.items() if name not in NOT_ASKED}
         turns = [n for n, one in enumerate(messages)
                  if one["role"] == "assistant" and one.get("train") is not False
                  and any(str(one.get(key) or "").strip() for key in ANSWER)]
@@ -188,9 +188,8 @@ def say_what_differs(chat, records):
 
 def ask(data, model, generate, metrics, step, eval_loss=None):
     """Print the model's greedy answers to the first questions of each quiz, before training (step
-    0) or after it; leaves the model in eval mode. If the answers are scored, `metrics` gets
-    `eval_loss` and, as exact_match_<quiz>, the share of all answers that equal the expected ones,
-    token for token, and stop where these do."""
+    0) or after it; leaves it in eval mode. If they are scored, `metrics` gets `eval_loss` and, as
+    exact_match_<quiz>, the share of all that are the expected tokens, and stop where these do."""
     model.eval()
     scores = {}
     for name, quiz in data.quizzes.items():

@@ -113,10 +113,6 @@ def preference_loss(pairs, options):
 
 def check_loss(options):
     """Raise UserError for options that make no sense with pairs."""
-    if options.dropout:
-        raise UserError("--dropout must be 0: policy and reference would differ by what it drops")
-    if options.compile:
-        raise UserError("--compile: only train.py can; here it has to be left out")
     if (options.label_smoothing or 0) >= 0.5:
         raise UserError("--label-smoothing must be below 0.5: at 0.5 a pair says nothing")
 

@@ -6,12 +6,21 @@ from math import prod
 
 import torch
 
+from common.errors import UserError
 from common.predict_memory import layer_costs, linear_cost
 from common.ranks import say, shard, world_size
 from lora import PiSSALinear, adapter_modules
-from preference import NO_REFERENCE, PairLogProbs, preference_loss
+from preference import PairLogProbs, preference_loss
 
 MOVES_W = ("full", "delta-lora")  # methods that leave nothing of the original
+
+
+def check_training(options):
+    """Raise UserError for options of train.py that make no sense here."""
+    if options.dropout:
+        raise UserError("--dropout must be 0: policy and reference would differ by what it drops")
+    if options.compile:
+        raise UserError("--compile: only train.py can; here it has to be left out")
 
 
 @contextlib.contextmanager
@@ -50,7 +59,7 @@ def frozen_copy(model, options, device):
 
 
 def needs_copy(options):
-    return options.method in MOVES_W and options.loss not in NO_REFERENCE
+    return options.method in MOVES_W and options.needs_reference
 
 
 def copy_bytes(model, options):
@@ -63,7 +72,7 @@ def add_reference(predicted, model, options):
     """A `predict.Prediction` for a step with a reference pass, from the one without it; and what
     the reference is, in a line. The pass is one more forward, 2 FLOPs for each number of a matrix;
     it keeps nothing, so that its memory is never the most."""
-    if options.loss in NO_REFERENCE:
+    if not options.needs_reference:
         return predicted
     flops = predicted.flops
     flops["matrices"] += sum(2 * prod(cost.shape) for layer in model.model.layers
@@ -93,6 +102,6 @@ def reference_log_probs(model, pack, reference=None):
 def scored(model, reference, pack, options):
     """`preference_loss` of a pack from `collate_pairs`."""
     frozen = None
-    if options.loss not in NO_REFERENCE:
+    if options.needs_reference:
         frozen = reference_log_probs(model, pack, reference)
     return preference_loss(PairLogProbs.of(pack, model(**pack), frozen), options)

@@ -36,9 +36,9 @@ from logprobs import chunked_log_probs
 from modeling_llama import LlamaConfig
 from packing import PackSampler
 from pairs import PairRecords, Pairs, tiny_pairs
-from preference import LOSSES, READ_BY, SCORES, check_loss, collate_pairs
+from preference import LOSSES, NO_REFERENCE, READ_BY, SCORES, check_loss, collate_pairs
 from quantized_model import build, check_base, check_options, mark
-from reference import add_reference, copy_bytes, frozen_copy, scored
+from reference import add_reference, check_training, copy_bytes, frozen_copy, scored
 from train import Options as LoopOptions, learning_rate
 
 CHAPTER = "03-dpo"
@@ -85,6 +85,10 @@ class Options(LoopOptions):
             if not given and self.loss in losses:
                 setattr(self, name, default)
 
+    @property
+    def needs_reference(self):
+        return self.loss not in NO_REFERENCE
+
 
 # Changed from chapter-03: the mean of each of SCORES over the pairs.
 @torch.no_grad()
@@ -104,6 +108,7 @@ def main(argv=None):
     # --- options --- Changed from chapter-03: what makes no sense with pairs.
     options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
     check_options(options)
+    check_training(options)
     check_loss(options)
     device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
     if options.method == "delta-lora" and world_size() > 1:

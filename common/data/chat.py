@@ -19,6 +19,7 @@ from common.files.json_files import read_json
 TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
 HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs: not characters
 HALVES_AND_MARKS = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")
+NOT_ASKED = "messages", "where", "example"  # keys of a record that no template gets
 JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"  # without a template
 
 
@@ -127,7 +128,7 @@ class Chat:
             return self._text(record["text"], record.get("rendered"))
         messages = _plain(record["messages"])
         untrained = {n for n, one in enumerate(record["messages"]) if one.get("train") is False}
-        variables = {key: record[key] for key in record if key not in ("messages", "where")}
+        variables = {key: record[key] for key in record if key not in NOT_ASKED}
         self._check(messages, variables)
         tools = variables.pop("tools", None)
         render = partial(self._render, **variables, strftime_now=fixed_date)

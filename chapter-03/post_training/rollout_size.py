@@ -1,0 +1,41 @@
+"""How many answers are drawn at a time: as many as there is memory for while nothing is trained."""
+
+import torch
+
+from common.memory import readable_bytes
+from common.predict import SHARE
+from common.ranks import say
+
+
+def batches(lengths, group, limit, room):
+    """The rows that are drawn together, as lists. Row r is answer r % group to prompt r // group,
+    which has lengths[r // group] tokens. A batch takes its rows times its longest of `room` tokens
+    of cache at most, unless it is a single row; so prompts of like length come together."""
+    found = [[]]
+    for n in sorted(range(len(lengths)), key=lengths.__getitem__):
+        for row in range(n * group, (n + 1) * group):
+            if found[-1] and (len(found[-1]) + 1) * (lengths[n] + limit) > room:
+                found.append([])
+            found[-1].append(row)
+    return found
+
+
+def add_rollout(predicted, config, options, answers, longest):
+    """How many tokens of KV cache may exist at a time, for `answers` documents of at most `longest`
+    tokens: what fits into the memory that a training step uses for activations and gradients, or
+    on a GPU into all that is left. What a single one needs beyond that is added to `predicted`."""
+    c = getattr(torch, options.dtype).itemsize
+    # Of a token, keys and values; of a row, logits, as drawn too; a layer's cache is copied.
+    row = 2 * config.num_key_value_heads * config.head_dim * c * (config.num_hidden_layers + 1)
+    row = row * longest + c * config.vocab_size
+    stays = sum(predicted.get(name, 0) for name in (
+        "weights", "optimizer moments", "reference model"))
+    free = predicted.peak - stays
+    if options.device == "cuda":
+        free = max(free, int(SHARE * torch.cuda.get_device_properties(0).total_memory) - stays)
+    rows = max(1, min(answers, free // row))
+    beyond = stays + rows * row - predicted.peak
+    if beyond > 0:
+        predicted["KV cache beyond a step"] = beyond
+    say(f"rollout     {rows} of {answers} answers at a time: {readable_bytes(rows * row)}")
+    return rows * longest

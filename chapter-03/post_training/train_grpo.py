@@ -1,0 +1,320 @@
+"""Learn from rewards that a program gives: GRPO and its corrections, with rollouts of one's own.
+
+    python chapter-03/post_training/train_grpo.py           the tiny model learns to add
+    python chapter-03/post_training/train_grpo.py --model Qwen/Qwen3-0.6B --no-thinking \\
+        --data openai/gsm8k:main/train --reward gsm8k --max-new-tokens 512
+
+The loop is chapter 3's, without compiling, for one process. New are the rollout, in which the model
+writes a group of answers to each prompt, and the reward, by which it learns from them.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
+
+import torch
+
+from common import guard, hub, memory, predict, prepare, runs, weights
+from common.adapters.merging import merge_into
+from common.adapters.peft import save_adapter
+from common.asking.generation import generate
+from common.errors import UserError, located, one_line, run_main
+from common.files.checkpoint import latest, new_run_folder, verify
+from common.files.state import load_state
+from common.metrics import COLUMNS, Metrics
+from common.options import option, parse, save_options
+from common.ranks import any_rank, full_tensor, say, shard, start_ranks, stop_ranks, world_size
+import lora
+from grpo import group_scores, make_packs, policy_loss
+from lora import AdapterConfig, after_step, before_step, optimizer_groups, state_names
+from logprobs import chunked_log_probs
+from modeling_llama import LlamaConfig
+from packing import PackSampler
+from prompts import Problems, problems, tiny_problems
+from quantized_model import build, check_base, check_options, mark
+from reference import add_reference, check_training, copy_bytes, frozen_copy, reference_log_probs
+from rewards import check_answers, judge, load_reward
+from rollout import rollout
+from rollout_size import add_rollout
+from train import Options as LoopOptions, learning_rate
+
+CHAPTER = "03-grpo"
+TINY = {"lr": {"full": 2e-4, "vera": 2e-2, "lora+": 1e-3, "default": 4e-3}, "warmup": 5,
+        "steps": 80, "batch_tokens": 2048, "dtype": "float32", "rank": 8, "alpha": 16.0,
+        "eval_every": 20, "save_every": 40, "delta_start": 40, "max_new_tokens": 24}
+REAL = {"lr": {"full": 1e-6, "vera": 2e-4, "default": 1e-5}, "warmup": 10, "rank": 16,
+        "alpha": 32.0, "max_new_tokens": 256}
+ASKED = 200  # held-out prompts of an evaluation
+SAMPLES = 20e6  # bytes of samples.jsonl
+SCREEN = {"step": COLUMNS["step"], "reward": ("reward", 9, "{:.3f}".format),
+          "degenerate": ("alike", 7, "{:.0%}".format), "entropy": ("entropy", 9, "{:.3f}".format),
+          "answer_tokens": ("length", 8, "{:.1f}".format), **{
+    name: COLUMNS[name] for name in ("tokens_per_second", "peak_memory_bytes", "left")}}
+
+
+# Changed from chapter-03: what is drawn, how it is judged, and what is made of it.
+@dataclass
+class Options(LoopOptions):
+    """Chapter 3's options, and those of rollouts, rewards and the loss."""
+
+    gpu_data = None  # not an option: auto is tiny on a GPU too
+    too_long: str = option("drop", "what to do with a prompt that is too long with its expected "
+                           "answer", choices=("drop", "error"))
+    grad_accum: int = option(1, "not used: a step has as many packs as its answers fill", least=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", least=0)
+    reward: str = option("exact", "what an answer is worth: exact, letters, gsm8k, or your own as "
+                         "FILE.py:function (which is run), of (record, answer)")
+    prompts: int = option(16, "prompts of a step", least=1)
+    group: int = option(8, "G, answers to each prompt", least=2)
+    max_new_tokens: int = option(None, "longest answer in tokens; one that is cut gets 0", least=1)
+    temperature: float = option(1.0, "of what is drawn, and of what is trained", least=1e-3)
+    no_thinking: bool = option(False, "ask with thinking switched off, as generate.py can")
+    baseline: str = option("mean", "what a reward is compared with: the group's mean, or that of "
+                           "the others (RLOO)", choices=("mean", "others"))
+    scale_rewards: bool = option(False, "divide by the group's standard deviation")
+    divisor: str = option("tokens", "of the step's sum of losses: grpo.py has the formulas",
+                          choices=("tokens", "constant", "answers"))
+    updates: int = option(1, "optimizer steps on the same answers; only from the second on does "
+                          "the clip matter", least=1)
+    ratio: str = option("token", "of the new probability to the old: of a token, or of an answer "
+                        "(sequence: GSPO, whose --epsilon is some 1000 times smaller)",
+                        choices=("token", "sequence"))
+    epsilon: float = option(0.2, "how far below 1 the ratio counts", least=0)
+    epsilon_high: float = option(None, "how far above 1 (default: as --epsilon; DAPO: 0.28)",
+                                 least=0)
+    kl: float = option(0.0, "β, the weight of the distance to the model before training", least=0)
+    kl_estimator: str = option("k3", "of that distance, as a loss", choices=("k3", "k2"))
+
+    def __post_init__(self):
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+
+    @property
+    def needs_reference(self):
+        return self.kl > 0
+
+
+# Changed from chapter-03: the rewards of greedy answers.
+def evaluate(model, held_out, judges, chat, options, room):
+    """{name of `judges`: the mean over held-out problems}, of greedy answers; shows two of them."""
+    asked = held_out[:ASKED]
+    answers = rollout(model, [one.prompt for one in asked], 1, options.max_new_tokens,
+                      chat.stop_ids, temperature=0.0, room=room)
+    for problem, answer in list(zip(asked, answers))[:2]:
+        say(shown(chat, problem, answer, judge(judges["eval_reward"], problem, answer, chat)))
+    return {name: sum(judge(one, problem, answer, chat) for problem, answer in zip(asked, answers))
+            / len(asked) for name, one in judges.items()}
+
+
+def shown(chat, problem, answer, reward):
+    """A question, its answer and the reward on a line of the screen."""
+    answer = one_line(chat.decode(answer.ids).strip() or "(nothing)", limit=28)
+    return f"              {one_line(problem.text, limit=36)} -> {answer}  ({reward:g})"
+
+
+def main(argv=None):
+    # --- options --- Changed from chapter-03: one process; the reward.
+    options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    check_options(options)
+    check_training(options)
+    if world_size() > 1:
+        raise UserError("train_grpo.py runs on one process: of a sharded model, each token of a "
+                        "rollout would gather every layer")
+    device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
+    torch.manual_seed(options.seed)
+    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
+    reward, beside = load_reward(options.reward)
+
+    # --- model files and data --- Changed from chapter-03: questions.
+    source = hub.resolve(options.model)
+    verify(source)
+    config_json = weights.read_config(source)
+    with located(source / "config.json"):
+        config = LlamaConfig.from_dict(check_base(config_json, options))
+    shapes = build(config, options, adapter)  # enough to predict what the run will need
+    if isinstance(shapes.lm_head, lora.LoRALinear):
+        raise UserError("--target-modules: log p comes from a plain output head; leave lm_head out")
+    predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options))
+    data = prepare.load(options, source, config, partial(tiny_problems, options.seed), Problems)
+    if data.chat is None:
+        raise UserError("--data virtual: random tokens are no questions")
+    limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
+    train, held_out = (problems(
+        data.chat, documents, records, limit - options.max_new_tokens,
+        **(data.chat.no_thinking() if options.no_thinking else {}))
+        for documents, records in zip((data.train, data.held_out), data.records))
+    check_answers(options.reward, train + held_out)
+    judges = {"eval_reward": reward, **{f"eval_{name}": one for name, one in beside.items()}}
+
+    # --- what it will need --- Changed from chapter-03: the rollouts, the reference.
+    sampler = PackSampler([1] * len(train), options.prompts, options.seed)  # of prompts
+    total_steps = options.steps or sampler.packs_in(options.epochs)
+    lengths = [len(one.prompt) + options.max_new_tokens for one in train]
+    full = options.prompts * options.group * sum(lengths) / len(lengths) > options.batch_tokens
+    predicted = predict.costs(shapes, lengths, replace(options, grad_accum=1 + full), shapes.chunk)
+    predicted = add_reference(predicted, shapes, options)
+    room = add_rollout(predicted, config, options, options.prompts * options.group, max(lengths))
+    say(f"reward      {options.reward}; {options.prompts} prompts x {options.group} answers of at "
+        f"most {options.max_new_tokens} tokens a step")
+    say(predicted.report())
+    if total_steps < options.warmup:
+        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
+            "--epochs, --steps, --warmup")
+    if options.dry_run:
+        return 0
+
+    # --- model --- Changed from chapter-03: gives log p, at the temperature of the rollouts.
+    model = build(config, options, adapter, device, source)
+    model.loss = lambda hidden, *rest: chunked_log_probs(hidden / options.temperature, *rest)
+    reference = frozen_copy(model, options, device)  # None: the model itself, adapters off
+    model.to(device)
+
+    # --- optimizer --- Copied from chapter-03/train.py
+    groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
+                                  fused=device.type != "mps")
+    names = state_names(model)  # what training can change: all that a checkpoint has to hold
+
+    # --- run folder, resume --- Changed from chapter-03: what the screen shows; samples.
+    saved = None  # the last whole checkpoint
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_reward": None, "best_step": None,
+             "skipped": 0}
+    if options.resume:
+        run = Path(options.resume)
+        saved = latest(run)
+        if saved is not None:
+            state = load_state(saved, model, optimizer, names)
+        say(f"resuming {run} after step {state['step']}")
+    else:
+        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
+    save_options(options, CHAPTER, run, data)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    metrics.columns = SCREEN
+    samples = Metrics(run, total_steps, start_step=state["step"], name="samples.jsonl")
+
+    # --- before --- Changed from chapter-03: how the greedy answers are rewarded.
+    if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
+        say(f"run folder: {run}")
+        if data.scored:
+            prepare.ask(data, model, generate, metrics, 0)
+        if options.eval_every:
+            metrics.log_eval(0, eval_loss=None, **evaluate(
+                model, held_out, judges, data.chat, options, room))
+
+    # --- loop --- Changed from chapter-03: a step begins with its answers.
+    nonfinite = guard.NonFinite()
+    memory.keep_freed(device)
+    model.train()
+    with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
+        for step in range(state["step"] + 1, total_steps + 1):
+            started = time.perf_counter()
+
+            # --- rollout ---
+            numbers = sampler.pack(state["next_pack"])
+            state["next_pack"] += 1
+            asked = [train[n] for n in numbers]
+            answers = rollout(model, [one.prompt for one in asked], options.group,
+                              options.max_new_tokens, data.chat.stop_ids, options.temperature,
+                              (options.seed, step), room)
+            scores = {"rollout_seconds": time.perf_counter() - started, "sampler_gap": 0.0}
+
+            # --- reward ---
+            asked = [one for one in asked for _ in range(options.group)]
+            rewards = torch.tensor([judge(reward, *both, data.chat) for both in zip(asked, answers)])
+            rewards = rewards.view(-1, options.group)
+            scores |= group_scores(rewards, answers)
+            packs = make_packs(asked, answers, rewards, options)
+
+            # --- update --- as often as --updates says, on the same answers
+            old, totals, norm = [], torch.zeros(3, device=device), torch.zeros((), device=device)
+            lr = learning_rate(step, total_steps, options)
+            for update in range(options.updates if packs else 0):
+                for n, (pack, beside) in enumerate(packs):
+                    log_p = model(**pack)
+                    if update == 0:
+                        old.append(log_p.detach())
+                        gap = (old[n] - beside["sampled"]).abs().max()
+                        scores["sampler_gap"] = max(scores["sampler_gap"], gap.item())
+                    log_ref = reference_log_probs(model, pack, reference) if options.kl else None
+                    loss, *counts = policy_loss(pack, beside, log_p, old[n], log_ref, options)
+                    loss.backward()
+                    totals += torch.stack((loss.detach(), *counts))
+                before_step(model, adapter)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+                norm = full_tensor(norm)
+                if nonfinite.check(totals[0].item(), norm.item(), step, [numbers], saved):
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr * group["lr_ratio"]
+                    optimizer.step()
+                    after_step(model, adapter, step)
+                optimizer.zero_grad(set_to_none=True)
+            state["skipped"] += not packs  # with nothing to learn from, moments would move weights
+
+            # --- log --- Changed from chapter-03: rewards come first.
+            loss, clipped, kl = (totals / options.updates).tolist()
+            drawn = sum(len(one.ids) for one in answers)
+            tokens = drawn + sum(len(one.prompt) for one in asked)
+            state["step"], state["tokens"] = step, state["tokens"] + tokens
+            seconds = time.perf_counter() - started
+            metrics.log_step(step, loss, lr, norm.item(), tokens, seconds,
+                             memory.peak_memory_bytes(device), None, **scores,
+                             clipped=clipped / drawn, kl=kl / drawn if options.kl else None)
+            if step % options.log_every == 0 or step == 1:
+                n = step % len(asked)
+                say(shown(data.chat, asked[n], answers[n], rewards.flatten()[n].item()))
+            if samples.path.stat().st_size < SAMPLES:
+                for n in range(0, len(asked), options.group):
+                    samples.write({
+                        "step": step, "prompt": data.chat.decode(asked[n].prompt, False),
+                        "expected": asked[n].record["expected"], "answers": [
+                            data.chat.decode(one.ids, False) for one in answers[n:n + options.group]],
+                        "rewards": rewards.flatten()[n:n + options.group].tolist()})
+
+            # --- evaluate --- Changed from chapter-03: by the reward.
+            improved = False
+            if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
+                found = evaluate(model, held_out, judges, data.chat, options, room)
+                metrics.log_eval(step, eval_loss=None, **found)
+                best = -math.inf if state["best_reward"] is None else state["best_reward"]
+                improved = found["eval_reward"] > best
+                if improved:
+                    state["best_reward"], state["best_step"] = found["eval_reward"], step
+
+            # --- checkpoint --- Copied from chapter-03/train.py
+            stop = any_rank(signals.requested)
+            due = options.save_every and (step % options.save_every == 0 or step == total_steps)
+            if due or (improved and options.keep_best) or stop:
+                metrics.sync()
+                saved = runs.save_step(run, model, optimizer, state, options, names)
+            if stop:
+                return runs.stopped(run, state, signals)
+
+        # --- result --- Copied from chapter-03/train.py
+        if options.method == "delta-lora":
+            merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
+        if options.method in ("full", "delta-lora"):
+            runs.save_model(run / "final", model, config_json, data, dtype)
+        else:
+            runs.save_files(run / "final", lambda folder: save_adapter(
+                model, adapter, folder, options.model, lora, metadata=mark(options)), data)
+        if any_rank(signals.requested):  # one that came during the saving
+            return runs.stopped(run, state, signals)
+
+    # --- after --- Changed from chapter-03: where generate.py is.
+    if data.scored:
+        prepare.ask(data, model, generate, metrics, total_steps)
+    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
+    say(runs.wrote(kind, run / "final", True, "../generate.py"))
+    metrics.close()
+    stop_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
