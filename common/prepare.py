@@ -46,7 +46,7 @@ class Data:
     chat: Chat | None  # None: random tokens, nothing to ask
     quizzes: dict
     scored: bool  # whether exact match means something for these answers
-    records: tuple = ()  # what `train` and `held_out` were made of, and further quizzes
+    records: tuple = (None, None)  # what `train` and `held_out` were made of, and further quizzes
 
     def digest(self):
         return hashlib.sha256(self.train.documents["digest"].tobytes()).hexdigest()

@@ -21,23 +21,22 @@ from loss import CHUNK, addmm_
 
 
 def chunked_divergence(hidden, weight, labels, chunk=CHUNK, labelled=None, *, teacher_hidden,
-                       teacher_weight=None, vocabulary=None, share=1.0, beta=0.0, temperature=1.0):
+                       teacher_weight, vocabulary=None, share=1.0, beta=0.0, temperature=1.0):
     """(the sum of the losses over the tokens with label ≥ 0; (2,): the sums of cross-entropy and of
     divergence alone, without gradient), all float32.
 
     hidden (T, D), weight (V, D), labels (T,), `chunk` and `labelled` are as for
     `loss.chunked_cross_entropy`; teacher_hidden (T, D') and teacher_weight (V', D') are the
-    teacher's, which gets no gradient (None: the same head). If V and V' differ, as checkpoints pad
+    teacher's, which gets no gradient. If V and V' differ, as checkpoints pad
     them differently, `vocabulary` is what both are cut to. `share` is λ, `temperature` τ.
     """
     if labelled is None:
         labelled = (labels >= 0).nonzero()[:, 0]
     train = torch.is_grad_enabled()
     wanted = train and hidden.requires_grad, train and weight.requires_grad
-    other = (weight if teacher_weight is None else teacher_weight).detach()
-    weight, other = weight[:vocabulary], other[:vocabulary]
-    return _ChunkedDivergence.apply(hidden, weight, teacher_hidden.detach(), other, labels,
-                                    labelled, chunk, wanted, (share, beta, temperature))
+    return _ChunkedDivergence.apply(
+        hidden, weight[:vocabulary], teacher_hidden, teacher_weight[:vocabulary].detach(), labels,
+        labelled, chunk, wanted, (share, beta, temperature))
 
 
 class _ChunkedDivergence(torch.autograd.Function):

@@ -1,32 +1,38 @@
 """Learning from rewards: group-relative policy optimisation (GRPO) and its corrections.
 
 To each prompt the policy π writes a group of G answers o_i of n_i tokens (the stop token counts),
-each with a reward r_i. An answer that did better than its group becomes likelier:
+which get rewards r_i. An answer that did better than its group is to become likelier:
 
-    A_i = r_i - mean(r)                       its advantage (Dr. GRPO, 2503.20783)
-    w_t = π(o_t) / π_old(o_t)                 for each token; 1 in the first update
+    A_i = r_i - mean(r)                       the advantage (Dr. GRPO, 2503.20783)
+    w_t = π(o_t) / π_old(o_t)                 of each token; 1 in the first update
     L_t = -min(w_t A_i, clip(w_t) A_i)        PPO's clip (1707.06347, equation 7)
     L   = Σ L_t / Σ n_i                       over all answers of the step
 
-With one update w is 1 throughout, and L's gradient is that of a cross-entropy in which each token
-has the weight A_i / Σ n_i. Its value then says nothing: it is near 0 by construction.
+With one update w is 1 throughout, and L has the gradient of a cross-entropy in which each token has
+the weight A_i / Σ n_i. Its value then says nothing: it is near 0 by construction.
 """
 
 import torch
 
 from common import memory
 from logprobs import per_document
-from packing import PackSampler, packed_sequence_collate_fn
+from packing import packed_sequence_collate_fn
 from rollout import document
+from rollout_size import pack_rows
 
 SAME = 1e-6  # rewards of a group that differ by less are the same
 
 
+def live_groups(rewards):
+    """Which groups (P,) of rewards (P, G) say anything: not all answers got the same."""
+    return rewards.amax(1) - rewards.amin(1) > SAME
+
+
 def advantages(rewards, baseline="mean", scale=False):
-    """A (P, G) of rewards (P, G), a row for each prompt's group. `baseline` "mean" is the group's
-    mean, "others" that of the other answers (RLOO, 2402.14740): A is then G/(G-1) times as large,
-    and the gradient unbiased. `scale` divides by the group's standard deviation (GRPO, 2402.03300,
-    4.1.2), which counts easy and hard prompts for more. A group of equal rewards gets exactly 0."""
+    """A (P, G) of rewards (P, G), a row for each prompt. `baseline` "mean" is the group's mean,
+    "others" that of the other answers (RLOO, 2402.14740): then A is G/(G-1) times as large, and the
+    gradient unbiased. `scale` divides by the group's standard deviation (GRPO, 2402.03300, 4.1.2),
+    so that easy and hard prompts count for more. A group of equal rewards gets exactly 0."""
     centred = rewards - rewards.mean(1, keepdim=True)
     if baseline == "others":
         centred = centred * (rewards.shape[1] / (rewards.shape[1] - 1))
@@ -35,60 +41,38 @@ def advantages(rewards, baseline="mean", scale=False):
     return torch.where(live_groups(rewards)[:, None], centred, 0.0)
 
 
-def live_groups(rewards):
-    """Which groups (P,) of rewards (P, G) say anything: not all answers got the same."""
-    return rewards.amax(1) - rewards.amin(1) > SAME
-
-
 def divisors(lengths, limit, kind):
-    """What each answer's losses are divided by, so that their sum over the step is L; its N answers
-    have `lengths` tokens, of at most `limit`.
+    """What each of N answers' losses are divided by; they have `lengths` tokens, at most `limit`.
 
         tokens     Σ n_i      every token counts the same (DAPO, 2503.14476, equation 12)
         constant   N · limit  whatever the lengths are, which is unbiased (Dr. GRPO)
-        answers    N · n_i    every answer counts the same: a long wrong one is hardly punished, so
-                              wrong answers grow (GRPO, 2402.03300, equation 3)
+        answers    N · n_i    every answer counts the same, so that a long wrong one is hardly
+                              punished (GRPO, 2402.03300, equation 3)
     """
-    count = len(lengths)
-    return {"tokens": [sum(lengths)] * count, "constant": [count * limit] * count,
-            "answers": [count * length for length in lengths]}[kind]
-
-
-def group_scores(rewards, answers):
-    """What a step's rewards (P, G) and Answers say, {name: a mean}; rewards of 1 are solved."""
-    alike, first = ~live_groups(rewards), rewards[:, 0] > SAME
-    tokens = sum(len(one.ids) for one in answers)
-    return {"reward": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
-            "degenerate": alike.float().mean().item(),
-            "all_right": (alike & first).float().mean().item(),
-            "all_wrong": (alike & ~first).float().mean().item(), "answer_tokens": tokens / len(answers),
-            "truncated": sum(not one.finished for one in answers) / len(answers),
-            "entropy": sum(map(sum, (one.entropies for one in answers))) / tokens}
+    N = len(lengths)
+    return {"tokens": [sum(lengths)] * N, "constant": [N * limit] * N,
+            "answers": [N * length for length in lengths]}[kind]
 
 
 def make_packs(problems, answers, rewards, options):
-    """The packs of a step, each as `collate_answers` gives it on --device. Answers from which
-    nothing can be learned, as their group's rewards are alike, are left out, but still counted by
-    the divisor; only --kl needs them."""
-    of_answer = divisors([len(one.ids) for one in answers], options.max_new_tokens, options.divisor)
-    shares = 1 / torch.tensor(of_answer, dtype=torch.float32)
+    """The packs of a step on --device, as `collate_answers` gives them. A group with equal rewards
+    teaches nothing and is left out, yet its tokens count in the divisor; only --kl needs it."""
+    divided = divisors([len(one.ids) for one in answers], options.max_new_tokens, options.divisor)
+    shares = 1 / torch.tensor(divided, dtype=torch.float32)
     weights = advantages(rewards, options.baseline, options.scale_rewards).flatten() * shares
     live = live_groups(rewards).repeat_interleave(options.group) | bool(options.kl)
     kept = live.nonzero()[:, 0].tolist()
-    if not kept:
-        return []
     lengths = [len(problems[n].prompt) + len(answers[n].ids) for n in kept]
-    sampler = PackSampler(lengths, options.batch_tokens, seed=None)
-    rows = [[kept[i] for i in sampler.pack(index)] for index in range(sampler.packs_in(1))]
     return [tuple(memory.to_device(one, options.device) for one in collate_answers(
-        [problems[n] for n in some], [answers[n] for n in some], weights[some], shares[some]))
-        for some in rows]
+        [problems[kept[i]] for i in rows], [answers[kept[i]] for i in rows],
+        weights[live][rows], shares[live][rows]))
+        for rows in pack_rows(lengths, options.batch_tokens)]
 
 
 def collate_answers(problems, answers, weights, shares):
-    """A pack of the documents prompt + answer, of which the answers are trained; and, (T,) float32
-    each, "weight" and "share" (given by answer) and "sampled", the log p of each token
-    when it was drawn. They lie, as labels do, where a token is predicted; elsewhere they are 0."""
+    """A pack of the documents prompt + answer; and, (T,) float32 each, "weight" and "share" (given
+    by answer) and "sampled", the log p of each token when it was drawn. They lie, as labels do,
+    where a token is predicted; elsewhere they are 0."""
     pack = packed_sequence_collate_fn([
         document(problem.prompt, answer) for problem, answer in zip(problems, answers)])
     lengths = torch.tensor([len(one.ids) for one in answers])
@@ -108,8 +92,7 @@ def policy_loss(pack, beside, log_p, old, log_ref, options):
     if options.ratio == "sequence":  # one ratio for an answer: GSPO, 2507.18071, equation 7
         live = (pack["labels"] >= 0).to(log_p.dtype)
         sums = per_document(torch.stack((log_ratio, live), 1), pack["cu_seqlens"])
-        of_answer = sums[:, 0] / sums[:, 1].clamp(min=1)
-        log_ratio = of_answer.repeat_interleave(
+        log_ratio = (sums[:, 0] / sums[:, 1].clamp(min=1)).repeat_interleave(
             pack["cu_seqlens"].diff(), output_size=len(live)) * live
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - options.epsilon, 1 + options.epsilon_high)
@@ -117,8 +100,9 @@ def policy_loss(pack, beside, log_p, old, log_ref, options):
     losses, kl = -torch.minimum(gains, bounded), log_p.new_zeros(())
     if options.kl:
         d = log_ref - log_p
-        kl = d.exp() - d - 1  # k3, whose mean is KL(π‖ρ): J. Schulman, "Approximating KL
-        # divergence", 2020. As a loss it has the gradient of KL(ρ‖π), and k2 that of KL(π‖ρ).
+        # k3, whose mean is KL(π‖ρ) (J. Schulman, "Approximating KL divergence", 2020). As a loss it
+        # has the gradient of KL(ρ‖π), and k2 that of KL(π‖ρ).
+        kl = d.exp() - d - 1
         cost = d.square() / 2 if options.kl_estimator == "k2" else kl
         losses = losses + options.kl * cost * beside["share"]
     return losses.sum(), (bounded < gains).sum(), kl.detach().sum()

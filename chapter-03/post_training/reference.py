@@ -6,21 +6,12 @@ from math import prod
 
 import torch
 
-from common.errors import UserError
 from common.predict_memory import layer_costs, linear_cost
 from common.ranks import say, shard, world_size
 from lora import PiSSALinear, adapter_modules
 from preference import PairLogProbs, preference_loss
 
 MOVES_W = ("full", "delta-lora")  # methods that leave nothing of the original
-
-
-def check_training(options):
-    """Raise UserError for options of train.py that make no sense here."""
-    if options.dropout:
-        raise UserError("--dropout must be 0: policy and reference would differ by what it drops")
-    if options.compile:
-        raise UserError("--compile: only train.py can; here it has to be left out")
 
 
 @contextlib.contextmanager

@@ -1,19 +1,19 @@
 """What an answer is worth, found by a program: no model judges here.
 
-A reward is a function of the problem's record and the answer's text, and gives a number; one of 1
-or more counts as solved. An answer without an end (no stop token) gets 0 unasked. `record` is the
-example as the data file has it, and record["expected"] its answer there, "" if it has none.
+A reward is a function of a record, the example as the data file has it, and of the answer's text;
+1 or more counts as solved. record["expected"] is the answer in the file, "" if it has none. An
+answer without an end (no stop token) gets 0 unasked.
 """
 
 import importlib.util
 import math
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 from common.errors import UserError, nearest, one_line
 
-NUMBER = r"-?\$?-?(?:\d[\d,]*\.?\d*|\.\d+)"
+NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 
 
 def exact(record, answer):
@@ -22,95 +22,76 @@ def exact(record, answer):
 
 
 def letters(record, answer):
-    """The share of characters that are right and in their place: a shaped reward, which pays for
-    being near."""
+    """The share of characters that are right and in place: a shaped reward, which pays for being
+    near."""
     answer, expected = answer.strip(), record["expected"].strip()
     return sum(map(str.__eq__, answer, expected)) / max(len(answer), len(expected), 1)
 
 
-def marked_number(text):
-    """The number behind the last "####", as a Decimal, or None."""
-    return _number(re.findall(rf"####\s*({NUMBER})", text))
-
-
-def last_number(text):
-    """The last number of a text, as a Decimal, or None."""
-    return _number(re.findall(NUMBER, text))
-
-
-def _number(found):
-    """1,000 and $1000.00 are the same number; compared as decimals, never evaluated."""
-    try:
-        return Decimal(re.sub(r"[$,]", "", found[-1])) if found else None
-    except InvalidOperation:
-        return None
+def number(text, mark=""):
+    """The last number of a text, or the last behind a mark, as a Decimal, or None. 1,000 and
+    $1000.00 are the same; nothing is evaluated."""
+    found = re.findall(rf"{mark}\s*({NUMBER})", text)
+    return Decimal(re.sub(r"[$,]", "", found[-1])) if found else None
 
 
 def gsm8k(record, answer):
     """1 if the number behind the answer's last "####" is the expected one (GSM8K, 2110.14168)."""
-    number = marked_number(answer)
-    return float(number is not None and number == marked_number(record["expected"]))
+    return float(number(answer, "####") == number(record["expected"], "####"))
 
 
-def gsm8k_lenient(record, answer):
-    """1 if the answer's last number is the expected one, marked or not."""
-    return float(last_number(answer) == marked_number(record["expected"]))
+def last_number(record, answer):
+    """1 if the answer's last number, marked or not, is the expected one."""
+    return float(number(answer) == number(record["expected"], "####"))
 
 
-def has_mark(record, answer):
-    """1 if there is a number behind "####", whichever."""
-    return float(marked_number(answer) is not None)
+def marked(record, answer):
+    """1 if the answer has a number behind "####", whichever."""
+    return float(number(answer, "####") is not None)
 
 
 REWARDS = {"exact": exact, "letters": letters, "gsm8k": gsm8k}
-# What an evaluation counts beside them: what a shaped or strict reward does not show.
-BESIDE = {"letters": {"exact": exact}, "gsm8k": {"last_number": gsm8k_lenient, "marked": has_mark}}
-
-
-def check_answers(name, problems):
-    """Raise UserError if a built-in reward has nothing to compare an answer with."""
-    if name in REWARDS:
-        for one in problems:
-            expected = one.record["expected"]
-            if not expected.strip() or name == "gsm8k" and marked_number(expected) is None:
-                raise UserError(f"{one.where}: --reward {name} needs an expected answer" + (
-                    ' with "#### " and a number' if name == "gsm8k" else "") + ", but it is "
-                    f"{one_line(expected) or 'missing'}; one's own needs none")
+# What an evaluation counts too: what a shaped reward hides, and what a strict one does not show.
+BESIDE = {"letters": {"exact": exact}, "gsm8k": {"last_number": last_number, "marked": marked}}
 
 
 def load_reward(name):
-    """(the reward called `name`, {name: what to count beside it}): of REWARDS, or a function of
-    one's own, FILE.py:function, which is run. UserError if it is not there."""
+    """(the reward, {name: what to count beside it}) for a name of REWARDS, or FILE.py:function, a
+    file of one's own, which is run."""
     if name in REWARDS:
         return REWARDS[name], BESIDE.get(name, {})
     file, _, function = name.rpartition(":")
-    if not file.endswith(".py"):
-        raise UserError(f"--reward {name}: neither FILE.py:function nor one of "
-                        f"{', '.join(REWARDS)}{nearest(name, REWARDS)}")
-    if not Path(file).is_file():
-        raise UserError(f"--reward {name}: there is no file {file}")
+    if not (file.endswith(".py") and Path(file).is_file()):
+        raise UserError(f"--reward {name}: neither {', '.join(REWARDS)} nor FILE.py:function of a "
+                        f"file that is there{nearest(name, REWARDS)}")
     spec = importlib.util.spec_from_file_location("own_reward", file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        return getattr(module, function), {}
     except Exception as error:
-        raise UserError(f"--reward {file}: {type(error).__name__}: {one_line(error)}") from error
-    if not callable(getattr(module, function, None)):
-        raise UserError(f"--reward {name}: {file} has no function {function!r}")
-    return getattr(module, function), {}
+        raise UserError(f"--reward {name}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def check_answers(name, problems):
+    """Raise UserError if a built-in reward has nothing to compare an answer with."""
+    for one in problems if name in REWARDS else ():
+        expected = one.record["expected"]
+        if not expected.strip() or name == "gsm8k" and number(expected, "####") is None:
+            wanted = ' with "####" and a number' * (name == "gsm8k")
+            raise UserError(f"{one.where}: --reward {name} needs an expected answer{wanted}, but it"
+                            f" is {one_line(expected) or 'missing'}; one of your own needs none")
 
 
 def judge(reward, problem, answer, chat):
     """The reward of a rollout's Answer to a Problem. UserError, naming the problem, if the function
     fails or gives no finite number."""
-    if not answer.finished:
-        return 0.0
     try:
-        value = reward(dict(problem.record), chat.decode(answer.ids))
-        number = math.nan if value is None else float(value)
+        value = reward(dict(problem.record), chat.decode(answer.ids)) if answer.finished else 0.0
+        value = float(value)
     except Exception as error:
         raise UserError(f"{problem.where}: the reward function failed: {type(error).__name__}: "
                         f"{one_line(error)}") from error
-    if not math.isfinite(number):
-        raise UserError(f"{problem.where}: the reward function gave {value!r}: it must be a number")
-    return number
+    if not math.isfinite(value):
+        raise UserError(f"{problem.where}: the reward must be a finite number, not {value}")
+    return value

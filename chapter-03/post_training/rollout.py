@@ -6,14 +6,13 @@ grow together, a token at a time. They are drawn from exactly softmax(logits / t
 """
 
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import numpy as np
 import torch
 
 from common.asking.kv_cache import KVCache
 from common.errors import UserError
-from packing import IGNORE
+from packing import IGNORE, packed_sequence_collate_fn
 from rollout_size import batches
 
 
@@ -27,7 +26,7 @@ class Answer:
     finished: bool = False  # by a stop token; else it was cut at the limit
 
 
-def document(prompt, answer):
+def document(prompt, answer=Answer()):
     """(input_ids, labels) of a prompt and an Answer to it, which alone is trained."""
     ids = torch.tensor(prompt + answer.ids)
     return ids, ids.masked_fill(torch.arange(len(ids)) < len(prompt), IGNORE)
@@ -76,28 +75,31 @@ def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), 
 def grow(model, prompts, group, rows, limit, stop_ids, temperature, answers, random):
     """Draw the `answers` of a batch of rows, all together."""
     device, asked = next(model.parameters()).device, list(dict.fromkeys(r // group for r in rows))
-    new, lengths = sum((prompts[n] for n in asked), []), [len(prompts[n]) for n in asked]
+    lengths = [len(prompts[n]) for n in asked]
     cache = KVCache(len(asked), max(lengths) + limit)
-    sums = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    logits = model(torch.tensor(new, device=device), sums, max(lengths), positions, cache=cache)
+    pack = packed_sequence_collate_fn([document(prompts[n]) for n in asked])
+    logits = model(*(pack[name].to(device) for name in ("input_ids", "cu_seqlens")), max(lengths),
+                   pack["position_ids"].to(device), cache=cache)
     repeated = [asked.index(row // group) for row in rows]
     cache.keep(repeated)
     logits, ends = logits[repeated], torch.tensor(lengths, device=device)[repeated]
     while True:
         u = torch.tensor([random[row].random(dtype=np.float32) for row in rows], device=device)
-        tokens, *numbers = draw(logits, temperature, u)
-        if not numbers[0].isfinite().all():
+        tokens, log_p, entropy = draw(logits, temperature, u)
+        if not log_p.isfinite().all():
             raise UserError("the model's logits are not finite numbers: has it diverged (a lower "
                             "--lr helps), or does it need --dtype float32?")
-        for row, token, *beside in zip(rows, *(one.tolist() for one in (tokens, *numbers))):
+        growing = []
+        for place, (row, *new) in enumerate(zip(rows, *(x.tolist() for x in (
+                tokens, log_p, entropy)))):
             one = answers[row]
+            if one.finished or len(one.ids) == limit:
+                continue
+            for values, value in zip((one.ids, one.log_probs, one.entropies), new):
+                values.append(value)
+            one.finished = new[0] in stop_ids
             if not one.finished and len(one.ids) < limit:
-                for values, value in zip((one.ids, one.log_probs, one.entropies), (token, *beside)):
-                    values.append(value)
-                one.finished = token in stop_ids
-        growing = [place for place, row in enumerate(rows)
-                   if not answers[row].finished and len(answers[row].ids) < limit]
+                growing.append(place)
         if not growing:
             return
         if len(growing) < 0.75 * len(rows):  # else copying the cache costs more than it saves

@@ -1,10 +1,11 @@
-"""How many answers are drawn at a time: as many as there is memory for while nothing is trained."""
+"""How many answers are drawn at a time, and which documents go into a pack."""
 
 import torch
 
-from common.memory import readable_bytes
+from common import memory
 from common.predict import SHARE
 from common.ranks import say
+from packing import PackSampler, packed_sequence_collate_fn
 
 
 def batches(lengths, group, limit, room):
@@ -37,5 +38,18 @@ def add_rollout(predicted, config, options, answers, longest):
     beyond = stays + rows * row - predicted.peak
     if beyond > 0:
         predicted["KV cache beyond a step"] = beyond
-    say(f"rollout     {rows} of {answers} answers at a time: {readable_bytes(rows * row)}")
+    say(f"rollout     {rows} of {answers} answers at a time: {memory.readable_bytes(rows * row)}")
     return rows * longest
+
+
+def pack_rows(lengths, batch_tokens):
+    """Documents of these lengths as packs: lists of their numbers."""
+    sampler = PackSampler(lengths, batch_tokens, seed=None) if lengths else None
+    return [sampler.pack(index) for index in range(sampler.packs_in(1))] if lengths else []
+
+
+def packed(documents, options):
+    """The packs of documents, each (input_ids, labels), on --device."""
+    return [memory.to_device(packed_sequence_collate_fn([documents[n] for n in rows]),
+                             options.device)
+            for rows in pack_rows([len(ids) for ids, _ in documents], options.batch_tokens)]

@@ -11,7 +11,7 @@ the reference, which is the same model with its adapters off; and a loss of the 
 import math
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,26 +19,20 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
 
-from common import guard, hub, memory, predict, prepare, runs, weights
-from common.adapters.merging import merge_into
-from common.adapters.peft import save_adapter
+from common import guard, memory, predict, prepare, runs
 from common.asking.generation import generate
-from common.errors import UserError, located, run_main
-from common.files.checkpoint import latest, new_run_folder, verify
-from common.files.state import load_state
-from common.metrics import COLUMNS, Metrics
-from common.options import option, parse, save_options
-from common.ranks import (
-    all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
-import lora
-from lora import AdapterConfig, after_step, before_step, optimizer_groups, state_names
+from common.errors import UserError, run_main
+from common.metrics import COLUMNS
+from common.options import option
+from common.ranks import all_sum, any_rank, full_tensor, say, shard, this_rank, world_size
 from logprobs import chunked_log_probs
-from modeling_llama import LlamaConfig
+from loops import announce, begin, finish, improves, open_run, save_result
+from lora import after_step, before_step
 from packing import PackSampler
 from pairs import PairRecords, Pairs, tiny_pairs
 from preference import LOSSES, NO_REFERENCE, READ_BY, SCORES, check_loss, collate_pairs
-from quantized_model import build, check_base, check_options, mark
-from reference import add_reference, check_training, copy_bytes, frozen_copy, scored
+from quantized_model import build
+from reference import add_reference, copy_bytes, frozen_copy, scored
 from train import Options as LoopOptions, learning_rate
 
 CHAPTER = "03-dpo"
@@ -84,6 +78,7 @@ class Options(LoopOptions):
                 raise UserError(f"--{name.replace('_', '-')} is for --loss {' or '.join(losses)}")
             if not given and self.loss in losses:
                 setattr(self, name, default)
+        check_loss(self)
 
     @property
     def needs_reference(self):
@@ -105,26 +100,11 @@ def evaluate(model, reference, dataset, options):
 
 
 def main(argv=None):
-    # --- options --- Changed from chapter-03: what makes no sense with pairs.
-    options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    check_options(options)
-    check_training(options)
-    check_loss(options)
-    device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
-    if options.method == "delta-lora" and world_size() > 1:
-        raise UserError("--method delta-lora runs on one process: it moves whole weights")
-    torch.manual_seed(options.seed)
-    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
+    # --- options, model files --- Changed from chapter-03: the same for the three loops here.
+    options, device, dtype, adapter, source, config_json, config, shapes = begin(
+        Options, CHAPTER, __doc__, TINY, REAL, argv)
 
-    # --- model files and data --- Changed from chapter-03: pairs.
-    source = hub.resolve(options.model)
-    verify(source)
-    config_json = weights.read_config(source)
-    with located(source / "config.json"):
-        config = LlamaConfig.from_dict(check_base(config_json, options))
-    shapes = build(config, options, adapter)  # enough to predict what the run will need
-    if isinstance(shapes.lm_head, lora.LoRALinear):
-        raise UserError("--target-modules: log p comes from a plain output head; leave lm_head out")
+    # --- data --- Changed from chapter-03: pairs.
     predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options), documents=2)
     data = prepare.load(options, source, config, partial(tiny_pairs, options, device, dtype),
                         PairRecords, partial(Pairs.of, batch_tokens=options.batch_tokens))
@@ -139,10 +119,7 @@ def main(argv=None):
     more = "".join(f", {name} {getattr(options, name):g}" for name in READ_BY
                    if getattr(options, name) is not None)
     say(f"loss        {options.loss}, β {options.beta:g}{more}, --nll {options.nll:g}")
-    say(predicted.report())
-    if total_steps < options.warmup:
-        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
-            "--epochs, --steps, --warmup")
+    announce(predicted, total_steps, options)
     if options.dry_run:
         return 0
 
@@ -155,27 +132,9 @@ def main(argv=None):
     shard(model, device, dtype if options.method == "full" else None)
     model.to(device)
 
-    # --- optimizer --- Copied from chapter-03/train.py
-    groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
-                                  fused=device.type != "mps")
-    names = state_names(model)  # what training can change: all that a checkpoint has to hold
-
-    # --- run folder, resume --- Changed from chapter-03: what the screen shows.
-    saved = None  # the last whole checkpoint
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
-             "eval_loss": None, "logp_chosen": None}
-    if options.resume:
-        run = Path(options.resume)
-        saved = latest(run)
-        if saved is not None:
-            state = load_state(saved, model, optimizer, names)
-        say(f"resuming {run} after step {state['step']}")
-    else:
-        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
-    save_options(options, CHAPTER, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
-    metrics.columns = SCREEN
+    # --- optimizer, run folder --- Changed from chapter-03: what the screen shows.
+    optimizer, names, run, state, saved, metrics = open_run(
+        CHAPTER, options, model, adapter, data, total_steps, SCREEN, logp_chosen=None)
 
     # --- before --- Changed from chapter-03: how the pairs stand.
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
@@ -256,10 +215,7 @@ def main(argv=None):
                 if step == total_steps and before and scores["logp_chosen"] < before:
                     say("note: the chosen answers have become less likely than before (log p was "
                         f"{before:.2f}), which no margin shows; a larger --nll holds them up")
-                best = math.inf if state["best_loss"] is None else state["best_loss"]
-                improved = eval_loss < best
-                if improved:
-                    state["best_loss"], state["best_step"] = eval_loss, step
+                improved = improves(state, step, eval_loss)
 
             # --- checkpoint --- Copied from chapter-03/train.py
             stop = any_rank(signals.requested)
@@ -270,24 +226,13 @@ def main(argv=None):
             if stop:
                 return runs.stopped(run, state, signals)
 
-        # --- result --- Copied from chapter-03/train.py
-        if options.method == "delta-lora":
-            merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
-        if options.method in ("full", "delta-lora"):
-            runs.save_model(run / "final", model, config_json, data, dtype)
-        else:
-            runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, lora, metadata=mark(options)), data)
+        save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
 
     # --- after --- Changed from chapter-03: where generate.py is.
     prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
-    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(runs.wrote(kind, run / "final", data.chat is not None, "../generate.py"))
-    metrics.close()
-    stop_ranks()
-    return 0
+    return finish(run, options, data, metrics)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ The loop is chapter 3's, without compiling, for one process. New are the rollout
 writes a group of answers to each prompt, and the reward, by which it learns from them.
 """
 
-import json
 import math
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,25 +19,20 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
 
-from common import guard, hub, memory, predict, prepare, runs, weights
-from common.adapters.merging import merge_into
-from common.adapters.peft import save_adapter
+from common import guard, memory, predict, prepare, runs
 from common.asking.generation import generate
-from common.errors import UserError, located, one_line, run_main
-from common.files.checkpoint import latest, new_run_folder, verify
-from common.files.state import load_state
+from common.errors import one_line, run_main
 from common.metrics import COLUMNS, Metrics
-from common.options import option, parse, save_options
-from common.ranks import any_rank, full_tensor, say, shard, start_ranks, stop_ranks, world_size
-import lora
-from grpo import group_scores, make_packs, policy_loss
-from lora import AdapterConfig, after_step, before_step, optimizer_groups, state_names
+from common.options import option
+from common.ranks import any_rank, say
+from grpo import SAME, live_groups, make_packs, policy_loss
 from logprobs import chunked_log_probs
-from modeling_llama import LlamaConfig
+from loops import announce, begin, finish, improves, open_run, save_result
+from lora import after_step, before_step
 from packing import PackSampler
 from prompts import Problems, problems, tiny_problems
-from quantized_model import build, check_base, check_options, mark
-from reference import add_reference, check_training, copy_bytes, frozen_copy, reference_log_probs
+from quantized_model import build
+from reference import add_reference, copy_bytes, frozen_copy, reference_log_probs
 from rewards import check_answers, judge, load_reward
 from rollout import rollout
 from rollout_size import add_rollout
@@ -50,6 +44,7 @@ TINY = {"lr": {"full": 2e-4, "vera": 2e-2, "lora+": 1e-3, "default": 4e-3}, "war
         "eval_every": 20, "save_every": 40, "delta_start": 40, "max_new_tokens": 24}
 REAL = {"lr": {"full": 1e-6, "vera": 2e-4, "default": 1e-5}, "warmup": 10, "rank": 16,
         "alpha": 32.0, "max_new_tokens": 256}
+GAP = 0.05  # of log p between drawing and training, above which something may be wrong
 ASKED = 200  # held-out prompts of an evaluation
 SAMPLES = 20e6  # bytes of samples.jsonl
 SCREEN = {"step": COLUMNS["step"], "reward": ("reward", 9, "{:.3f}".format),
@@ -103,54 +98,48 @@ class Options(LoopOptions):
 # Changed from chapter-03: the rewards of greedy answers.
 def evaluate(model, held_out, judges, chat, options, room):
     """{name of `judges`: the mean over held-out problems}, of greedy answers; shows two of them."""
-    asked = held_out[:ASKED]
-    answers = rollout(model, [one.prompt for one in asked], 1, options.max_new_tokens,
-                      chat.stop_ids, temperature=0.0, room=room)
-    for problem, answer in list(zip(asked, answers))[:2]:
-        say(shown(chat, problem, answer, judge(judges["eval_reward"], problem, answer, chat)))
-    return {name: sum(judge(one, problem, answer, chat) for problem, answer in zip(asked, answers))
-            / len(asked) for name, one in judges.items()}
+    both = list(zip(held_out[:ASKED], rollout(
+        model, [one.prompt for one in held_out[:ASKED]], 1, options.max_new_tokens, chat.stop_ids,
+        temperature=0.0, room=room)))
+    found = {name: [judge(one, *each, chat) for each in both] for name, one in judges.items()}
+    for each, reward in list(zip(both, found["eval_reward"]))[:2]:
+        show(chat, *each, reward)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def shown(chat, problem, answer, reward):
-    """A question, its answer and the reward on a line of the screen."""
-    answer = one_line(chat.decode(answer.ids).strip() or "(nothing)", limit=28)
-    return f"              {one_line(problem.text, limit=36)} -> {answer}  ({reward:g})"
+def show(chat, problem, answer, reward):
+    """Print a question, its answer and the reward."""
+    answer = one_line(chat.decode(answer.ids).strip() or "(nothing)", limit=30)
+    say(f"{'':15}{one_line(problem.text, limit=36)} -> {answer}  ({reward:g})")
+
+
+def summary(rewards, answers):
+    """{name: mean} of a step's rewards (P, G) and Answers."""
+    alike, first = ~live_groups(rewards), rewards[:, 0] > SAME
+    tokens = sum(len(one.ids) for one in answers)
+    means = {"reward": rewards, "reward_std": rewards.std(1), "degenerate": alike,
+             "all_right": alike & first, "all_wrong": alike & ~first}
+    return {**{name: value.float().mean().item() for name, value in means.items()},
+            "answer_tokens": tokens / len(answers),
+            "truncated": sum(not one.finished for one in answers) / len(answers),
+            "entropy": sum(sum(one.entropies) for one in answers) / tokens}
 
 
 def main(argv=None):
-    # --- options --- Changed from chapter-03: one process; the reward.
-    options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
-    check_options(options)
-    check_training(options)
-    if world_size() > 1:
-        raise UserError("train_grpo.py runs on one process: of a sharded model, each token of a "
-                        "rollout would gather every layer")
-    device, dtype = start_ranks(options.device), getattr(torch, options.dtype)
-    torch.manual_seed(options.seed)
-    adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
+    # --- options, model files --- Changed from chapter-03: the same for the three loops here.
+    options, device, dtype, adapter, source, config_json, config, shapes = begin(
+        Options, CHAPTER, __doc__, TINY, REAL, argv, one_process=True)
     reward, beside = load_reward(options.reward)
+    judges = {"eval_reward": reward, **{f"eval_{name}": one for name, one in beside.items()}}
 
-    # --- model files and data --- Changed from chapter-03: questions.
-    source = hub.resolve(options.model)
-    verify(source)
-    config_json = weights.read_config(source)
-    with located(source / "config.json"):
-        config = LlamaConfig.from_dict(check_base(config_json, options))
-    shapes = build(config, options, adapter)  # enough to predict what the run will need
-    if isinstance(shapes.lm_head, lora.LoRALinear):
-        raise UserError("--target-modules: log p comes from a plain output head; leave lm_head out")
+    # --- data --- Changed from chapter-03: questions.
     predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options))
     data = prepare.load(options, source, config, partial(tiny_problems, options.seed), Problems)
-    if data.chat is None:
-        raise UserError("--data virtual: random tokens are no questions")
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
-    train, held_out = (problems(
-        data.chat, documents, records, limit - options.max_new_tokens,
-        **(data.chat.no_thinking() if options.no_thinking else {}))
-        for documents, records in zip((data.train, data.held_out), data.records))
+    more = data.chat.no_thinking() if options.no_thinking else {}
+    train, held_out = (problems(data.chat, *both, limit - options.max_new_tokens, **more)
+                       for both in zip((data.train, data.held_out), data.records))
     check_answers(options.reward, train + held_out)
-    judges = {"eval_reward": reward, **{f"eval_{name}": one for name, one in beside.items()}}
 
     # --- what it will need --- Changed from chapter-03: the rollouts, the reference.
     sampler = PackSampler([1] * len(train), options.prompts, options.seed)  # of prompts
@@ -162,10 +151,7 @@ def main(argv=None):
     room = add_rollout(predicted, config, options, options.prompts * options.group, max(lengths))
     say(f"reward      {options.reward}; {options.prompts} prompts x {options.group} answers of at "
         f"most {options.max_new_tokens} tokens a step")
-    say(predicted.report())
-    if total_steps < options.warmup:
-        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
-            "--epochs, --steps, --warmup")
+    announce(predicted, total_steps, options)
     if options.dry_run:
         return 0
 
@@ -175,27 +161,9 @@ def main(argv=None):
     reference = frozen_copy(model, options, device)  # None: the model itself, adapters off
     model.to(device)
 
-    # --- optimizer --- Copied from chapter-03/train.py
-    groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
-                                  fused=device.type != "mps")
-    names = state_names(model)  # what training can change: all that a checkpoint has to hold
-
-    # --- run folder, resume --- Changed from chapter-03: what the screen shows; samples.
-    saved = None  # the last whole checkpoint
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_reward": None, "best_step": None,
-             "skipped": 0}
-    if options.resume:
-        run = Path(options.resume)
-        saved = latest(run)
-        if saved is not None:
-            state = load_state(saved, model, optimizer, names)
-        say(f"resuming {run} after step {state['step']}")
-    else:
-        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
-    save_options(options, CHAPTER, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
-    metrics.columns = SCREEN
+    # --- optimizer, run folder --- Changed from chapter-03: what the screen shows; samples.
+    optimizer, names, run, state, saved, metrics = open_run(
+        CHAPTER, options, model, adapter, data, total_steps, SCREEN, skipped=0)
     samples = Metrics(run, total_steps, start_step=state["step"], name="samples.jsonl")
 
     # --- before --- Changed from chapter-03: how the greedy answers are rewarded.
@@ -222,32 +190,29 @@ def main(argv=None):
             answers = rollout(model, [one.prompt for one in asked], options.group,
                               options.max_new_tokens, data.chat.stop_ids, options.temperature,
                               (options.seed, step), room)
-            scores = {"rollout_seconds": time.perf_counter() - started, "sampler_gap": 0.0}
+            rollout_seconds = time.perf_counter() - started
 
             # --- reward ---
             asked = [one for one in asked for _ in range(options.group)]
             rewards = torch.tensor([judge(reward, *both, data.chat) for both in zip(asked, answers)])
             rewards = rewards.view(-1, options.group)
-            scores |= group_scores(rewards, answers)
             packs = make_packs(asked, answers, rewards, options)
 
             # --- update --- as often as --updates says, on the same answers
-            old, totals, norm = [], torch.zeros(3, device=device), torch.zeros((), device=device)
-            lr = learning_rate(step, total_steps, options)
+            old, gaps, lr = [], [0.0], learning_rate(step, total_steps, options)
+            totals, norm = torch.zeros(3, device=device), torch.zeros(())
             for update in range(options.updates if packs else 0):
                 for n, (pack, beside) in enumerate(packs):
                     log_p = model(**pack)
                     if update == 0:
                         old.append(log_p.detach())
-                        gap = (old[n] - beside["sampled"]).abs().max()
-                        scores["sampler_gap"] = max(scores["sampler_gap"], gap.item())
+                        gaps.append((old[n] - beside["sampled"]).abs().max().item())
                     log_ref = reference_log_probs(model, pack, reference) if options.kl else None
                     loss, *counts = policy_loss(pack, beside, log_p, old[n], log_ref, options)
                     loss.backward()
                     totals += torch.stack((loss.detach(), *counts))
                 before_step(model, adapter)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-                norm = full_tensor(norm)
                 if nonfinite.check(totals[0].item(), norm.item(), step, [numbers], saved):
                     for group in optimizer.param_groups:
                         group["lr"] = lr * group["lr_ratio"]
@@ -261,30 +226,30 @@ def main(argv=None):
             drawn = sum(len(one.ids) for one in answers)
             tokens = drawn + sum(len(one.prompt) for one in asked)
             state["step"], state["tokens"] = step, state["tokens"] + tokens
-            seconds = time.perf_counter() - started
-            metrics.log_step(step, loss, lr, norm.item(), tokens, seconds,
-                             memory.peak_memory_bytes(device), None, **scores,
+            metrics.log_step(step, loss, lr, norm.item(), tokens, time.perf_counter() - started,
+                             memory.peak_memory_bytes(device), None, **summary(rewards, answers),
+                             rollout_seconds=rollout_seconds, sampler_gap=max(gaps),
                              clipped=clipped / drawn, kl=kl / drawn if options.kl else None)
-            if step % options.log_every == 0 or step == 1:
+            if max(gaps) > GAP:
+                say(f"note: log p differs by {max(gaps):.2f} between drawing and training")
+            rewards = rewards.flatten().tolist()
+            if step % options.log_every == 0 or step == total_steps:
                 n = step % len(asked)
-                say(shown(data.chat, asked[n], answers[n], rewards.flatten()[n].item()))
-            if samples.path.stat().st_size < SAMPLES:
-                for n in range(0, len(asked), options.group):
+                show(data.chat, asked[n], answers[n], rewards[n])
+            for n in range(0, len(asked), options.group):
+                if samples.path.stat().st_size < SAMPLES:
+                    group = slice(n, n + options.group)
                     samples.write({
                         "step": step, "prompt": data.chat.decode(asked[n].prompt, False),
-                        "expected": asked[n].record["expected"], "answers": [
-                            data.chat.decode(one.ids, False) for one in answers[n:n + options.group]],
-                        "rewards": rewards.flatten()[n:n + options.group].tolist()})
+                        "answers": [data.chat.decode(one.ids, False) for one in answers[group]],
+                        "rewards": rewards[group], "expected": asked[n].record["expected"]})
 
             # --- evaluate --- Changed from chapter-03: by the reward.
             improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 found = evaluate(model, held_out, judges, data.chat, options, room)
                 metrics.log_eval(step, eval_loss=None, **found)
-                best = -math.inf if state["best_reward"] is None else state["best_reward"]
-                improved = found["eval_reward"] > best
-                if improved:
-                    state["best_reward"], state["best_step"] = found["eval_reward"], step
+                improved = improves(state, step, -found["eval_reward"])
 
             # --- checkpoint --- Copied from chapter-03/train.py
             stop = any_rank(signals.requested)
@@ -295,25 +260,14 @@ def main(argv=None):
             if stop:
                 return runs.stopped(run, state, signals)
 
-        # --- result --- Copied from chapter-03/train.py
-        if options.method == "delta-lora":
-            merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
-        if options.method in ("full", "delta-lora"):
-            runs.save_model(run / "final", model, config_json, data, dtype)
-        else:
-            runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, lora, metadata=mark(options)), data)
+        save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
 
     # --- after --- Changed from chapter-03: where generate.py is.
     if data.scored:
         prepare.ask(data, model, generate, metrics, total_steps)
-    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(runs.wrote(kind, run / "final", True, "../generate.py"))
-    metrics.close()
-    stop_ranks()
-    return 0
+    return finish(run, options, data, metrics)
 
 
 if __name__ == "__main__":
