@@ -28,8 +28,8 @@ COLUMNS = {  # what the screen shows of a line: (title, width, how it is written
 
 
 class Metrics:
-    """The main rank's reports of a run, into the file `name` of `run_folder` and onto the screen. On
-    a resume, lines after `start_step` are first removed: log a step before saving its checkpoint.
+    """The main rank's reports of a run, to the file `name` of `run_folder` and to the screen. On a
+    resume, lines after `start_step` are first removed: log a step before saving its checkpoint.
     Raises UserError if it cannot be written, or TensorBoard is wanted and missing."""
 
     def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0,

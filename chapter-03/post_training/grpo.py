@@ -17,8 +17,7 @@ import torch
 from common import memory
 from logprobs import per_document
 from packing import packed_sequence_collate_fn
-from rollout import document
-from rollout_size import pack_rows
+from batches import document, pack_rows
 
 SAME = 1e-6  # rewards of a group that differ by less are the same
 
@@ -74,7 +73,7 @@ def collate_answers(problems, answers, weights, shares):
     by answer) and "sampled", the log p of each token when it was drawn. They lie, as labels do,
     where a token is predicted; elsewhere they are 0."""
     pack = packed_sequence_collate_fn([
-        document(problem.prompt, answer) for problem, answer in zip(problems, answers)])
+        document(problem.prompt, answer.ids) for problem, answer in zip(problems, answers)])
     lengths = torch.tensor([len(one.ids) for one in answers])
     values = {"weight": weights.repeat_interleave(lengths),
               "share": shares.repeat_interleave(lengths),

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from common.errors import UserError
 from logprobs import per_document
 from packing import IGNORE, packed_sequence_collate_fn
 
@@ -109,12 +108,6 @@ def preference_loss(pairs, options):
     won = (margin > 0).float() + (margin == 0).float() / 2
     scores = (losses, *rewards.t(), margin, won, *pairs.policy.t(), *pairs.tokens.t())
     return losses, torch.stack([score.detach().sum() for score in scores])
-
-
-def check_loss(options):
-    """Raise UserError for options that make no sense with pairs."""
-    if (options.label_smoothing or 0) >= 0.5:
-        raise UserError("--label-smoothing must be below 0.5: at 0.5 a pair says nothing")
 
 
 def collate_pairs(pairs):

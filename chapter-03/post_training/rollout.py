@@ -12,8 +12,8 @@ import torch
 
 from common.asking.kv_cache import KVCache
 from common.errors import UserError
-from packing import IGNORE, packed_sequence_collate_fn
-from rollout_size import batches
+from packing import packed_sequence_collate_fn
+from batches import batches, document
 
 
 @dataclass
@@ -24,12 +24,6 @@ class Answer:
     log_probs: list = field(default_factory=list)  # at the temperature it was drawn at
     entropies: list = field(default_factory=list)  # of what it was drawn from, in nats
     finished: bool = False  # by a stop token; else it was cut at the limit
-
-
-def document(prompt, answer=Answer()):
-    """(input_ids, labels) of a prompt and an Answer to it, which alone is trained."""
-    ids = torch.tensor(prompt + answer.ids)
-    return ids, ids.masked_fill(torch.arange(len(ids)) < len(prompt), IGNORE)
 
 
 def draw(logits, temperature, draws):
@@ -56,10 +50,10 @@ def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), 
     answers to a prompt follow one another. Answer i to prompt n depends on `seed` (a tuple of whole
     numbers), n and i, whatever else is drawn. `room`: see `batches`. UserError if the model has no
     positions for them, or its logits are not finite."""
-    longest = model.config.max_position_embeddings - limit
-    if max(map(len, prompts)) > longest:
-        raise UserError(f"a prompt of {max(map(len, prompts))} tokens and {limit} new ones: the "
-                        f"model takes {longest + limit} (--max-new-tokens, --max-seq-len)")
+    longest = max(map(len, prompts)) + limit
+    if longest > model.config.max_position_embeddings:
+        raise UserError(f"a prompt and its answer can have {longest} tokens, more than the model "
+                        "takes (--max-new-tokens, --max-seq-len)")
     answers = [Answer() for _ in range(len(prompts) * group)]
     random = [np.random.default_rng((*seed, *divmod(row, group))) for row in range(len(answers))]
     was_training = model.training
@@ -77,7 +71,7 @@ def grow(model, prompts, group, rows, limit, stop_ids, temperature, answers, ran
     device, asked = next(model.parameters()).device, list(dict.fromkeys(r // group for r in rows))
     lengths = [len(prompts[n]) for n in asked]
     cache = KVCache(len(asked), max(lengths) + limit)
-    pack = packed_sequence_collate_fn([document(prompts[n]) for n in asked])
+    pack = packed_sequence_collate_fn([document(prompts[n], []) for n in asked])
     logits = model(*(pack[name].to(device) for name in ("input_ids", "cu_seqlens")), max(lengths),
                    pack["position_ids"].to(device), cache=cache)
     repeated = [asked.index(row // group) for row in rows]

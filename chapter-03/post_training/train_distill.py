@@ -34,8 +34,8 @@ from packing import PackSampler
 from prompts import Problems, problems
 from quantized_model import build
 from reference import copy_bytes
-from rollout import document, rollout
-from rollout_size import add_rollout, packed
+from rollout import rollout
+from batches import add_rollout, document, packed
 from teacher import add_teacher, lesson, load_teacher
 from train import Options as LoopOptions, evaluate, learning_rate
 
@@ -57,16 +57,16 @@ class Options(LoopOptions):
     """Chapter 3's options, and those of the teacher, the divergence and the rollouts."""
 
     gpu_data = None  # not an option: auto is tiny on a GPU too
-    teacher: str = option("self", "who teaches: self (this model before training, its adapters off),"
-                                " or a folder or Hub id with the same tokenizer")
+    teacher: str = option("self", "who teaches: self (this model before training), or a folder or "
+                          "Hub id with the same tokenizer")
     kd: float = option(None, "λ, the teacher's share in the loss of a document of --data; the rest "
                              "is cross-entropy", least=0)
     beta: float = option(None, "β: 0 forward KL, 1 reverse KL, between them JSD", least=0)
     kd_temperature: float = option(1.0, "τ, which softens both distributions", least=1e-3)
-    on_policy: float = option(None, "share of a step's documents that the student writes itself, "
-                                    "from prompts; of these only the teacher's part counts", least=0)
-    prompts: str = option(None, "where these prompts come from, written as --data is (default: "
-                                "--data; tiny: the skills that the model has)")
+    on_policy: float = option(None, "share of a step's documents that the student writes itself; "
+                                    "of these only the teacher's part counts", least=0)
+    prompts: str = option(None, "what these answer, written as --data is (default: --data; tiny: "
+                                "the skills that the model has)")
     max_new_tokens: int = option(None, "longest answer in tokens", least=1)
     temperature: float = option(1.0, "of what the student writes", least=1e-3)
 
@@ -127,7 +127,7 @@ def main(argv=None):
         say(f"run folder: {run}")
         prepare.ask(data, model, generate, metrics, 0)
 
-    # --- loop --- Changed from chapter-03: what the student writes depends on the step before.
+    # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
     model.train()
@@ -135,19 +135,21 @@ def main(argv=None):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
 
-            # --- write --- the student's own documents, in place of some of the step's
+            # --- write ---
+            # Some of the step's documents give way to answers of the student's own.
             documents = [n for index in range(packs_per_step)
                          for n in sampler.pack(state["next_pack"] + index)]
             state["next_pack"] += packs_per_step
             own = round(options.on_policy * len(documents))
             asked = [prompts[order.pack(state["next_prompt"] + i)[0]].prompt for i in range(own)]
             state["next_prompt"] += own
-            answers = rollout(model, asked, 1, options.max_new_tokens, data.chat.stop_ids,
-                              options.temperature, (options.seed, step), room) if own else []
+            answers = [one.ids for one in rollout(
+                model, asked, 1, options.max_new_tokens, data.chat.stop_ids, options.temperature,
+                (options.seed, step), room)] if own else []
 
             # --- accumulate --- Changed from chapter-03: the teacher's part.
             given = packed([data.train[n] for n in documents[own:]], options)
-            written = packed([*map(document, asked, answers)], options)
+            written = packed([document(*both) for both in zip(asked, answers)], options)
             packs = [(pack, options.kd) for pack in given] + [(pack, 1.0) for pack in written]
             targets = sum(len(pack["labelled"]) for pack, _ in packs)
             taught = sum(len(pack["labelled"]) for pack, share in packs if share)
@@ -198,6 +200,7 @@ def main(argv=None):
             if stop:
                 return runs.stopped(run, state, signals)
 
+        # --- result --- Changed from chapter-03: in loops.py.
         save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)

@@ -30,7 +30,7 @@ from loops import announce, begin, finish, improves, open_run, save_result
 from lora import after_step, before_step
 from packing import PackSampler
 from pairs import PairRecords, Pairs, tiny_pairs
-from preference import LOSSES, NO_REFERENCE, READ_BY, SCORES, check_loss, collate_pairs
+from preference import LOSSES, NO_REFERENCE, READ_BY, SCORES, collate_pairs
 from quantized_model import build
 from reference import add_reference, copy_bytes, frozen_copy, scored
 from train import Options as LoopOptions, learning_rate
@@ -78,7 +78,8 @@ class Options(LoopOptions):
                 raise UserError(f"--{name.replace('_', '-')} is for --loss {' or '.join(losses)}")
             if not given and self.loss in losses:
                 setattr(self, name, default)
-        check_loss(self)
+        if (self.label_smoothing or 0) >= 0.5:
+            raise UserError("--label-smoothing must be below 0.5: at 0.5 a pair says nothing")
 
     @property
     def needs_reference(self):
@@ -226,6 +227,7 @@ def main(argv=None):
             if stop:
                 return runs.stopped(run, state, signals)
 
+        # --- result --- Changed from chapter-03: in loops.py.
         save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)

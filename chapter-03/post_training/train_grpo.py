@@ -35,7 +35,7 @@ from quantized_model import build
 from reference import add_reference, copy_bytes, frozen_copy, reference_log_probs
 from rewards import check_answers, judge, load_reward
 from rollout import rollout
-from rollout_size import add_rollout
+from batches import add_rollout
 from train import Options as LoopOptions, learning_rate
 
 CHAPTER = "03-grpo"
@@ -175,7 +175,7 @@ def main(argv=None):
             metrics.log_eval(0, eval_loss=None, **evaluate(
                 model, held_out, judges, data.chat, options, room))
 
-    # --- loop --- Changed from chapter-03: a step begins with its answers.
+    # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
     model.train()
@@ -194,11 +194,11 @@ def main(argv=None):
 
             # --- reward ---
             asked = [one for one in asked for _ in range(options.group)]
-            rewards = torch.tensor([judge(reward, *both, data.chat) for both in zip(asked, answers)])
+            rewards = torch.tensor([judge(reward, *one, data.chat) for one in zip(asked, answers)])
             rewards = rewards.view(-1, options.group)
             packs = make_packs(asked, answers, rewards, options)
 
-            # --- update --- as often as --updates says, on the same answers
+            # --- update ---
             old, gaps, lr = [], [0.0], learning_rate(step, total_steps, options)
             totals, norm = torch.zeros(3, device=device), torch.zeros(())
             for update in range(options.updates if packs else 0):
@@ -241,7 +241,7 @@ def main(argv=None):
                     group = slice(n, n + options.group)
                     samples.write({
                         "step": step, "prompt": data.chat.decode(asked[n].prompt, False),
-                        "answers": [data.chat.decode(one.ids, False) for one in answers[group]],
+                        "answers": [data.chat.decode(a.ids, False) for a in answers[group]],
                         "rewards": rewards[group], "expected": asked[n].record["expected"]})
 
             # --- evaluate --- Changed from chapter-03: by the reward.
@@ -260,6 +260,7 @@ def main(argv=None):
             if stop:
                 return runs.stopped(run, state, signals)
 
+        # --- result --- Changed from chapter-03: in loops.py.
         save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)

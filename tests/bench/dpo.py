@@ -74,7 +74,7 @@ def in_pairs(documents):
 
 def loss_options(method="lora"):
     return argparse.Namespace(loss="dpo", beta=BETA, nll=0.0, label_smoothing=0.0, gamma=0.0,
-                              method=method, dtype="bfloat16")
+                              method=method, dtype="bfloat16", needs_reference=True)
 
 
 def ours(kind, folder, dtype, adapters):

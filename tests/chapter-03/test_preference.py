@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from common.adapters import peft
 from common.data.chat import Chat
 from common.data.encode import encode
-from common.errors import UserError
 from common.weights import load_weights, read_config
 
 logprobs = load("chapter-03/post_training/logprobs.py")
@@ -39,7 +38,7 @@ METRICS = {"rewards/chosen": "reward_chosen", "rewards/rejected": "reward_reject
 
 def options(loss="dpo", beta=0.1, label_smoothing=0.1, gamma=1.0, nll=0.0, **more):
     return SimpleNamespace(loss=loss, beta=beta, label_smoothing=label_smoothing, gamma=gamma,
-                           nll=nll, **more)
+                           nll=nll, needs_reference=loss not in preference.NO_REFERENCE, **more)
 
 
 def means(scores, count):
@@ -358,16 +357,6 @@ def test_orpo_is_finite_for_a_token_that_is_certain():
     for found, (w, l) in zip(losses.tolist(), inner.tolist()):
         assert found == pytest.approx(expected_loss(options("orpo"), (w, l), (0, 0), (1, 1)),
                                       rel=1e-9)
-
-
-def test_options_that_make_no_sense_with_pairs_are_refused():
-    fine = dict(dropout=0.0, compile=False)
-    preference.check_loss(options(**fine))
-    preference.check_loss(options(label_smoothing=0.49, beta=1e-3, **fine))
-    for wrong, word in ((dict(dropout=0.1), "--dropout"), (dict(compile=True), "--compile"),
-                        (dict(label_smoothing=0.5), "--label")):
-        with pytest.raises(UserError, match=word):
-            preference.check_loss(options(**{**fine, **wrong}))
 
 
 # --- pairs in a pack, and a model ---

@@ -14,6 +14,7 @@ from common.adapters import peft
 from common.weights import load_weights, read_config
 
 logprobs = load("chapter-03/post_training/logprobs.py")
+preference = load("chapter-03/post_training/preference.py")
 reference_file = load("chapter-03/post_training/reference.py")
 train_dpo = load("chapter-03/post_training/train_dpo.py")
 adapters_off, lora = reference_file.adapters_off, ch3_models.lora
@@ -25,7 +26,8 @@ CASES += [(method, "nf4") for method in ("lora", "dora", "vera")]
 
 
 def options(method="lora", loss="dpo", dtype="float32", **more):
-    return SimpleNamespace(method=method, loss=loss, dtype=dtype, **more)
+    return SimpleNamespace(method=method, loss=loss, dtype=dtype,
+                           needs_reference=loss not in preference.NO_REFERENCE, **more)
 
 
 @torch.no_grad()
@@ -217,7 +219,7 @@ def test_the_flops_of_a_step_with_a_reference(method, base, tied, capsys):
 
     plain = predict.costs(model, [10, 10], how, 8)
     for loss in ("simpo", "orpo"):
-        how.loss = loss
+        how.loss, how.needs_reference = loss, False
         unchanged = reference_file.add_reference(plain, model, how)
         assert unchanged.flops == without.flops and unchanged == without
     assert not capsys.readouterr().out

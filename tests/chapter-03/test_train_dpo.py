@@ -146,7 +146,7 @@ def test_its_adapter_is_asked_and_merged(options, tmp_path, capsys):
 
 QUICK = "full", "lora", "pissa", "delta-lora"
 METHODS = [*(pytest.param(method, DENSE, marks=[] if method in QUICK else pytest.mark.slow)
-             for method in train.lora.METHODS),
+             for method in load("chapter-03/lora.py").METHODS),
            ("lora", ("--quantize", "nf4")),
            pytest.param("dora", ("--double-quant",), marks=pytest.mark.slow)]
 

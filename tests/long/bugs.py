@@ -202,8 +202,9 @@ DPO = [("dpo", *bug) for bug in [
     ("the odds of a certain token", [
         (POST + "preference.py", "a.clamp(max=-1e-6)", "a")],
      PAIRS + "test_orpo_is_finite_for_a_token_that_is_certain"),
-    ("dropout", [(POST + "preference.py", "if options.dropout:", "if False:")],
-     PAIRS + "test_options_that_make_no_sense_with_pairs_are_refused"),
+    ("dropout", [(POST + "loops.py", "if options.dropout:", "if False:")],
+     "tests/chapter-03/test_train_dpo.py::"
+     "test_wrong_use_is_one_line_and_leaves_nothing"),
     ("the mean of a pack, whatever its pairs", [
         (POST + "train_dpo.py", "(losses.sum() / count).backward()", "losses.mean().backward()")],
      PAIRS + "test_a_step_divides_by_all_of_its_pairs"),

@@ -5,7 +5,7 @@ import torch
 from common import memory
 from common.predict import SHARE
 from common.ranks import say
-from packing import PackSampler, packed_sequence_collate_fn
+from packing import IGNORE, PackSampler, packed_sequence_collate_fn
 
 
 def batches(lengths, group, limit, room):
@@ -40,6 +40,12 @@ def add_rollout(predicted, config, options, answers, longest):
         predicted["KV cache beyond a step"] = beyond
     say(f"rollout     {rows} of {answers} answers at a time: {memory.readable_bytes(rows * row)}")
     return rows * longest
+
+
+def document(prompt, answer):
+    """(input_ids, labels) of lists of token ids, of which the answer is trained."""
+    ids = torch.tensor(prompt + answer)
+    return ids, ids.masked_fill(torch.arange(len(ids)) < len(prompt), IGNORE)
 
 
 def pack_rows(lengths, batch_tokens):
