@@ -71,7 +71,8 @@ def problems(chat, documents, records, limit, **variables):
         raise UserError("--data virtual: random tokens are no questions")
     numbers = None if documents is None else {*documents.documents["record"].tolist()}
     found, left_out = [], 0
-    for number, record in enumerate(tqdm(records, "prompts", delay=2, leave=False)):
+    for number, record in enumerate(tqdm(records, "prompts", delay=2, leave=False,
+                                            disable=None)):
         if numbers is not None and number not in numbers:
             continue
         messages, prompt = record.get("messages", []), []
