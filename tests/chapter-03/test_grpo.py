@@ -20,6 +20,7 @@ loss_file = load("chapter-03/loss.py")
 reference_file = load("chapter-03/post_training/reference.py")
 rollout_file = load("chapter-03/post_training/rollout.py")
 prompts_file = load("chapter-03/post_training/prompts.py")
+train_grpo = load("chapter-03/post_training/train_grpo.py")
 advantages, divisors, policy_loss = grpo.advantages, grpo.divisors, grpo.policy_loss
 Answer = rollout_file.Answer
 
@@ -433,7 +434,7 @@ def test_scores_of_a_step():
     answers = [Answer([1] * n, [-1.0] * n, [0.25 * n] * n, end) for n, end in (
         (1, True), (2, False), (3, True), (2, True), (4, False), (4, True), (1, True), (1, True))]
     rewards = torch.tensor([[1.0, 1], [0, 0], [0.25, 0.75], [-1, -1]])
-    found = grpo.group_scores(rewards, answers)
+    found = train_grpo.summary(rewards, answers)
     tokens = 1 + 2 + 3 + 2 + 4 + 4 + 1 + 1
     assert found == pytest.approx({
         "reward": 1 / 8, "reward_std": (0.125**0.5) / 4, "degenerate": 3 / 4, "all_right": 1 / 4,
@@ -445,7 +446,7 @@ def test_scores_of_a_step():
 def test_a_group_that_got_half_of_the_reward_is_not_right():
     """A reward of 1 is solved (rewards.py); shaped rewards are often alike and below it."""
     answers = [Answer([1], [-1.0], [0.5], True)] * 6
-    found = grpo.group_scores(torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.0, 0.0]]), answers)
+    found = train_grpo.summary(torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.0, 0.0]]), answers)
     assert found["degenerate"] == 1 and found["all_right"] == pytest.approx(1 / 3)
 
 

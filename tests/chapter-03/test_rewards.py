@@ -19,7 +19,7 @@ prompts_file = load("chapter-03/post_training/prompts.py")
 rollout_file = load("chapter-03/post_training/rollout.py")
 judge, load_reward, check_answers = rewards.judge, rewards.load_reward, rewards.check_answers
 Problem, Problems, problems = prompts_file.Problem, prompts_file.Problems, prompts_file.problems
-END = prompts_file.END
+MARK = prompts_file.MARK
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +77,18 @@ def test_gsm8k(text, strict, lenient, marked):
 @pytest.mark.xfail(strict=True, reason="FAULT: a last marker without a number is passed over")
 def test_only_the_last_marker_counts_even_if_no_number_follows():
     assert rewards.gsm8k({"expected": TRUTH}, "#### 1005\n#### I do not know") == 0
-    assert rewards.marked_number("#### 5 #### none") is None
+    assert rewards.number("#### 5 #### none", "####") is None
 
 
 @pytest.mark.parametrize("text, number", [
-    ("#### -3", "-3"), ("#### -$3.50", "-3.5"), ("#### $-3.50", "-3.5"), ("#### .5", "0.5"),
+    ("#### -3", "-3"), ("#### -$3.50", "-3.5"), ("#### $0.50", "0.5"), ("#### .5", "0.5"),
     ("#### -.5", "-0.5"), ("#### 0.1", "0.1"), ("#### 1,234,567.89", "1234567.89"),
     ("#### 007", "7"), ("#### 0", "-0"), ("#### 5%", "5"), ("#### 3.14.15", "3.14"),
     ("#### " + "9" * 3000, "9" * 3000), ("#### 1e5", "1"), ("#### ,5", None), ("#### $", None),
     ("#### -", None), ("#### NaN", None), ("#### Infinity", None),
 ])
 def test_numbers(text, number):
-    found = rewards.marked_number(text)
+    found = rewards.number(text, "####")
     assert found == (None if number is None else Decimal(number))
     if number is not None:  # not as floats: they would take neighbours for the same
         assert rewards.gsm8k({"expected": f"#### {number}"}, text) == 1
@@ -153,15 +153,12 @@ def test_it_sees_the_text_without_the_stop_token_and_the_record_as_it_is(chat):
 
 
 @pytest.mark.parametrize("name, parts", [
-    ("mine/none.py:plain", ["there is no file mine/none.py"]),
-    ("own.py:plain", ["there is no file own.py"]),
-    ("mine/own.py:plian", ["mine/own.py has no function 'plian'"]),
-    ("mine/own.py:number", ["has no function 'number'"]),
-    ("mine/own.py:", ["has no function ''"]),
-    ("mine/own.py", ["neither FILE.py:function nor one of exact, letters, gsm8k"]),
-    ("gsm8", ["neither FILE.py:function nor one of", "did you mean gsm8k?"]),
-    ("mine/own.txt:plain", ["neither FILE.py:function"]), ("", ["neither"]),
-    ("mine:plain", ["neither"]),
+    ("mine/none.py:plain", ["FILE.py:function of a file that is there"]),
+    ("own.py:plain", ["a file that is there"]), ("mine/own.py:plian", ["'plian'"]),
+    ("mine/own.py:", ["attribute ''"]),
+    ("mine/own.py", ["neither exact, letters, gsm8k nor FILE.py:function"]),
+    ("gsm8", ["neither exact", "did you mean gsm8k?"]), ("mine/own.txt:plain", ["neither"]),
+    ("mine:plain", ["neither"]), ("", ["neither"]),
 ])
 def test_what_is_no_reward_is_one_line(own, name, parts):
     with refused(f"--reward {name}", *parts):
@@ -190,13 +187,13 @@ def test_a_file_may_have_a_dataclass(own):
 
 
 @pytest.mark.parametrize("text, parts", [
-    ("none", ["gave None"]), ("nan", ["gave nan"]), ("inf", ["gave -inf"]),
+    ("none", ["NoneType"]), ("nan", ["finite number, not nan"]), ("inf", ["number, not -inf"]),
     ("list", ["failed: TypeError"]), ("word", ["failed: ValueError"]),
     ("else", ["failed: KeyError: 'else'"]),
 ])
 def test_what_is_no_number_names_the_problem(own, chat, text, parts):
     reward, _ = load_reward("mine/own.py:gives")
-    with refused("data.jsonl:7: the reward function", *parts):
+    with refused("data.jsonl:7: the reward", *parts):
         judge(reward, problem(), answer(chat, text), chat)
 
 
@@ -227,14 +224,14 @@ def test_an_unfinished_answer_gets_nothing_unasked(chat):
     pytest.param("exact", "", ["--reward exact needs an expected answer", "it is missing"],
                  marks=pytest.mark.xfail(strict=True, reason="FAULT: one_line('') is 'str'")),
     ("exact", "", ["--reward exact needs an expected answer"]),
-    ("letters", " \n", ["--reward letters needs"]), ("gsm8k", "", ['"#### " and a number']),
-    ("gsm8k", "It is 42.", ['"#### " and a number', "It is 42."]),
+    ("letters", " \n", ["--reward letters needs"]), ("gsm8k", "", ['"####" and a number']),
+    ("gsm8k", "It is 42.", ['"####" and a number', "It is 42."]),
     ("gsm8k", "#### none", ["#### none"]),
 ])
 def test_a_built_in_reward_needs_something_to_compare_with(name, expected, parts):
     fine = problem("#### 4", "data.jsonl:1")
     check_answers(name, [fine])
-    with refused("data.jsonl:7", "one's own needs none", *parts):
+    with refused("data.jsonl:7", "one of your own needs none", *parts):
         check_answers(name, [fine, problem(expected), problem("", "data.jsonl:9")])
     check_answers("mine/own.py:plain", [fine, problem(expected)])
 
@@ -261,7 +258,7 @@ SHAPES = {
     "messages that end with the user": ({"messages": [*EARLIER, ASK]}, [*EARLIER, ASK], ""),
     "question and answer": ({"question": U, "answer": A}, [ASK], A),
     "question alone": ({"question": U}, [ASK], ""),
-    "gsm8k": ({"question": U, "answer": TRUTH}, [{**ASK, "content": U + END}], TRUTH),
+    "gsm8k": ({"question": U, "answer": TRUTH}, [{**ASK, "content": U + MARK}], TRUTH),
     "several turns": ({"messages": [SYSTEM, *EARLIER, ASK, RIGHT]}, [SYSTEM, *EARLIER, ASK], A),
     "history": ({"instruction": U, "output": A, "history": [["Hi", "Hello."]]},
                 [*EARLIER, ASK], A),
@@ -337,8 +334,8 @@ def test_thinking_can_be_switched_off(tmp_path):
 
 
 @pytest.mark.parametrize("example, parts", [
-    ({"text": "Once upon a time"}, ["a text is no question"]),
-    ({"text": "x", "other": 1}, ["a text is no question"]),
+    ({"text": "Once upon a time"}, ["a text has no question"]),
+    ({"text": "x", "other": 1}, ["a text has no question"]),
     ({"instruction": U}, ["fit no known format"]), ({"question": 5, "answer": "6"}, ["no known"]),
     ({"prompt": 5}, ["'prompt' must be text"]), ({"completion": A}, ["fit no known format"]),
     ({}, ["fit no known format"]), ([1], ["a JSON object"]), ("x", ["a JSON object"]),
@@ -351,7 +348,7 @@ def test_what_is_no_question_is_one_line(example, parts, tmp_path):
 
 
 def test_rendered_texts_are_refused(tmp_path):
-    with refused("--rendered"):
+    with refused("a.jsonl:1", "a text has no question"):
         list(Problems(write(tmp_path / "a.jsonl", [{"text": "x"}]), rendered=True))
 
 

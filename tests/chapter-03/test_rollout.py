@@ -15,10 +15,9 @@ from common.asking.generation import generate
 from common.predict import Prediction
 
 rollout_file = load("chapter-03/post_training/rollout.py")
-size_file = load("chapter-03/post_training/rollout_size.py")
+batches_file = load("chapter-03/post_training/batches.py")
 logprobs = load("chapter-03/post_training/logprobs.py")
-rollout, draw, document, Answer = (
-    rollout_file.rollout, rollout_file.draw, rollout_file.document, rollout_file.Answer)
+rollout, draw, document = rollout_file.rollout, rollout_file.draw, batches_file.document
 
 LIMIT, GROUP = 12, 3
 PROMPTS = [torch.randint(96, (n,), generator=torch.Generator().manual_seed(n)).tolist()
@@ -75,7 +74,7 @@ CASES = [("dense", "full"), ("dense", "lora"), ("nf4", "full"), ("nf4", "lora"),
 def trained_log_probs(model, temperature, answers):
     """log p of the answers' tokens in one packed pass, as train_grpo.py computes it."""
     asked = [prompt for prompt in PROMPTS for _ in range(GROUP)]
-    pack = ch3_models.packing.packed_sequence_collate_fn([*map(document, asked, answers)])
+    pack = ch3_models.packing.packed_sequence_collate_fn([*map(document, asked, ids_of(answers))])
     model.loss = lambda hidden, *rest: logprobs.chunked_log_probs(hidden / temperature, *rest)
     with torch.no_grad():
         logits = model(**ch3_models.inputs_of(pack))[pack["labelled"]]
@@ -152,7 +151,7 @@ def test_the_stop_token_is_kept_and_trained_and_cut_answers_are_told(model, stop
 
 
 def test_a_document_is_a_prompt_and_its_answer_which_alone_is_trained():
-    ids, labels = document([5, 6, 7], Answer([8, 2]))
+    ids, labels = document([5, 6, 7], [8, 2])
     assert ids.tolist() == [5, 6, 7, 8, 2] and labels.tolist() == [-100, -100, -100, 8, 2]
     pack = ch3_models.packing.packed_sequence_collate_fn([(ids, labels)])
     assert pack["labels"].tolist() == [-100, -100, 8, 2, -100]  # the stop token has one too
@@ -281,8 +280,7 @@ def test_what_does_not_fit_the_model_is_one_line(model):
     longest = model.config.max_position_embeddings
     assert longest == 128
     rollout(model, [PROMPTS[0] * 17 + [1]], 2, 8, set())  # 120 + 8
-    with refused("a prompt of 121 tokens and 8 new ones", "the model takes 128",
-                 "--max-new-tokens"):
+    with refused("129 tokens, more than the model takes", "--max-new-tokens"):
         rollout(model, [PROMPTS[1], PROMPTS[0] * 17 + [1, 2]], 2, 8, set())
 
 
@@ -305,7 +303,7 @@ def test_batches_hold_every_row_once_and_fit():
         count, group, limit = random.integers(1, 9), random.integers(1, 6), random.integers(1, 20)
         lengths = random.integers(1, 30, count).tolist()
         room = int(random.integers(1, 400))
-        found = size_file.batches(lengths, group, limit, room)
+        found = batches_file.batches(lengths, group, limit, room)
         assert sorted(sum(found, [])) == list(range(count * group)) and all(found)
         longest = [max(lengths[row // group] for row in rows) + limit for rows in found]
         assert all(len(rows) == 1 or len(rows) * most <= room
@@ -314,8 +312,8 @@ def test_batches_hold_every_row_once_and_fit():
         for rows, (after, *_) in zip(found, found[1:]):
             assert (len(rows) + 1) * (lengths[after // group] + limit) > room
         assert longest == sorted(longest)  # prompts of like length together
-    assert size_file.batches([3, 5], 2, 4, 2**62) == [[0, 1, 2, 3]]
-    assert size_file.batches([9, 1, 9], 2, 1, 20) == [[2, 3], [0, 1], [4, 5]]
+    assert batches_file.batches([3, 5], 2, 4, 2**62) == [[0, 1, 2, 3]]
+    assert batches_file.batches([9, 1, 9], 2, 1, 20) == [[2, 3], [0, 1], [4, 5]]
 
 
 class Seen(rollout_file.KVCache):
@@ -347,7 +345,7 @@ def test_room_is_counted_as_the_caches_tensors_are(dtype, monkeypatch, capsys):
     def asked(free, answers, **more):
         predicted = Prediction({"weights": 5000, "optimizer moments": 700, **more,
                                 "activations": free - 100, "gradients": 100})
-        found = size_file.add_rollout(predicted, model.config, options, answers, longest)
+        found = batches_file.add_rollout(predicted, model.config, options, answers, longest)
         return found, predicted.pop("KV cache beyond a step", 0), predicted.peak
     for fit, free in ((4, 4 * row), (3, 4 * row - 1), (4, 5 * row - 1)):
         assert asked(free, 100) == (fit * longest, 0, 5700 + free)
@@ -362,7 +360,7 @@ def test_a_teacher_leaves_its_memory_to_nobody():
     """train_distill.py adds "teacher" to what is predicted, and it is there during a rollout."""
     config = ch3_models.build().config
     options = SimpleNamespace(device="cpu", dtype="float32")
-    found = [size_file.add_rollout(Prediction({"weights": 5000, "activations": 10**5, name: 10**6}),
+    found = [batches_file.add_rollout(Prediction({"weights": 5000, "activations": 10**5, name: 10**6}),
                                    config, options, 100, 20)
              for name in ("reference model", "teacher")]
     assert found[0] == found[1]
@@ -376,7 +374,7 @@ def test_a_rollout_needs_no_more_than_predicted(count):
     limit, prompts = 250, [one * 3 for one in PROMPTS]
     longest = max(map(len, prompts)) + limit
     row = 2 * 2 * 16 * 4 * (3 + 1) * longest + 4 * 96
-    room = size_file.add_rollout(Prediction({"activations": count * row}), model.config, options,
+    room = batches_file.add_rollout(Prediction({"activations": count * row}), model.config, options,
                                  15, longest)
     assert room == count * longest
     stops = {5, 40, 77}  # a few end, and the cache is copied
