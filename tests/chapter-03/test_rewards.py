@@ -356,7 +356,8 @@ def test_rendered_texts_are_refused(tmp_path):
 @pytest.mark.parametrize("example", [
     {"prompt": U, "completion": None}, {"prompt": U, "text": None},
     {"prompt": U, "messages": None}, {"question": U, "answer": A, "messages": None},
-    {"question": U, "answer": A, "prompt": None, "completion": None}])
+    {"question": U, "answer": A, "prompt": None, "completion": None},
+    {"question": U, "answer": float("nan")}])
 def test_null_is_absent(example):
     """As tables have it, where each row has every column."""
     record = Problems.convert(example, "f:1", {})

@@ -360,9 +360,9 @@ def test_a_teacher_leaves_its_memory_to_nobody():
     """train_distill.py adds "teacher" to what is predicted, and it is there during a rollout."""
     config = ch3_models.build().config
     options = SimpleNamespace(device="cpu", dtype="float32")
-    found = [batches_file.add_rollout(Prediction({"weights": 5000, "activations": 10**5, name: 10**6}),
-                                   config, options, 100, 20)
-             for name in ("reference model", "teacher")]
+    found = [batches_file.add_rollout(Prediction({
+        "weights": 5000, "activations": 10**5, name: 10**6}), config, options, 100, 20)
+        for name in ("reference model", "teacher")]
     assert found[0] == found[1]
 
 
