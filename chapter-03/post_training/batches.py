@@ -30,7 +30,7 @@ def add_rollout(predicted, config, options, answers, longest):
     row = 2 * config.num_key_value_heads * config.head_dim * c * (config.num_hidden_layers + 1)
     row = row * longest + c * config.vocab_size
     stays = sum(predicted.get(name, 0) for name in (
-        "weights", "optimizer moments", "reference model"))
+        "weights", "optimizer moments", "reference model", "teacher"))
     free = predicted.peak - stays
     if options.device == "cuda":
         free = max(free, int(SHARE * torch.cuda.get_device_properties(0).total_memory) - stays)

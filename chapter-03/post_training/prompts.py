@@ -22,7 +22,7 @@ from common.ranks import say
 from common.tiny import skills
 
 SKILL = "add"  # of --data tiny
-NO_ANSWER = "-"  # stands for one that the data do not have
+NO_ANSWER = "(none)"  # stands for one that the data do not have
 MARK = '\n\nEnd with a line that has only "#### " and the number.'
 
 
@@ -45,12 +45,15 @@ class Problems(Records):
     def convert(value, where, ignored, rendered=False):
         """As `formats.convert`; a text and a rendered conversation are refused."""
         example = value
+        if isinstance(value, dict):  # null, and NaN, which is pandas' null, count as absent
+            value = {key: one for key, one in value.items() if one is not None and one == one}
         if isinstance(value, dict) and not any(value.keys() >= {*keys} for keys in FORMATS):
             if isinstance(value.get("question"), str):
-                mark = MARK if "####" in str(value.get("answer")) else ""
-                value = {"prompt": value["question"] + mark, "completion": value.get("answer")}
-            if value.get("completion") is None:
-                value = {**value, "completion": NO_ANSWER}
+                answer = str(value.get("answer", NO_ANSWER))
+                value = {"prompt": value["question"] + MARK * ("####" in answer),
+                         "completion": answer}
+            if "prompt" in value:
+                value = {"completion": NO_ANSWER, **value}
         record = convert(value, where, {})  # a reward may read any key, so that none is unused
         if "messages" not in record or rendered:
             raise UserError(f"{where}: a text has no question: give a prompt, or messages")
@@ -71,8 +74,8 @@ def problems(chat, documents, records, limit, **variables):
         raise UserError("--data virtual: random tokens are no questions")
     numbers = None if documents is None else {*documents.documents["record"].tolist()}
     found, left_out = [], 0
-    for number, record in enumerate(tqdm(records, "prompts", delay=2, leave=False,
-                                            disable=None)):
+    for number, record in enumerate(tqdm(
+            records, "prompts", delay=2, leave=False, disable=None)):
         if numbers is not None and number not in numbers:
             continue
         messages, prompt = record.get("messages", []), []

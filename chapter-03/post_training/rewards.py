@@ -8,6 +8,7 @@ answer without an end (no stop token) gets 0 unasked.
 import importlib.util
 import math
 import re
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -31,8 +32,8 @@ def letters(record, answer):
 def number(text, mark=""):
     """The last number of a text, or the last behind a mark, as a Decimal, or None. 1,000 and
     $1000.00 are the same; nothing is evaluated."""
-    found = re.findall(rf"{mark}\s*({NUMBER})", text)
-    return Decimal(re.sub(r"[$,]", "", found[-1])) if found else None
+    found = re.findall(rf"{mark}(?:\s*({NUMBER}))?" if mark else f"({NUMBER})", text)
+    return Decimal(re.sub(r"[$,]", "", found[-1])) if found and found[-1] else None
 
 
 def gsm8k(record, answer):
@@ -65,12 +66,15 @@ def load_reward(name):
         raise UserError(f"--reward {name}: neither {', '.join(REWARDS)} nor FILE.py:function of a "
                         f"file that is there{nearest(name, REWARDS)}")
     spec = importlib.util.spec_from_file_location("own_reward", file)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return getattr(module, function), {}
+        found = getattr(module, function)
     except Exception as error:
         raise UserError(f"--reward {name}: {type(error).__name__}: {one_line(error)}") from error
+    if not callable(found):
+        raise UserError(f"--reward {name}: that is no function")
+    return found, {}
 
 
 def check_answers(name, problems):
@@ -80,7 +84,7 @@ def check_answers(name, problems):
         if not expected.strip() or name == "gsm8k" and number(expected, "####") is None:
             wanted = ' with "####" and a number' * (name == "gsm8k")
             raise UserError(f"{one.where}: --reward {name} needs an expected answer{wanted}, but it"
-                            f" is {one_line(expected) or 'missing'}; one of your own needs none")
+                            f" is {one_line(repr(expected))}; one of your own needs none")
 
 
 def judge(reward, problem, answer, chat):

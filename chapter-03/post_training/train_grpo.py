@@ -25,7 +25,7 @@ from common.errors import one_line, run_main
 from common.metrics import COLUMNS, Metrics
 from common.options import option
 from common.ranks import any_rank, say
-from grpo import SAME, live_groups, make_packs, policy_loss
+from grpo import live_groups, make_packs, policy_loss
 from logprobs import chunked_log_probs
 from loops import announce, begin, finish, improves, open_run, save_result
 from lora import after_step, before_step
@@ -44,7 +44,7 @@ TINY = {"lr": {"full": 2e-4, "vera": 2e-2, "lora+": 1e-3, "default": 4e-3}, "war
         "eval_every": 20, "save_every": 40, "delta_start": 40, "max_new_tokens": 24}
 REAL = {"lr": {"full": 1e-6, "vera": 2e-4, "default": 1e-5}, "warmup": 10, "rank": 16,
         "alpha": 32.0, "max_new_tokens": 256}
-GAP = 0.05  # of log p between drawing and training, above which something may be wrong
+GAP = 0.05  # mean difference of a token's log p between drawing and training that is noted
 ASKED = 200  # held-out prompts of an evaluation
 SAMPLES = 20e6  # bytes of samples.jsonl
 SCREEN = {"step": COLUMNS["step"], "reward": ("reward", 9, "{:.3f}".format),
@@ -115,10 +115,10 @@ def show(chat, problem, answer, reward):
 
 def summary(rewards, answers):
     """{name: mean} of a step's rewards (P, G) and Answers."""
-    alike, first = ~live_groups(rewards), rewards[:, 0] > SAME
+    alike, solved = ~live_groups(rewards), rewards[:, 0] >= 1
     tokens = sum(len(one.ids) for one in answers)
     means = {"reward": rewards, "reward_std": rewards.std(1), "degenerate": alike,
-             "all_right": alike & first, "all_wrong": alike & ~first}
+             "all_right": alike & solved, "all_wrong": alike & ~solved}
     return {**{name: value.float().mean().item() for name, value in means.items()},
             "answer_tokens": tokens / len(answers),
             "truncated": sum(not one.finished for one in answers) / len(answers),
@@ -199,14 +199,14 @@ def main(argv=None):
             packs = make_packs(asked, answers, rewards, options)
 
             # --- update ---
-            old, gaps, lr = [], [0.0], learning_rate(step, total_steps, options)
+            old, gaps, lr = [], [], learning_rate(step, total_steps, options)
             totals, norm = torch.zeros(3, device=device), torch.zeros(())
             for update in range(options.updates if packs else 0):
                 for n, (pack, beside) in enumerate(packs):
                     log_p = model(**pack)
                     if update == 0:
                         old.append(log_p.detach())
-                        gaps.append((old[n] - beside["sampled"]).abs().max().item())
+                        gaps.append((old[n] - beside["sampled"]).abs().sum().item())
                     log_ref = reference_log_probs(model, pack, reference) if options.kl else None
                     loss, *counts = policy_loss(pack, beside, log_p, old[n], log_ref, options)
                     loss.backward()
@@ -223,15 +223,16 @@ def main(argv=None):
 
             # --- log --- Changed from chapter-03: rewards come first.
             loss, clipped, kl = (totals / options.updates).tolist()
+            gap = sum(gaps) / max(1, sum(len(pack["labelled"]) for pack, _ in packs))
             drawn = sum(len(one.ids) for one in answers)
             tokens = drawn + sum(len(one.prompt) for one in asked)
             state["step"], state["tokens"] = step, state["tokens"] + tokens
             metrics.log_step(step, loss, lr, norm.item(), tokens, time.perf_counter() - started,
                              memory.peak_memory_bytes(device), None, **summary(rewards, answers),
-                             rollout_seconds=rollout_seconds, sampler_gap=max(gaps),
+                             rollout_seconds=rollout_seconds, sampler_gap=gap,
                              clipped=clipped / drawn, kl=kl / drawn if options.kl else None)
-            if max(gaps) > GAP:
-                say(f"note: log p differs by {max(gaps):.2f} between drawing and training")
+            if gap > GAP:
+                say(f"note: log p of a token differs by {gap:.2f} between drawing and training")
             rewards = rewards.flatten().tolist()
             if step % options.log_every == 0 or step == total_steps:
                 n = step % len(asked)

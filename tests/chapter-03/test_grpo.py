@@ -442,7 +442,6 @@ def test_scores_of_a_step():
         "entropy": sum(0.25 * len(one.ids)**2 for one in answers) / tokens})
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: all_right counts a group whose answers all got 0.5")
 def test_a_group_that_got_half_of_the_reward_is_not_right():
     """A reward of 1 is solved (rewards.py); shaped rewards are often alike and below it."""
     answers = [Answer([1], [-1.0], [0.5], True)] * 6

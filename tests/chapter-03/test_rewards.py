@@ -74,7 +74,6 @@ def test_gsm8k(text, strict, lenient, marked):
         "last_number": lenient, "marked": marked}
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: a last marker without a number is passed over")
 def test_only_the_last_marker_counts_even_if_no_number_follows():
     assert rewards.gsm8k({"expected": TRUTH}, "#### 1005\n#### I do not know") == 0
     assert rewards.number("#### 5 #### none", "####") is None
@@ -177,7 +176,6 @@ def test_a_file_that_fails_is_one_line(own, source, parts):
         load_reward("mine/bad.py:f")
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: the module is not in sys.modules while it runs")
 def test_a_file_may_have_a_dataclass(own):
     (own / "data.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -221,9 +219,7 @@ def test_an_unfinished_answer_gets_nothing_unasked(chat):
 
 
 @pytest.mark.parametrize("name, expected, parts", [
-    pytest.param("exact", "", ["--reward exact needs an expected answer", "it is missing"],
-                 marks=pytest.mark.xfail(strict=True, reason="FAULT: one_line('') is 'str'")),
-    ("exact", "", ["--reward exact needs an expected answer"]),
+    ("exact", "", ["--reward exact needs an expected answer", "it is ''"]),
     ("letters", " \n", ["--reward letters needs"]), ("gsm8k", "", ['"####" and a number']),
     ("gsm8k", "It is 42.", ['"####" and a number', "It is 42."]),
     ("gsm8k", "#### none", ["#### none"]),
@@ -352,7 +348,6 @@ def test_rendered_texts_are_refused(tmp_path):
         list(Problems(write(tmp_path / "a.jsonl", [{"text": "x"}]), rendered=True))
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: null does not count as absent (common/README.md)")
 @pytest.mark.parametrize("example", [
     {"prompt": U, "completion": None}, {"prompt": U, "text": None},
     {"prompt": U, "messages": None}, {"question": U, "answer": A, "messages": None},
@@ -364,7 +359,6 @@ def test_null_is_absent(example):
     assert record["messages"][0] == ASK
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: - is taken for the stand-in of a missing answer")
 def test_a_dash_may_be_the_answer(tmp_path, chat):
     one, = asked(write(tmp_path / "a.jsonl", [{"prompt": U, "completion": "-"}]), chat)
     assert one.record["expected"] == "-"

@@ -355,7 +355,6 @@ def test_room_is_counted_as_the_caches_tensors_are(dtype, monkeypatch, capsys):
     assert "4 of 100 answers at a time" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: a teacher of its own stays in memory too")
 def test_a_teacher_leaves_its_memory_to_nobody():
     """train_distill.py adds "teacher" to what is predicted, and it is there during a rollout."""
     config = ch3_models.build().config
