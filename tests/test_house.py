@@ -68,7 +68,7 @@ def test_each_planted_bug_finds_its_place_once():
     spec = importlib.util.spec_from_file_location("planted", ROOT / "tests/long/bugs.py")
     planted = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planted)
-    for row, what, changes, *_ in planted.BUGS + planted.DPO:
+    for row, what, changes, *_ in planted.BUGS + planted.DPO + planted.REWARDED:
         for file, old, _ in changes:
             found = (ROOT / file).read_text(encoding="utf-8").count(old)
             assert found == 1, f"row {row}, {what}: {file} has it {found} times"

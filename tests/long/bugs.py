@@ -203,7 +203,7 @@ DPO = [("dpo", *bug) for bug in [
         (POST + "preference.py", "a.clamp(max=-1e-6)", "a")],
      PAIRS + "test_orpo_is_finite_for_a_token_that_is_certain"),
     ("dropout", [(POST + "loops.py", "if options.dropout:", "if False:")],
-     "tests/chapter-03/test_train_dpo.py::"
+     "chapter-03/test_train_dpo.py::"
      "test_wrong_use_is_one_line_and_leaves_nothing"),
     ("the mean of a pack, whatever its pairs", [
         (POST + "train_dpo.py", "(losses.sum() / count).backward()", "losses.mean().backward()")],
@@ -228,6 +228,247 @@ DPO = [("dpo", *bug) for bug in [
     ("the reference moves with the policy", [
         (POST + "reference.py", "copy.deepcopy(model).to(dtype).requires_grad_(False).eval()",
          "model")], REFERENCE + "test_a_frozen_copy_is_the_model_as_it_was"),
+]]
+ROLLOUT, GRPO, REWARDS, DISTILL = (f"chapter-03/test_{name}.py::" for name in (
+    "rollout", "grpo", "rewards", "distill"))
+REWARDED = [("rewards", *bug) for bug in [
+    ("the prompt is trained too", [
+        (POST + "batches.py", "torch.arange(len(ids)) < len(prompt)",
+         "torch.arange(len(ids)) < 0")],
+     ROLLOUT + "test_a_document_is_a_prompt_and_its_answer_which_alone_is_trained"),
+    ("the weights are shifted by one", [
+        (POST + "grpo.py", 'nothing.index_put((pack["labelled"],), value.float())',
+         'nothing.index_put((pack["labelled"] + 1,), value.float())')],
+     GRPO + "test_a_pack_has_each_answers_numbers_where_its_tokens_are_predicted"),
+    ("the stop token is dropped", [
+        (POST + "rollout.py", "            for values, value in zip((one.ids,",
+         "            for values, value in () if new[0] in stop_ids else zip((one.ids,")],
+     ROLLOUT + "test_the_stop_token_is_kept_and_trained_and_cut_answers_are_told"),
+    ("only one stop id counts", [
+        (POST + "rollout.py", "new[0] in stop_ids", "new[0] == min(stop_ids, default=-1)")],
+     ROLLOUT + "test_the_stop_token_is_kept_and_trained_and_cut_answers_are_told"),
+    ("a cut answer counts as finished", [
+        (POST + "rollout.py", "one.finished = new[0] in stop_ids",
+         "one.finished = new[0] in stop_ids or len(one.ids) == limit")],
+     ROLLOUT + "test_the_stop_token_is_kept_and_trained_and_cut_answers_are_told"),
+    ("tokens are drawn at temperature 1", [
+        (POST + "rollout.py", "(temperature or 1)", "1")],
+     ROLLOUT + "test_tokens_are_drawn_from_exactly_the_softmax"),
+    ("the log p that is kept is that at temperature 1", [
+        (POST + "rollout.py", "log_p.gather(1, token)[:, 0], -(p",
+         "rows.float().log_softmax(-1).gather(1, token)[:, 0], -(p")],
+     ROLLOUT + "test_log_probs_are_those_of_the_training_pass"),
+    ("top-k is left on", [
+        (POST + "rollout.py", "        p = log_p.exp()\n",
+         "        p = log_p.exp() * (log_p >= log_p.topk(20).values[:, -1:])\n")],
+     ROLLOUT + "test_tokens_are_drawn_from_exactly_the_softmax"),
+    ("top-p is left on", [
+        (POST + "rollout.py", "u[:, None] * sums[:, -1:]", "0.99 * u[:, None] * sums[:, -1:]")],
+     ROLLOUT + "test_tokens_are_drawn_from_exactly_the_softmax"),
+    ("a draw of 0 takes the first token, however impossible", [
+        (POST + "rollout.py", "right=True", "right=False")],
+     ROLLOUT + "test_an_impossible_token_is_never_drawn"),
+    ("the entropy of impossible tokens is no number", [
+        (POST + "rollout.py", "nansum", "sum")],
+     ROLLOUT + "test_an_impossible_token_is_never_drawn"),
+    ("dropout is on while answers are drawn", [
+        (POST + "rollout.py", "    model.eval()\n", "")],
+     ROLLOUT + "test_dropout_is_off_meanwhile_and_on_again_afterwards"),
+    ("a rollout leaves the model in eval mode", [
+        (POST + "rollout.py", "model.train(was_training)", "pass")],
+     ROLLOUT + "test_dropout_is_off_meanwhile_and_on_again_afterwards"),
+    ("an error leaves the model in eval mode", [
+        (POST + "rollout.py", "    finally:\n        model",
+         "    except ValueError:\n        model")],
+     ROLLOUT + "test_the_mode_is_restored_after_an_error_too"),
+    ("the cache's rows are repeated in the wrong order", [
+        (POST + "rollout.py", "asked.index(row // group) for row in rows",
+         "row % len(asked) for row in rows")],
+     ROLLOUT + "test_greedy_answers_are_generates_one_by_one"),
+    ("the cache is repeated and the logits are not", [
+        (POST + "rollout.py", "logits, ends = logits[repeated], torch",
+         "logits, ends = logits.repeat(len(rows), 1)[:len(rows)], torch")],
+     ROLLOUT + "test_log_probs_are_those_of_the_training_pass"),
+    ("all answers stand at the longest prompt's end", [
+        (POST + "rollout.py", "torch.tensor(lengths, device=device)[repeated]",
+         "torch.full((len(rows),), max(lengths), device=device)")],
+     ROLLOUT + "test_log_probs_are_those_of_the_training_pass"),
+    ("finished rows are dropped from the cache and not from the positions", [
+        (POST + "rollout.py", "tokens[growing], ends[growing]",
+         "tokens[growing], ends[:len(growing)]")],
+     ROLLOUT + "test_log_probs_are_those_of_the_training_pass"),
+    ("a row's draws depend on the others", [
+        (POST + "rollout.py", "np.random.default_rng((*seed, *divmod(row, group)))",
+         "np.random.default_rng((*seed, row))")],
+     ROLLOUT + "test_the_same_seed_gives_the_same_answers_whatever_is_drawn_beside"),
+    ("one stream of draws for all", [
+        (POST + "rollout.py", "random[row].random(dtype=np.float32) for row in rows",
+         "random[0].random(dtype=np.float32) for row in rows")],
+     ROLLOUT + "test_the_same_seed_gives_the_same_answers_whatever_is_drawn_beside"),
+    ("a batch is one row too large", [
+        (POST + "batches.py", "(len(found[-1]) + 1) *", "len(found[-1]) *")],
+     ROLLOUT + "test_batches_hold_every_row_once_and_fit"),
+    ("values are not counted in the cache", [
+        (POST + "batches.py", "row = 2 * config.num_key_value_heads",
+         "row = config.num_key_value_heads")],
+     ROLLOUT + "test_room_is_counted_as_the_caches_tensors_are"),
+    ("the cache is counted in float32", [
+        (POST + "batches.py", "c = getattr(torch, options.dtype).itemsize", "c = 4")],
+     ROLLOUT + "test_room_is_counted_as_the_caches_tensors_are"),
+    ("the reference model's memory is given away", [
+        (POST + "batches.py", '"weights", "optimizer moments", "reference model"',
+         '"weights", "optimizer moments"')],
+     ROLLOUT + "test_room_is_counted_as_the_caches_tensors_are"),
+    ("the mean of a pack", [
+        (POST + "grpo.py", "return losses.sum(),", "return losses.mean(),")],
+     GRPO + "test_loss_and_gradients_are_trls"),
+    ("the divisor is the pack's", [
+        (POST + "grpo.py", "weights[live][rows], shares[live][rows]",
+         "weights[live][rows] / shares[live][rows] / sum(len(answers[kept[i]].ids) for i in rows), "
+         "shares[live][rows]")],
+     GRPO + "test_a_step_is_the_same_however_it_is_packed"),
+    ("the divisor counts live groups alone", [
+        (POST + "grpo.py", "divisors([len(one.ids) for one in answers],",
+         "divisors([len(one.ids) * bool(live_groups(rewards)[n // options.group])\n"
+         "                        for n, one in enumerate(answers)],")],
+     GRPO + "test_a_group_of_equal_rewards_is_left_out_but_counted"),
+    ("equal groups are trained on", [
+        (POST + "grpo.py", "| bool(options.kl)", "| True")],
+     GRPO + "test_a_group_of_equal_rewards_is_left_out_but_counted"),
+    ("what is left out shifts the weights of the rest", [
+        (POST + "grpo.py", "weights[live][rows], shares[live][rows]",
+         "weights[rows], shares[rows]")],
+     GRPO + "test_a_group_of_equal_rewards_is_left_out_but_counted"),
+    ("the rounding of equal rewards is learned", [
+        (POST + "grpo.py", "torch.where(live_groups(rewards)[:, None], centred, 0.0)", "centred")],
+     GRPO + "test_equal_rewards_give_exactly_nothing"),
+    ("the mean is another group's", [
+        (POST + "grpo.py", "centred = rewards - rewards.mean(1, keepdim=True)",
+         "centred = rewards - rewards.mean(1, keepdim=True).roll(1, 0)")],
+     GRPO + "test_advantages_are_trls"),
+    ("advantages are dealt out by column", [
+        (POST + "grpo.py", "options.scale_rewards).flatten()",
+         "options.scale_rewards).t().flatten()")],
+     GRPO + "test_a_group_of_equal_rewards_is_left_out_but_counted"),
+    ("the standard deviation is the batch's", [
+        (POST + "grpo.py", "rewards.std(1, keepdim=True)", "rewards.std()")],
+     GRPO + "test_advantages_are_the_equation"),
+    ("the standard deviation is biased", [
+        (POST + "grpo.py", "rewards.std(1, keepdim=True)",
+         "rewards.std(1, keepdim=True, correction=0)")],
+     GRPO + "test_advantages_are_the_equation"),
+    ("the clip takes no notice of the sign", [
+        (POST + "grpo.py", "-torch.minimum(gains, bounded)", "-bounded")],
+     GRPO + "test_the_clip_stops_what_goes_too_far_and_nothing_else"),
+    ("the clip is as wide above as below", [
+        (POST + "grpo.py", "1 + options.epsilon_high", "1 + options.epsilon")],
+     GRPO + "test_loss_and_gradients_are_trls"),
+    ("an answer's ratio is the sum, not the mean", [
+        (POST + "grpo.py", "/ sums[:, 1].clamp(min=1)", "/ 1")],
+     GRPO + "test_loss_and_gradients_are_trls"),
+    ("the estimators are exchanged", [
+        (POST + "grpo.py", 'options.kl_estimator == "k2"', 'options.kl_estimator == "k3"')],
+     GRPO + "test_the_expectations_of_the_estimators_and_of_their_gradients"),
+    ("the distance has the other sign", [
+        (POST + "grpo.py", "d = log_ref - log_p", "d = log_p - log_ref")],
+     GRPO + "test_loss_and_gradients_are_trls"),
+    ("the distance is not divided", [
+        (POST + "grpo.py", 'cost * beside["share"]', "cost")],
+     GRPO + "test_loss_and_gradients_are_trls"),
+    ("whatever is beyond a border counts as clipped", [
+        (POST + "grpo.py", "(bounded < gains).sum()", "(bounded != gains).sum()")],
+     GRPO + "test_loss_and_gradients_are_trls"),
+    ("an unfinished answer is judged", [
+        (POST + "rewards.py", " if answer.finished else 0.0", "")],
+     REWARDS + "test_an_unfinished_answer_gets_nothing_unasked"),
+    ("the first marker counts", [
+        (POST + "rewards.py", '"", found[-1]))', '"", found[0]))')], REWARDS + "test_gsm8k"),
+    ("a number needs no marker", [
+        (POST + "rewards.py", 'number(answer, "####") == number', "number(answer) == number")],
+     REWARDS + "test_gsm8k"),
+    ("numbers are compared as floats", [
+        (POST + "rewards.py", "return Decimal(re", "return float(re")], REWARDS + "test_numbers"),
+    ("no number is a reward of 0", [
+        (POST + "rewards.py", "if not math.isfinite(value):", "if False:")],
+     REWARDS + "test_what_is_no_number_names_the_problem"),
+    ("a reward may change the record", [
+        (POST + "rewards.py", "reward(dict(problem.record),", "reward(problem.record,")],
+     REWARDS + "test_it_sees_the_text_without_the_stop_token_and_the_record_as_it_is"),
+    ("the first answer is asked for", [
+        (POST + "prompts.py", "messages[:turns[-1]]", "messages[:turns[0] - 1]")],
+     REWARDS + "test_every_format_gives_the_question_as_generate_would_ask_it"),
+    ("earlier answers are trained", [
+        (POST + "prompts.py", 'message["train"] = False', "pass")],
+     REWARDS + "test_only_the_last_turn_is_the_answer"),
+    ("tools are not in the prompt", [
+        (POST + "prompts.py", "**more, **variables", "**variables")],
+     REWARDS + "test_tools_are_in_the_prompt"),
+    ("problems are not those of the documents", [
+        (POST + "prompts.py", "if numbers is not None and number not in numbers:", "if False:")],
+     REWARDS + "test_problems_are_those_of_the_documents_they_are_given"),
+    ("the teacher's temperature is 1", [
+        (POST + "distill.py", "(others.to(sum_dtype) / temperature)",
+         "(others.to(sum_dtype) / 1)")],
+     DISTILL + "test_every_divergence_is_its_equation"),
+    ("the student's temperature is 1", [
+        (POST + "distill.py", "(z / temperature).log_softmax", "(z / 1).log_softmax")],
+     DISTILL + "test_every_divergence_is_its_equation"),
+    ("the gradient shrinks with the temperature", [
+        (POST + "distill.py", "gradient *= share * temperature",
+         "gradient *= share / temperature")],
+     DISTILL + "test_at_a_high_temperature_the_gradient_is_that_of_matching_logits"),
+    ("the loss shrinks with the temperature", [
+        (POST + "distill.py", "share * temperature**2 * both[1]", "share * both[1]")],
+     DISTILL + "test_divergences_and_gradients_are_trls"),
+    ("teacher and student change places", [
+        (POST + "distill.py", "(z / temperature).log_softmax(-1), beta)",
+         "(z / temperature).log_softmax(-1), 1 - beta)")],
+     DISTILL + "test_divergences_and_gradients_are_trls"),
+    ("the mixture's weights are exchanged", [
+        (POST + "distill.py", "log_p + math.log(beta), log_q + math.log1p(-beta)",
+         "log_p + math.log1p(-beta), log_q + math.log(beta)")],
+     DISTILL + "test_divergences_and_gradients_are_trls"),
+    ("log p is mixed, not p", [
+        (POST + "distill.py", "torch.logaddexp(\n"
+         "        log_p + math.log(beta), log_q + math.log1p(-beta))",
+         "log_p * beta + log_q * (1 - beta)")],
+     DISTILL + "test_divergences_and_gradients_are_trls"),
+    ("the gradient of the reverse KL lacks its mean", [
+        (POST + "distill.py", "gradient = q * (ratio - found)", "gradient = q * ratio")],
+     DISTILL + "test_the_gradients_along_the_logits_are_the_closed_forms"),
+    ("divergences in the teacher's 16 bits", [
+        (POST + "distill.py", "(others.to(sum_dtype) / temperature).log_softmax(-1)",
+         "(others / temperature).log_softmax(-1)")],
+     DISTILL + "test_many_chunks_lose_nothing_in_bfloat16"),
+    ("a divergence's chunks are added up in 16 bits", [
+        ("chapter-03/loss.py", "torch.zeros_like(weight, dtype=sum_dtype) if wanted[1]",
+         "torch.zeros_like(weight) if wanted[1]")],
+     DISTILL + "test_many_chunks_lose_nothing_in_bfloat16"),
+    ("a padded head is not cut", [
+        (POST + "distill.py", "hidden, weight[:vocabulary], rows", "hidden, weight, rows"),
+        (POST + "distill.py", "teacher_weight[:vocabulary].detach()", "teacher_weight.detach()")],
+     DISTILL + "test_padded_heads_are_cut_before_the_softmax"),
+    ("tokens without a label are taught", [
+        (POST + "distill.py", "labelled = (labels >= 0).nonzero()[:, 0]",
+         "labelled = torch.arange(len(labels), device=labels.device)\n"
+         "        labels = labels.clamp(min=0)")],
+     DISTILL + "test_tokens_without_a_label_are_left_out_whatever_they_hold"),
+    ("the cross-entropy keeps its whole weight", [
+        (POST + "distill.py", "gradient += (1 - share) * log_q", "gradient += log_q")],
+     DISTILL + "test_shares_mix"),
+    ("the teacher's logits are those of the whole pack", [
+        (POST + "distill.py", "    def losses_(",
+         "    taught = teacher_hidden @ head.t()\n\n    def losses_("),
+        (POST + "distill.py", "teacher_hidden[rows] @ head.t()", "taught[rows]")],
+     DISTILL + "test_no_logits_of_the_whole_pack_are_alive"),
+    ("a chunk is the whole pack", [
+        (POST + "distill.py", "rows, chunk, labelled, losses_",
+         "rows, len(labels), labelled, losses_")],
+     DISTILL + "test_no_logits_of_the_whole_pack_are_alive"),
+    ("a chunk's rows are another chunk's", [
+        (POST + "distill.py", "teacher_hidden[rows] @ head.t()",
+         "teacher_hidden[:len(rows)] @ head.t()")],
+     DISTILL + "test_chunks_make_no_difference"),
 ]]
 
 
@@ -270,13 +511,13 @@ def put_in(tree, changes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    rows = [*map(str, ROWS), "dpo"]
+    rows = [*map(str, ROWS), "dpo", "rewards"]
     parser.add_argument("--row", action="append", choices=rows, help="only these")
     chosen = parser.parse_args().row or rows
     began, clean, missed, count = time.monotonic(), {}, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         tree = copied(Path(folder))
-        for row, what, changes, *other in BUGS + DPO:
+        for row, what, changes, *other in BUGS + DPO + REWARDED:
             if str(row) not in chosen:
                 continue
             test = other[0] if other else test_of(row)
