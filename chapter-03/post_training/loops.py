@@ -1,5 +1,4 @@
-"""What the three loops of this folder have in common: all before their first step but the data, and
-what comes after the last one. It is chapter 3's."""
+"""What the three loops here have in common, before and after their steps. It is chapter 3's."""
 
 import math
 from dataclasses import fields
@@ -23,9 +22,8 @@ from quantized_model import build, check_base, check_options, mark
 
 
 def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
-    """What a run works with: its options, the device and dtype, the AdapterConfig; the base model's
-    folder, its config.json as a dict and as a LlamaConfig; the model with its adapters, shapes
-    alone. Raises UserError for what makes no sense here."""
+    """What a run works with: options, device, dtype, AdapterConfig; the base's folder, config.json
+    and LlamaConfig; the model's shapes. Raises UserError for what makes no sense here."""
     options = parse(options_class, chapter, text.split("\n\n")[0], tiny, real, argv)
     check_options(options)
     if options.dropout:
@@ -60,9 +58,9 @@ def announce(predicted, total_steps, options):
 
 
 def open_run(chapter, options, model, adapter, data, total_steps, columns, **state):
-    """(the AdamW of the model's adapters or weights, the names of what a checkpoint has to hold,
-    the run's folder, its state, the checkpoint that it goes on from or None, its Metrics). `state`
-    is what a loop keeps beside the usual; `columns` are the screen's."""
+    """(AdamW, the names of what a checkpoint has to hold, the run's folder, its state, the
+    checkpoint that it goes on from or None, its Metrics). `state` is what a loop keeps beside the
+    usual, `columns` the screen's."""
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
                                   fused=torch.device(options.device).type != "mps")

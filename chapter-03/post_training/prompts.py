@@ -1,11 +1,9 @@
 """Questions that the model answers itself, from files or from the tiny skills.
 
-All formats of common/README.md that have turns, of which the last one is the answer; and
-
+    turns           all such formats of common/README.md; the last turn is the answer, which is not
+                    trained on: a reward can compare with it
     GSM8K           {"question", "answer"}; if the answer has a "####", the question asks for one
     prompt alone    {"prompt"}, or a conversation that ends with the user's turn
-
-The answer, if there is one, is not trained on: a reward can compare with it.
 """
 
 from random import Random

@@ -61,28 +61,26 @@ class Options(LoopOptions):
     gpu_data = None  # not an option: auto is tiny on a GPU too
     too_long: str = option("drop", "what to do with a prompt that is too long with its expected "
                            "answer", choices=("drop", "error"))
-    grad_accum: int = option(1, "not used: a step has as many packs as its answers fill", least=1)
+    grad_accum: int = option(1, "not used: a step has the packs that its answers fill", least=1)
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", least=0)
-    reward: str = option("exact", "what an answer is worth: exact, letters, gsm8k, or your own as "
-                         "FILE.py:function (which is run), of (record, answer)")
+    reward: str = option("exact", "exact, letters, gsm8k, or your own FILE.py:function of (record, "
+                         "answer), which is run")
     prompts: int = option(16, "prompts of a step", least=1)
     group: int = option(8, "G, answers to each prompt", least=2)
     max_new_tokens: int = option(None, "longest answer in tokens; one that is cut gets 0", least=1)
     temperature: float = option(1.0, "of what is drawn, and of what is trained", least=1e-3)
     no_thinking: bool = option(False, "ask with thinking switched off, as generate.py can")
-    baseline: str = option("mean", "what a reward is compared with: the group's mean, or that of "
-                           "the others (RLOO)", choices=("mean", "others"))
+    baseline: str = option("mean", "compare with the group's mean, or that of the others (RLOO)",
+                           choices=("mean", "others"))
     scale_rewards: bool = option(False, "divide by the group's standard deviation")
     divisor: str = option("tokens", "of the step's sum of losses: grpo.py has the formulas",
                           choices=("tokens", "constant", "answers"))
-    updates: int = option(1, "optimizer steps on the same answers; only from the second on does "
-                          "the clip matter", least=1)
-    ratio: str = option("token", "of the new probability to the old: of a token, or of an answer "
-                        "(sequence: GSPO, whose --epsilon is some 1000 times smaller)",
-                        choices=("token", "sequence"))
+    updates: int = option(1, "steps on the same answers; the ratio of probabilities and its "
+                          "bounds matter from the second on", least=1)
+    ratio: str = option("token", "of each token, or one of an answer: sequence (GSPO, whose "
+                        "--epsilon is 1000 times smaller)", choices=("token", "sequence"))
     epsilon: float = option(0.2, "how far below 1 the ratio counts", least=0)
-    epsilon_high: float = option(None, "how far above 1 (default: as --epsilon; DAPO: 0.28)",
-                                 least=0)
+    epsilon_high: float = option(None, "how far above (default: --epsilon; DAPO: 0.28)", least=0)
     kl: float = option(0.0, "β, the weight of the distance to the model before training", least=0)
     kl_estimator: str = option("k3", "of that distance, as a loss", choices=("k3", "k2"))
 
