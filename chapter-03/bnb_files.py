@@ -131,8 +131,7 @@ def save_bnb(model, config, path, dtype=None, metadata=None):
     quantization = {name: wanted for name, (wanted, _) in NF4.items()} | {
         "bnb_4bit_use_double_quant": all(layer.absmax2 is not None for layer in layers.values()),
         "bnb_4bit_compute_dtype": str(kept).removeprefix("torch."),
-        "llm_int8_skip_modules": sorted(dense | {"lm_head"}),  # despite its name for 4 bits too
-    }
+        "llm_int8_skip_modules": sorted(dense | {"lm_head"})}  # despite its name for 4 bits too
 
     def tensors():
         for name, parameter in model.named_parameters():

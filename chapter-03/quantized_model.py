@@ -21,8 +21,7 @@ BASES = ("none", "nf4", "nf4-double")  # what an adapter can have been trained o
 DENSE_ONLY = {
     "full": "it trains every weight, in steps far smaller than from one of 16 levels to the next",
     "pissa": "it takes a part out of every weight, and the rest would have to be rounded anew",
-    "delta-lora": "it moves every weight by far less than from one of 16 levels to the next",
-}
+    "delta-lora": "it moves every weight by far less than from one of 16 levels to the next"}
 
 
 def check_options(options):
@@ -150,8 +149,7 @@ def load_model(name, device, dtype, adapter=None, base="auto"):
         config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
     storage = dtype
     if base != "none" or is_bnb(config_json):
-        # As in training weights are first rounded to the run's dtype (None: to the checkpoint's),
-        # so that they get the same four bits.
+        # As in training rounded to the run's dtype first (None: the checkpoint's): the same bits.
         storage = DTYPES.get(metadata.get("dtype"))
     model = base_model(config, folder, storage, device, base).to(dtype)
     model.compute_dtype = dtype

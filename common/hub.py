@@ -25,8 +25,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 def resolve(name, flag="--model"):
     """The folder of a model: `tiny`, one of ARCHITECTURES (config.json only, for `--init random`),
-    a local folder, or a Hub id (`owner/name`), which is downloaded, or found in the Hub's cache.
-    Raises UserError, naming `flag`, for anything else."""
+    a folder, or a Hub id (`owner/name`), downloaded or cached. Else UserError, naming `flag`."""
     text = str(name)
     if text in ("tiny", *ARCHITECTURES):
         return COMMON / "tiny" if text == "tiny" else COMMON / "architectures" / text
@@ -128,8 +127,7 @@ def _plain_words(repo, kind, file=None):
         errors.LocalEntryNotFoundError: failed,
         errors.EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
         errors.HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
-        # A failed connection: huggingface_hub's HTTP library, not the same one in each of its major
-        # versions, has errors of its own; its download helper hf_xet raises RuntimeError.
+        # A failed connection: errors of its HTTP library, which changes, and hf_xet's RuntimeError.
         (*errors.HfHubHTTPError.__bases__, OSError, RuntimeError): failed}
     try:
         yield

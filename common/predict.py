@@ -135,9 +135,9 @@ def costs(model, lengths, options, chunk=None):
 
 def fit_batch(options, model, chunk=None, beside=0, documents=1):
     """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
-    predicted peak, and `beside` bytes, take at most SHARE of a GPU's memory. --grad-accum grows so
-    that a step keeps its tokens. `model` needs only shapes. UserError if the smallest does not fit,
-    or has no room for `documents` of the longest."""
+    predicted peak, and `beside` bytes, take at most SHARE of its memory. --grad-accum keeps a
+    step's tokens. `model` needs only shapes. UserError if not even `documents` of the longest
+    fit."""
     if options.batch_tokens is not None:
         return
     total = torch.cuda.get_device_properties(options.device).total_memory

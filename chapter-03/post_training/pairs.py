@@ -122,9 +122,8 @@ def unpacked(value):
     """One turn as a list of it; a list of turns that is JSON in a text, as tables have it, as that
     list; all else as it is."""
     found = value
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with suppress(ValueError, RecursionError):
-            found = json.loads(value)
+    with suppress(TypeError, ValueError, RecursionError):  # it is no text, or no JSON
+        found = json.loads(value)
     found = [found] if isinstance(found, dict) else found
     return found if is_turns(found) or not isinstance(value, str) else value
 
@@ -157,7 +156,7 @@ class Pairs(Encoded):
         `batch_tokens`, whose prompts are the same tokens and whose answers are not; the others are
         counted. Raises UserError if none is left."""
         rows, tokens = encoded.documents, np.asarray(encoded.tokens)
-        kept, reasons, numbers = [], {}, rows["record"]
+        groups, numbers = {}, rows["record"]  # by reason, None for those that are kept
         firsts = np.flatnonzero((numbers[:-1] % 2 == 0) & (numbers[1:] == numbers[:-1] + 1))
         for i in firsts.tolist():
             one, two = (tokens[start:start + length]
@@ -169,16 +168,12 @@ class Pairs(Encoded):
                 "whose prompts are not the same tokens" if not np.array_equal(asked, other) else
                 f"longer together than --batch-tokens {batch_tokens}"
                 if len(ids) + len(others) > batch_tokens else None)
-            if reason:
-                count, first = reasons.get(reason, (0, numbers[i] // 2 + 1))
-                reasons[reason] = count + 1, first
-            else:
-                kept.append(i)
-        lone = len(np.unique(numbers // 2)) - len(firsts)
-        if lone:
-            reasons["of which only one answer can be used"] = lone, None
-        notes = [f"skipped, {count:,} {reason}" + f" (first: example {first})" * (first is not None)
-                 for reason, (count, first) in reasons.items()]
+            groups.setdefault(reason, []).append(i)
+        kept = groups.pop(None, [])
+        notes = [f"skipped, {len(found):,} {reason} (first: example {numbers[found[0]] // 2 + 1})"
+                 for reason, found in groups.items()]
+        if lone := len(np.unique(numbers // 2)) - len(firsts):
+            notes.append(f"skipped, {lone:,} of which only one answer can be used")
         if not kept:
             raise UserError("no pair can be trained on: " + ("; ".join(notes) or "no data"))
         pairs = np.empty(len(kept), ROW)

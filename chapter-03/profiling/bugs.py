@@ -1,8 +1,7 @@
 """Three bugs that leave the results right and only make the step slow. Find them by profiling.
 
     python chapter-03/profiling/bugs.py             a healthy step
-    python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and where does it
-                                                    come from?
+    python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and why?
 
 Each prints the time of every step, then the slowest operators of the last one and where its
 timeline is. Read that, not this file.

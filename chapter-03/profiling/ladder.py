@@ -48,8 +48,7 @@ RUNGS = {  # what each changes; the first describes the naive loop
     "fused optimizer": {"fused": True},
     "checkpointing": {"activation_checkpointing": "full"},
     "LoRA": {"method": "lora"},
-    "QLoRA": {"quantize": "nf4"},
-}
+    "QLoRA": {"quantize": "nf4"}}
 
 
 @dataclass
@@ -145,6 +144,7 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "ladder.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    results = {row["name"]: row for row in before}
     print(markdown([]), flush=True)
     rung, rows = {}, []
     for number, (name, changes) in enumerate(RUNGS.items()):
@@ -157,22 +157,20 @@ def main(argv=None):
             "name": name, "rung": dict(rung), "size": options.size, "steps": options.steps,
             "seed": options.seed, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-        known = next((old for old in before if row.items() <= old.items()), None)
-        if known is None:  # it was not measured before under these conditions
+        if not row.items() <= results.get(name, {}).items():  # not measured like this before
             try:
                 row |= climb(rung, options, device)
             except (torch.OutOfMemoryError, UserError) as error:  # or nothing can be compiled here
                 row["missing"] = one_line(error)
+            results[name] = row
             gc.collect()
             torch._dynamo.reset()
-        rows.append(known or row)
+        rows.append(results[name])
         if name == "compile" and "missing" in rows[-1]:
             rung["compile"] = False
         print(markdown(rows).splitlines()[-1], flush=True)
         write_whole(folder / "ladder.md", f"{markdown(rows)}\n".encode())
-        names = {one["name"] for one in rows}  # other rungs stay as they were measured before
-        everything = rows + [old for old in before if old["name"] not in names]
-        everything.sort(key=lambda one: list(RUNGS).index(one["name"]))
+        everything = [results[one] for one in RUNGS if one in results]
         write_whole(file, f"{json.dumps(everything, indent=1)}\n".encode())
     print(f"\n{folder}: ladder.md, ladder.json")
     return 0
