@@ -16,10 +16,8 @@ its own document, up to itself. Documents a (5 tokens), b (2) and c (1), in bloc
     4th block   b                1 1 .       nothing: not computed
                 c                . . 1
 
-So the products are large, and there are T / BLOCK of them, however many documents there are. As in
-FlashAttention (arXiv 2205.14135), the probabilities are not kept for the backward but computed
-again.
-"""
+So the products are large, and there are T / BLOCK of them, however many the documents. As in
+FlashAttention (arXiv 2205.14135), probabilities are computed again in the backward, not kept."""
 
 import torch
 

@@ -82,6 +82,6 @@ def memory_advice(options, predicted):
                   "--batch-tokens is small already: take a smaller model, or chapter 3 with"
                   " --quantize nf4 and --activation-checkpointing")
         # PyTorch's message goes on for a paragraph about its allocator.
-        raise UserError(
-            f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak"
-            f" {readable_bytes(sum(predicted.values()))} ({shares}); {advice}") from error
+        raise UserError(f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak"
+                        f" {readable_bytes(sum(predicted.values()))} ({shares}); {advice}"
+                        ) from error

@@ -15,8 +15,7 @@ from common.errors import UserError, nearest, one_line
 
 COMMON = Path(__file__).resolve().parent
 ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
-# Offline, the Hub's cache counts as complete only for the patterns that it was filled with, so
-# there is one list for all. It leaves out pickled weights and Llama's original/*.pth.
+# One list for all, without pickles: offline, the cache is complete only for what filled it.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)

@@ -3,10 +3,8 @@
     python chapter-03/profiling/ladder.py --size tiny    half a minute; without, the mid-size model
     python chapter-03/profiling/ladder.py --size 0.6b    Qwen3-0.6B's shapes, for a GPU
 
-Every rung trains on the same documents, whose own tokens count, not padding. A rung keeps what the
-rungs before it have changed. Writes ladder.md and ladder.json after each: after an interruption,
-run it again, and it goes on.
-"""
+Every rung trains on the same documents, whose own tokens count, not padding, and keeps what the
+rungs before it have changed. Writes ladder.md and ladder.json; run it again, and it goes on."""
 
 import gc
 import json
@@ -54,7 +52,6 @@ RUNGS = {  # what each changes; the first describes the naive loop
 @dataclass
 class LadderOptions:
     """The ladder's own options."""
-
     size: str = option("mid", "which model", choices=tuple(SIZES))
     steps: int = option(3, "timed steps of each rung", least=1)
     first: str = option("naive", "the rung to begin with", choices=tuple(RUNGS))
@@ -72,8 +69,7 @@ def padded(examples):
 
 
 def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
-    """Attention document by document, on slices, whose backward fills a gradient as large as the
-    whole pack with zeros for each."""
+    """Attention document by document, on slices: each backward fills a whole pack with zeros."""
     if q.is_cuda and q.dtype == torch.float32:  # see `varlen_attention` of chapter 1
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     ends = cu_seqlens.tolist()
@@ -88,7 +84,6 @@ def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
 def climb(rung, options, device):
     """Measure one rung, the settings of RUNGS so far: what goes into its row of the table."""
     model, tokens, longest = SIZES[options.size]
-    rung = dict(rung)
     packed, chunked, blocks, fused = map(rung.pop, ("packed", "chunked", "blocks", "fused"))
     training = Options(model=str(model), init="random", data=["virtual"], batch_tokens=tokens,
                        max_seq_len=longest, lr=1e-4, rank=16, alpha=32.0, seed=options.seed,
@@ -159,7 +154,7 @@ def main(argv=None):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
         if not row.items() <= results.get(name, {}).items():  # not measured like this before
             try:
-                row |= climb(rung, options, device)
+                row |= climb(dict(rung), options, device)
             except (torch.OutOfMemoryError, UserError) as error:  # or nothing can be compiled here
                 row["missing"] = one_line(error)
             results[name] = row

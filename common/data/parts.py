@@ -31,9 +31,8 @@ class Part(NamedTuple):
 
 
 def marked(messages, tools, kinds):
-    """(the `Part`s of a conversation, messages, tools), the last two with marks around all parts of
-    these kinds that are not blank; white space at the edges stays outside. An assistant's content
-    is cut at <think> and </think>, which a template may look for."""
+    """(the `Part`s of a conversation, messages, tools), these two with marks around all parts of
+    these kinds but their white space. An assistant's content is cut at <think> and </think>."""
     found = []
 
     def mark(value, message, kind):  # a text, or all texts in the arguments of a call

@@ -44,10 +44,9 @@ class CheckpointError(UserError):
 
 def commit(folder, write, extra=None, bytes_needed=0):
     """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
-    `extra` (JSON) goes into the manifest. A folder of ours that is there is replaced; after an
-    interruption the old or the new one is. UserError if it is not ours, or if space
-    (`bytes_needed`) or permission is missing: then all is as before. All ranks call `write`; rank
-    0's files count."""
+    `extra` (JSON) goes into the manifest. A folder of ours is replaced; after an interruption the
+    old or the new one is there. UserError if it is not ours, or space (`bytes_needed`) or
+    permission is missing: then nothing changes. All ranks call `write`; rank 0's files count."""
     folder = Path(os.path.abspath(folder))
     tmp = Path(f"{folder}{TMP}")
     try:
@@ -217,8 +216,7 @@ def fingerprint(path, flush=False):
 # --- the folder of a run: all ranks call these, rank 0 alone touches the disk ---
 
 def new_run_folder(chapter, out=None):
-    """Make the folder of a new run and give its path: `out`, or `runs/chapter-01/001`, or the next
-    number after those there. Raises UserError if a run is in `out`, or it cannot be written."""
+    """Make and give a new run's folder, `out` or a number in runs/<chapter>. UserError if taken."""
     folder = Path(out or f"runs/{chapter}")
 
     def make():
