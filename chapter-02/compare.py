@@ -3,11 +3,9 @@
     python chapter-02/compare.py                                  all methods on the embedded task
     python chapter-02/compare.py --methods lora dora --out mine -- --data my.jsonl --model DIR
 
-Every method is run at several learning rates with several seeds; the rate with the lowest mean loss
-on held-out data counts. Each run is one call of train.py in a folder of its own under --out, so an
-interrupted comparison goes on where it stopped. Writes results.md and results.json there, and
-pictures if matplotlib is installed. What follows `--` goes to every run.
-"""
+Every method runs at several rates and seeds; the rate with the lowest mean loss on held-out data
+counts. Each run has its own folder, so an interrupted comparison goes on where it stopped. Writes
+results.md, results.json and, with matplotlib, pictures. What follows `--` goes to every run."""
 
 import json
 import math

@@ -16,10 +16,8 @@ its own document, up to itself. Documents a (5 tokens), b (2) and c (1), in bloc
     4th block   b                1 1 .       nothing: not computed
                 c                . . 1
 
-So the products are large, and there are T / BLOCK of them, however many documents there are. As in
-FlashAttention (arXiv 2205.14135), the probabilities are not kept for the backward but computed
-again.
-"""
+So the products are large, and there are T / BLOCK of them, however many the documents. As in
+FlashAttention (arXiv 2205.14135), probabilities are computed again in the backward, not kept."""
 
 import torch
 
@@ -94,22 +92,9 @@ def _by_token(x, G):
 
 # --- what autograd and the compiler need to know of the operators ---
 
-@block_attention.register_fake
-def _(q, k, v, cu_seqlens):
-    return q.new_empty(q.shape)
-
-
-@block_attention_backward.register_fake
-def _(gradient, q, k, v, cu_seqlens):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, gradient):
-    return *block_attention_backward(gradient, *ctx.saved_tensors), None
-
-
-block_attention.register_autograd(_backward, setup_context=_setup_context)
+block_attention.register_fake(lambda q, k, v, cu_seqlens: q.new_empty(q.shape))
+block_attention_backward.register_fake(
+    lambda gradient, q, k, v, cu_seqlens: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+block_attention.register_autograd(
+    lambda ctx, gradient: (*block_attention_backward(gradient, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -9,8 +9,7 @@ Under a weight's own name such a folder has the packed codes, and beside them
     .quant_state.bitsandbytes__nf4   a JSON text as bytes: shape, dtype, block sizes, offset
 
 and "quantization_config" in config.json. This is what `QuantState.as_dict(packed=True)` of
-bitsandbytes 0.50 gives; tests/goldens/bnb holds folders that it wrote.
-"""
+bitsandbytes 0.50 gives; tests/goldens/bnb holds folders that it wrote."""
 
 import json
 from dataclasses import replace
@@ -32,8 +31,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def is_bnb(config):
-    """Whether a config (from `read_config`) belongs to an NF4 folder that `iter_bnb` can read.
-    Raises UserError that names any other quantisation."""
+    """Whether a config (from `read_config`) is of an NF4 folder; other quantisations: UserError."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return False
@@ -47,9 +45,8 @@ def is_bnb(config):
 
 
 def iter_bnb(path):
-    """Every (name, tensor) of a folder; a quantised one is assembled into an `NF4Weight`. Holds one
-    weight in memory at a time if its parts are adjacent, as in files sorted by name. Raises
-    UserError for parts that are missing or are not what NF4 needs."""
+    """Every (name, tensor) of a folder; a quantised one is assembled into an `NF4Weight`, one at a
+    time if its parts are adjacent, as when sorted. UserError for parts missing or unlike NF4's."""
     is_bnb(read_config(path))
     waiting = {}  # name of a weight -> its parts so far
     for name, tensor in iter_tensors(path):
@@ -120,9 +117,8 @@ def _assemble(parts):
 
 
 def save_bnb(model, config, path, dtype=None, metadata=None):
-    """Write a model with `NF4Linear` layers as a folder that transformers + bitsandbytes loads, but
-    without the tokenizer's files (see `weights.copy_tokenizer`). `config` is what `read_config`
-    gave; `dtype` is for what is not quantised (default: as it is)."""
+    """Write a model with `NF4Linear` layers for transformers + bitsandbytes, without the tokenizer.
+    `config` is from `read_config`, `dtype` for what is not quantised (default: as it is)."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4Linear to save")
@@ -131,8 +127,7 @@ def save_bnb(model, config, path, dtype=None, metadata=None):
     quantization = {name: wanted for name, (wanted, _) in NF4.items()} | {
         "bnb_4bit_use_double_quant": all(layer.absmax2 is not None for layer in layers.values()),
         "bnb_4bit_compute_dtype": str(kept).removeprefix("torch."),
-        "llm_int8_skip_modules": sorted(dense | {"lm_head"}),  # despite its name for 4 bits too
-    }
+        "llm_int8_skip_modules": sorted(dense | {"lm_head"})}  # despite its name for 4 bits too
 
     def tensors():
         for name, parameter in model.named_parameters():

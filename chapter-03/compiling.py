@@ -19,8 +19,7 @@ def compile_model(model, backend="inductor"):
     One graph, made at the first step, serves all layers, except that the first layer above a frozen
     embedding has its own; evaluation has another. They fit packs of the same T, N and max_seqlen
     (`packing.StaticShape`). On CUDA the softmax of the loss is compiled too, for any number of
-    tokens (and once more for a single one); embedding and generation are not.
-    """
+    tokens (and once more for a single one); embedding and generation are not."""
     device = next(model.parameters()).device
     try:
         torch.compile(torch.exp, backend=backend)(torch.ones(8, device=device))
@@ -47,8 +46,7 @@ def compile_model(model, backend="inductor"):
 
 
 def forward_first(layer, *inputs):
-    """The forward of the first layer, compiled separately: its input needs no gradient, so the
-    other layers' graph does not fit."""
+    """Compiled apart for the first layer: its input needs no gradient, so no other graph fits."""
     return forward_checkpointed(layer, *inputs)
 
 

@@ -3,10 +3,8 @@
     python chapter-03/merge.py --adapter runs/chapter-03/001/final --out merged
     python chapter-03/merge.py --adapter runs/chapter-03/001/final --out merged --original
 
-An adapter that was trained on a four-bit base was fitted to that base, rounding errors included.
-Merged into the dequantised base it gives the model that was trained; merged into the original
-weights it gives another one, and the report says how far off each is. The rest is chapter 2's.
-"""
+An adapter trained on a four-bit base fits its rounding errors too: merged into that base,
+dequantised, it gives the trained model; into the original weights, another (see the report)."""
 
 import sys
 from pathlib import Path
@@ -22,7 +20,6 @@ from common.adapters.peft import load_adapter
 from common.errors import UserError, run_main
 from bnb_files import is_bnb, save_bnb
 import lora
-from lora import adapter_modules
 from modeling_llama import Linear
 from nf4 import NF4Linear, dequantize_nf4, quantize_nf4
 from quantized_model import BASES, load_model
@@ -42,7 +39,7 @@ def quantize_anew(network, dtype, double_quant):
     """Merge within the decoder and quantise anew, what is not NF4 from `dtype`. Gives norms as
     `merging.merge_into` does, and the share of ΔW that is left: the change projected on ΔW."""
     norms, left = {}, 0.0
-    for name, module in list(adapter_modules(network.model)):  # without the head, which stays dense
+    for name, module in list(lora.adapter_modules(network.model)):  # not the head: it stays dense
         base, delta = module.base, module.delta()
         if not isinstance(base, NF4Linear):
             base = NF4Linear(quantize_nf4(base.weight.to(dtype), double_quant), base.bias)
@@ -66,10 +63,8 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
 
     As chapter 2's, but into the base as it was in training, dequantised, or the `original` weights,
     and `dtype` may be "nf4": quantised anew, which needs `requantize`. `trained_on` is one of
-    `BASES`, or "auto", what the adapter's file says. Adds to `merging.report` the `choices`, the
-    largest logit difference for each base that could be merged into, and `left`, the share of ΔW
-    that quantising anew leaves, or None.
-    """
+    `BASES`, or "auto", as the adapter's file says. Adds to `merging.report` the `choices`, the
+    largest logit difference by base, and `left`, the share of ΔW after quantising, or None."""
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")
 

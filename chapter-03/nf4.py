@@ -4,8 +4,7 @@ Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3. The tensors equal tho
 bitsandbytes' CPU code bit for bit, so `bnb_files.py` can exchange checkpoints with it.
 
 Bytes per parameter: 0.5 for the code, 4 / 64 for the scale: 4.5 bits. Double quantisation turns
-the scale into 1 / 64 + 4 / (64 * 256): 4.127 bits.
-"""
+the scale into 1 / 64 + 4 / (64 * 256): 4.127 bits."""
 
 from dataclasses import dataclass
 
@@ -28,10 +27,8 @@ def nf4_levels():
 
     Quantiles of N(0, 1) with probabilities evenly spaced from 1/2 to `tail`: eight steps above
     zero, seven below, zero itself, divided by the largest. `tail` is halfway between the last
-    probabilities that 15 and 16 bins would have: (1 - 1/30 + 1 - 1/32) / 2. The published table
-    comes from float32 probabilities, float64 quantiles and a float32 division: any other order of
-    precisions gives other last bits.
-    """
+    probabilities that 15 and 16 bins would have: (1 - 1/30 + 1 - 1/32) / 2. The published table has
+    float32 probabilities, float64 quantiles and a float32 division: others give other bits."""
     tail = 0.9677083
     above = torch.linspace(tail, 0.5, 9)[:-1].double()
     below = torch.linspace(tail, 0.5, 8)[:-1].double()
@@ -169,8 +166,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 class NF4Linear(QuantizedLinear):
     """A linear layer on a frozen NF4 weight: y = x deq(W)ᵀ + b, in the dtype of x (QLoRA eq. 5).
-    The quantised parts are buffers. They move with `.to(device)`, but `.to(dtype)` does not change
-    them: a scale cast to bfloat16 would give a different weight."""
+    Its parts are buffers that `.to(dtype)` does not cast: a rounded scale would change W."""
 
     # True in a compiled layer that is computed again in the backward: W is then dequantised again
     # with all the rest, while PyTorch 2.11's compiler would keep what `_FrozenLinear` computes.
@@ -190,8 +186,7 @@ class NF4Linear(QuantizedLinear):
     @property
     def quantized(self):
         """The weight as an `NF4Weight` that shares this layer's memory."""
-        return NF4Weight(
-            self.packed, self.absmax, self.absmax2, self.offset, self.shape, self.dtype)
+        return NF4Weight(*self._parts()[:4], self.shape, self.dtype)
 
     @property
     def weight(self):

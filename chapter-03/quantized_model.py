@@ -1,6 +1,5 @@
 """The model of a run: from a checkpoint, from random numbers, or just its shapes. It is built
-without storage and then filled tensor by tensor, so that the 16-bit model of an NF4 base never
-exists as a whole."""
+without storage and filled tensor by tensor: the 16-bit model of an NF4 base never exists whole."""
 
 import torch
 from torch import nn
@@ -21,8 +20,7 @@ BASES = ("none", "nf4", "nf4-double")  # what an adapter can have been trained o
 DENSE_ONLY = {
     "full": "it trains every weight, in steps far smaller than from one of 16 levels to the next",
     "pissa": "it takes a part out of every weight, and the rest would have to be rounded anew",
-    "delta-lora": "it moves every weight by far less than from one of 16 levels to the next",
-}
+    "delta-lora": "it moves every weight by far less than from one of 16 levels to the next"}
 
 
 def check_options(options):
@@ -50,8 +48,7 @@ def check_base(config, options):
 def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
     """The model with its adapters, its weights from folder `source` or random; on "meta" shapes
     alone. A base that does not change has four bits or the run's dtype; what is trained is float32.
-    Random weights are drawn on the CPU, where a seed gives the same everywhere, or `draw_on` a GPU.
-    """
+    Random weights are drawn on the CPU, for the same numbers everywhere, or `draw_on` a GPU."""
     dtype = getattr(torch, options.dtype)
     storage = torch.float32 if options.method in DENSE_ONLY else dtype  # small steps need it
     init = "shapes" if device == "meta" else options.init
@@ -69,10 +66,9 @@ def build(config, options, adapter, device="meta", source=None, draw_on="cpu"):
 
 def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained"):
     """A `LlamaForCausalLM`, frozen, in `dtype`; with an NF4 `base` its layers' matrices in NF4.
-    `config` is the LlamaConfig, `source` the folder of the weights, 16-bit or bitsandbytes NF4
-    (which is taken as it is, whatever `base` says). A `dtype` of None leaves each tensor in the
-    checkpoint's; the caller then sets `compute_dtype`. `init` "random" draws the weights of a fresh
-    model, and "shapes" gives one on the meta device. UserError for weights that do not fit."""
+    `config` is the LlamaConfig, `source` the weights' folder, 16-bit or bitsandbytes NF4 (taken as
+    it is). `dtype` None leaves each tensor in its own; the caller then sets `compute_dtype`. `init`
+    "random" draws weights, "shapes" is for the meta device. UserError if weights do not fit."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     parameters, quantize = list(model.named_parameters()), base != "none"
@@ -98,9 +94,8 @@ def base_model(config, source, dtype, device="cpu", base="nf4", init="pretrained
 def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quantize=True):
     """Fill a model built on the meta device from a stream of (name, tensor), and freeze it. Each
     tensor is cast to `dtype` (default: its own) as it comes. With `quantize`, a linear layer inside
-    `layers` then becomes an `NF4Linear`, as it does in any case from an `NF4Weight`. So the peak is
-    the quantised model and one or two tensors. ValueError names what is missing, unexpected,
-    mis-shaped or not finite."""
+    `layers` then becomes an `NF4Linear`, as it does in any case from an `NF4Weight`: the peak is
+    the quantised model and a tensor or two. ValueError names what does not fit or is not finite."""
     awaited = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, tensor in tensors:
         header = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), None
@@ -135,9 +130,8 @@ def _check(found, wanted):
 # Changed from chapter-02: quantised bases.
 def load_model(name, device, dtype, adapter=None, base="auto"):
     """(model, its folder), the weights in `dtype`, ready to be asked. Without a `name` it is the
-    model that the adapter in folder `adapter` was trained on. For `base` "nf4" or "nf4-double" its
-    layers are quantised; "auto" is what the adapter's file says, else "none". A model that is
-    quantised already is taken as it is."""
+    model that the adapter in folder `adapter` was trained on. With `base` "nf4" or "nf4-double" its
+    layers are quantised, if they are not yet; "auto" is what the adapter's file says, or "none"."""
     folder = hub.resolve(name or peft.base_model_name(adapter))
     verify(folder)
     metadata = peft.metadata(adapter) if adapter else {}
@@ -148,11 +142,9 @@ def load_model(name, device, dtype, adapter=None, base="auto"):
     config_json = weights.read_config(folder)
     with located(folder / "config.json"):
         config = LlamaConfig.from_dict({**config_json, "quantization_config": None})
-    storage = dtype
-    if base != "none" or is_bnb(config_json):
-        # As in training weights are first rounded to the run's dtype (None: to the checkpoint's),
-        # so that they get the same four bits.
-        storage = DTYPES.get(metadata.get("dtype"))
+    # As in training, what is quantised is rounded to the run's dtype first (None: its own).
+    quantised = base != "none" or is_bnb(config_json)
+    storage = DTYPES.get(metadata.get("dtype")) if quantised else dtype
     model = base_model(config, folder, storage, device, base).to(dtype)
     model.compute_dtype = dtype
     return model.eval(), folder

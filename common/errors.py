@@ -51,11 +51,11 @@ def writing(file):
 
 
 @contextmanager
-def located(place):
-    """Turn a ValueError inside the block into a UserError that names the place."""
+def located(place, kind=ValueError):
+    """Turn an error of this kind inside the block into a UserError that names the place."""
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         raise UserError(f"{place}: {error}") from error
 
 

@@ -15,8 +15,7 @@ from common.errors import UserError, nearest, one_line
 
 COMMON = Path(__file__).resolve().parent
 ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
-# Offline, the Hub's cache counts as complete only for the patterns that it was filled with, so
-# there is one list for all. It leaves out pickled weights and Llama's original/*.pth.
+# One list for all, without pickles: offline, the cache is complete only for what filled it.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
@@ -25,8 +24,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 def resolve(name, flag="--model"):
     """The folder of a model: `tiny`, one of ARCHITECTURES (config.json only, for `--init random`),
-    a local folder, or a Hub id (`owner/name`), which is downloaded, or found in the Hub's cache.
-    Raises UserError, naming `flag`, for anything else."""
+    a folder, or a Hub id (`owner/name`), downloaded or cached. Else UserError, naming `flag`."""
     text = str(name)
     if text in ("tiny", *ARCHITECTURES):
         return COMMON / "tiny" if text == "tiny" else COMMON / "architectures" / text
@@ -128,8 +126,7 @@ def _plain_words(repo, kind, file=None):
         errors.LocalEntryNotFoundError: failed,
         errors.EntryNotFoundError: f"{repo} has no file {file}: see {page}/tree/main",
         errors.HFValidationError: f"{repo} is neither a folder here nor a valid name on the Hub",
-        # A failed connection: huggingface_hub's HTTP library, not the same one in each of its major
-        # versions, has errors of its own; its download helper hf_xet raises RuntimeError.
+        # A failed connection: errors of its HTTP library, which changes, and hf_xet's RuntimeError.
         (*errors.HfHubHTTPError.__bases__, OSError, RuntimeError): failed}
     try:
         yield

@@ -9,9 +9,8 @@ import torch
 
 
 def keep_freed(device):
-    """On a CPU with glibc, keep freed memory for the next allocation, as each training step needs
-    the same blocks. By default glibc gives back a block of 32 MB or more and maps it anew, which
-    the system fills with zeros: for Qwen3-0.6B on a CPU, those took a quarter of the time."""
+    """On a CPU with glibc, keep freed memory: each training step needs the same blocks. By default
+    those of 32 MB or more are mapped anew, filled with zeros: a quarter of Qwen3-0.6B's time."""
     if torch.device(device).type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library than glibc
             mallopt = ctypes.CDLL(None).mallopt
@@ -20,8 +19,7 @@ def keep_freed(device):
 
 
 def to_device(pack, device):
-    """The same pack with its tensors on `device`. A GPU copies pinned memory in the background;
-    with other memory Python would wait until the GPU has finished all earlier work."""
+    """The pack on `device`. A GPU copies pinned memory while Python goes on; else Python waits."""
     pinned = torch.device(device).type == "cuda"
     return {name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
             if torch.is_tensor(value) else value for name, value in pack.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common import hub
-from common.errors import UserError, nearest, writing
+from common.errors import UserError, located, nearest, writing
 from common.files.json_files import read_json, write_whole
 from common.ranks import is_main, say, world_size
 
@@ -146,10 +146,8 @@ def _read_values(options_class, path, values):
             words.append(f"{_flag(name)}={value}")
         elif value is not None or one.default is not None:
             raise UserError(f"{path}: {name} may not be {json.dumps(value)}")
-    try:
+    with located(path, UserError):
         return read_flags(options_class, None, words)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def choose_device(name):
@@ -177,14 +175,12 @@ def choose_dtype(name, device):
 
 
 def parse(options_class, chapter, description, tiny, real, argv=None):
-    """The options of this run, an `options_class`; `chapter` is "01", say. The presets `tiny` and
-    `real` are dicts of option values, for the embedded model (`init` and `steps` only on the
-    embedded data) and for all others; a value that depends on --method is a dict with a "default".
-    Raises UserError before any file of the model is touched."""
+    """The options of this run, an `options_class`; `chapter` is "01", say. The presets `tiny`, for
+    the embedded model (`init` and `steps` only on its data), and `real`, for others, are dicts;
+    what depends on --method is a dict with a "default". UserError before the model is read."""
     given = read_flags(options_class, description, argv)
-    if "config" in given:
-        path = given["config"]
-        given = {**_read_values(options_class, path, read_json(path)), **given}
+    if (path := given.get("config")) is not None:
+        given = _read_values(options_class, path, read_json(path)) | given
     # Absolute paths: a run may be resumed from another folder.
     for name in given.keys() & {"model", "eval_data", "chat_template"}:
         given[name] = hub.whole_name(given[name])

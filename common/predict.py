@@ -56,9 +56,8 @@ def mean_attended(lengths):
 
 def flops_per_token(model, attended):
     """FLOPs of one token of a training step: dict with matrices, head, attention, total, full.
-    `attended` is `mean_attended`, or S for documents that are all S tokens long. In `total` a token
-    looks at half of its document on average, as causal attention does; in `full`, the other
-    convention in use, at all of it. Recomputation (checkpointing, dequantising) does not count."""
+    `attended` is `mean_attended`. In `total` a token looks at half of its document on average, as
+    in causal attention; in `full`, as others count, at all of it. Recomputation is left out."""
     config = model.config
     matrices = sum(cost.flops() for layer in model.model.layers for cost in layer_costs(layer))
     head = linear_cost(model.lm_head or model.model.embed_tokens).flops()
@@ -70,8 +69,7 @@ def flops_per_token(model, attended):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s that a device (a torch.device, or a name as torch.cuda.get_device_name gives it) can
-    reach at most in `dtype`; None if this file has no figure for it."""
+    """Most FLOP/s of a device (a torch.device, or its PyTorch name) in `dtype`; None if unknown."""
     if isinstance(device, torch.device):
         device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
@@ -105,8 +103,7 @@ class Prediction(dict):
         kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in SHOWN if counts[kind])
         return "\n".join((
             f"parameters  {_short(counts['total'])}, of which {_short(counts['trainable'])} are "
-            f"trained ({share:.3g} %):",
-            f"            {kinds}",
+            f"trained ({share:.3g} %):\n            {kinds}",
             f"a token     {_short(flops['total'])}FLOP: layers {_short(flops['matrices'])}, head "
             f"{_short(flops['head'])}, attention {_short(flops['attention'])}",
             f"            (counted as if not causal: {_short(flops['full'])}FLOP)",
@@ -135,9 +132,8 @@ def costs(model, lengths, options, chunk=None):
 
 def fit_batch(options, model, chunk=None, beside=0, documents=1):
     """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
-    predicted peak, and `beside` bytes, take at most SHARE of a GPU's memory. --grad-accum grows so
-    that a step keeps its tokens. `model` needs only shapes. UserError if the smallest does not fit,
-    or has no room for `documents` of the longest."""
+    predicted peak and `beside` bytes take at most SHARE of its memory. --grad-accum keeps a step's
+    tokens. `model` needs only shapes. UserError if not even `documents` of the longest fit."""
     if options.batch_tokens is not None:
         return
     total = torch.cuda.get_device_properties(options.device).total_memory

@@ -1,6 +1,5 @@
-"""Hugging Face model folders: config.json, safetensors and the tokenizer's files, in and out.
-Reading is strict: a model with a few random layers would train without complaint. Tensors are read
-one at a time, so loading needs the model's memory and one tensor more."""
+"""Hugging Face model folders, in and out. Reading is strict, as a model with a few random layers
+would train without complaint, and needs the memory of the model and one tensor more."""
 
 import shutil
 from pathlib import Path
@@ -25,9 +24,8 @@ COMPUTED = "rotary_emb.inv_freq"  # old versions of transformers wrote it; we co
 
 def load_weights(model, path):
     """Copy the checkpoint in folder `path` into the model's parameters, which keep their dtype and
-    may be sharded by FSDP2. Strict: before anything is copied, raises UserError that names what is
-    missing, unexpected, mis-shaped or not a floating point tensor, or a file that has changed since
-    we wrote it. For a tied model (without a parameter `lm_head.weight`) see `own_tensors`."""
+    may be sharded by FSDP2. UserError, before anything is copied, for a tensor missing, unexpected,
+    mis-shaped or not floating point, or a file that has changed. Tied head: see `own_tensors`."""
     path = Path(path)
     verify(path)
     wanted = dict(model.named_parameters())  # name in the checkpoint -> parameter
@@ -64,9 +62,8 @@ def own_tensors(tensors, tied):
 
 
 def save_weights(model, config, path, dtype=None, metadata=None, max_shard_bytes=5_000_000_000):
-    """Write the model into folder `path` as transformers would: config.json and safetensors.
-    `config` is what `read_config` gave, `dtype` what to store (default: as the weights are). A tied
-    head is not written, as it is the embedding. Collective; rank 0 writes."""
+    """Write the model into folder `path` as transformers would: config.json, safetensors. `config`
+    is from `read_config`, `dtype` what to store (default: as is). Collective; rank 0 writes."""
     parameters = dict(model.named_parameters())  # a parameter shared by two names comes once
     tied = bool(config.get("tie_word_embeddings", False))
     if tied == (HEAD in parameters):

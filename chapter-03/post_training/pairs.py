@@ -7,8 +7,7 @@
                     with turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:" (HH-RLHF)
 
 Told apart by keys and types, in this order. The response is the last turn, the assistant's; all
-before it is the prompt, the same for both. `system`, `tools` and others: as in common/README.md.
-"""
+before it is the prompt, the same for both. `system`, `tools` and others: as in common/README.md."""
 
 import hashlib
 import json
@@ -63,8 +62,7 @@ class PairRecords(Records):
 
 def members(value, where, ignored):
     """The two records of a pair, chosen first: {"messages": [...], "tools"?}, of which only the
-    last turn is trained on. Raises Refused for a pair that can be left out, UserError for no pair.
-    """
+    last turn is trained. Refused for a pair that can be left out, UserError for no pair."""
     value = {key: one for key, one in value.items() if one is not None and one == one} if (
         isinstance(value, dict)) else {}  # null, and NaN, which is pandas' null, count as absent
     answers = [value.get(name) for name in ("chosen", "rejected")]
@@ -119,12 +117,10 @@ def side(value, answer, where, ignored):
 
 
 def unpacked(value):
-    """One turn as a list of it; a list of turns that is JSON in a text, as tables have it, as that
-    list; all else as it is."""
+    """A turn, or turns that are JSON in a text, as in tables, as a list; all else as it is."""
     found = value
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with suppress(ValueError, RecursionError):
-            found = json.loads(value)
+    with suppress(TypeError, ValueError, RecursionError):  # it is no text, or no JSON
+        found = json.loads(value)
     found = [found] if isinstance(found, dict) else found
     return found if is_turns(found) or not isinstance(value, str) else value
 
@@ -146,18 +142,16 @@ def turns(text):
 
 
 class Pairs(Encoded):
-    """Pairs of documents, one after the other, as one `Encoded` document: what a pack holds both of
-    or neither. So `lengths` are those of both together."""
+    """Pairs of documents, each as one document of an `Encoded`, which a pack holds whole or not."""
 
     unit = "pairs"
 
     @classmethod
     def of(cls, encoded, batch_tokens):
-        """Of an `Encoded` of records in twos, the pairs of which both are there and fit a pack of
-        `batch_tokens`, whose prompts are the same tokens and whose answers are not; the others are
-        counted. Raises UserError if none is left."""
+        """The pairs of an `Encoded` of records in twos that are whole, fit a pack of `batch_tokens`
+        and differ in the answers' tokens alone; counts the others. UserError if none is left."""
         rows, tokens = encoded.documents, np.asarray(encoded.tokens)
-        kept, reasons, numbers = [], {}, rows["record"]
+        groups, numbers = {}, rows["record"]  # by reason, None for those that are kept
         firsts = np.flatnonzero((numbers[:-1] % 2 == 0) & (numbers[1:] == numbers[:-1] + 1))
         for i in firsts.tolist():
             one, two = (tokens[start:start + length]
@@ -169,22 +163,17 @@ class Pairs(Encoded):
                 "whose prompts are not the same tokens" if not np.array_equal(asked, other) else
                 f"longer together than --batch-tokens {batch_tokens}"
                 if len(ids) + len(others) > batch_tokens else None)
-            if reason:
-                count, first = reasons.get(reason, (0, numbers[i] // 2 + 1))
-                reasons[reason] = count + 1, first
-            else:
-                kept.append(i)
-        lone = len(np.unique(numbers // 2)) - len(firsts)
-        if lone:
-            reasons["of which only one answer can be used"] = lone, None
-        notes = [f"skipped, {count:,} {reason}" + f" (first: example {first})" * (first is not None)
-                 for reason, (count, first) in reasons.items()]
+            groups.setdefault(reason, []).append(i)
+        kept = groups.pop(None, [])
+        notes = [f"skipped, {len(found):,} {reason} (first: example {numbers[found[0]] // 2 + 1})"
+                 for reason, found in groups.items()]
+        if lone := len(np.unique(numbers // 2)) - len(firsts):
+            notes.append(f"skipped, {lone:,} of which only one answer can be used")
         if not kept:
             raise UserError("no pair can be trained on: " + ("; ".join(notes) or "no data"))
         pairs = np.empty(len(kept), ROW)
         chosen, rejected = rows[kept], rows[np.add(kept, 1)]
-        for name in ("start", "record"):
-            pairs[name] = chosen[name]
+        pairs["start"], pairs["record"] = chosen["start"], chosen["record"]
         for name in ("length", "trained"):
             pairs[name] = chosen[name] + rejected[name]
         pairs["digest"] = chosen["digest"] * 3 + rejected["digest"]  # not the same, exchanged
@@ -230,8 +219,7 @@ def tiny_pairs(options, device, dtype, chat):
 
 def own_mistakes(model, chat, skill, split, count, seed):
     """Records in twos: to prompts of a tiny skill, `count` at most, the right answer and the first
-    wrong one of TRIES that `model` gave at temperature 1. What it never gets wrong makes no pair.
-    """
+    wrong one of TRIES that `model` gave at temperature 1. Prompts without one make no pair."""
     random = Random(f"{skill} {split} {seed}")
     drawn = (skills.record(skill, split, random)["messages"] for _ in range(count))
     asked = list({question["content"]: (question, answer) for question, answer in drawn}.values())

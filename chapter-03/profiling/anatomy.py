@@ -1,8 +1,7 @@
 """What a training step's memory is made of at its fullest moment: predicted, and measured.
 
 Every allocation of one step is followed: where it was made (forward, loss, backward) and whether it
-outlives the backward tells what it is. It needs no list of tensors, so nothing is missed.
-"""
+outlives the backward tells what it is. It needs no list of tensors, so nothing is missed."""
 
 import itertools
 import math

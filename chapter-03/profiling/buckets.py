@@ -43,10 +43,8 @@ def bucket(names, kernels=False):
     """The bucket of an operator, from its name and those of all that it runs in, inside out.
 
     A matrix product counts as one wherever it occurs but in the optimizer; what remains of the loss
-    is the softmax. A name that is not an operator's (a region, a node of autograd) stands for the
-    Python and C++ around the operators, during which the device is idle, unless it has started
-    `kernels` itself, as compiled code does on a GPU.
-    """
+    is the softmax. A name that is no operator's (a region, a node of autograd) is Python and C++
+    around operators, with the device idle, unless compiled code starts `kernels` there on a GPU."""
     part = next((name for name in names if name in ("forward", "loss", "optimizer")), None)
     if part == "optimizer" or any(name.startswith("Optimizer.") for name in names):
         return "optimizer"
@@ -65,13 +63,12 @@ def bucket(names, kernels=False):
 # --- measured ---
 
 def duration(function, device, prepare=lambda: None, repeats=5):
-    """Seconds of a call: the median of a few measurements, after one that does not count. On CUDA
-    each is ten calls in a row. `prepare` runs before each and is not timed."""
+    """Seconds of a call: the median of `repeats` (on CUDA ten calls each), `prepare` left out."""
     calls, times = 10 if device.type == "cuda" else 1, []
     for _ in range(repeats + 1):
         prepare()
         times.append(seconds_of(function, device, calls) / calls)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:])  # the first has things to load, or to compile
 
 
 def seconds_of(function, device, calls=1):
@@ -93,8 +90,7 @@ def wait(device):
 def measure(step, device, trace, repeats=3):
     """Run `step()` under the profiler: seconds by bucket, which add up to those of the step. Of the
     runs after the first, the one of median length counts; its timeline goes to file `trace`. On a
-    CPU an operator's time excludes the operators that it calls; on CUDA it is that of its kernels,
-    and idle is the rest of the step."""
+    CPU an operator's time excludes what it calls; on CUDA it is its kernels', the rest is idle."""
     measured = []
     with tempfile.TemporaryDirectory(dir=trace.parent) as folder:
         for number in range(repeats + 1):

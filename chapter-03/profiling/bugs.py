@@ -1,12 +1,9 @@
 """Three bugs that leave the results right and only make the step slow. Find them by profiling.
 
     python chapter-03/profiling/bugs.py             a healthy step
-    python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and where does it
-                                                    come from?
+    python chapter-03/profiling/bugs.py --bug-1     and so on: what has changed, and why?
 
-Each prints the time of every step, then the slowest operators of the last one and where its
-timeline is. Read that, not this file.
-"""
+Each prints step times, the slowest operators and where the trace is: read those, not this file."""
 
 import contextlib
 import sys
@@ -29,7 +26,6 @@ from train import CHAPTER, Options
 @dataclass
 class BugOptions:
     """Which bug to plant, and how to run."""
-
     bug_1: bool = option(False, "the first bug")
     bug_2: bool = option(False, "the second bug")
     bug_3: bool = option(False, "the third bug")

@@ -3,10 +3,8 @@
     python chapter-03/profiling/ladder.py --size tiny    half a minute; without, the mid-size model
     python chapter-03/profiling/ladder.py --size 0.6b    Qwen3-0.6B's shapes, for a GPU
 
-Every rung trains on the same documents, whose own tokens count, not padding. A rung keeps what the
-rungs before it have changed. Writes ladder.md and ladder.json after each: after an interruption,
-run it again, and it goes on.
-"""
+Every rung trains on the same documents, whose own tokens count, not padding, and keeps what the
+rungs before it have changed. Writes ladder.md and ladder.json; run it again, and it goes on."""
 
 import gc
 import json
@@ -48,14 +46,12 @@ RUNGS = {  # what each changes; the first describes the naive loop
     "fused optimizer": {"fused": True},
     "checkpointing": {"activation_checkpointing": "full"},
     "LoRA": {"method": "lora"},
-    "QLoRA": {"quantize": "nf4"},
-}
+    "QLoRA": {"quantize": "nf4"}}
 
 
 @dataclass
 class LadderOptions:
     """The ladder's own options."""
-
     size: str = option("mid", "which model", choices=tuple(SIZES))
     steps: int = option(3, "timed steps of each rung", least=1)
     first: str = option("naive", "the rung to begin with", choices=tuple(RUNGS))
@@ -73,8 +69,7 @@ def padded(examples):
 
 
 def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
-    """Attention document by document, on slices, whose backward fills a gradient as large as the
-    whole pack with zeros for each."""
+    """Attention document by document, on slices: each backward fills a whole pack with zeros."""
     if q.is_cuda and q.dtype == torch.float32:  # see `varlen_attention` of chapter 1
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     ends = cu_seqlens.tolist()
@@ -89,7 +84,6 @@ def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
 def climb(rung, options, device):
     """Measure one rung, the settings of RUNGS so far: what goes into its row of the table."""
     model, tokens, longest = SIZES[options.size]
-    rung = dict(rung)
     packed, chunked, blocks, fused = map(rung.pop, ("packed", "chunked", "blocks", "fused"))
     training = Options(model=str(model), init="random", data=["virtual"], batch_tokens=tokens,
                        max_seq_len=longest, lr=1e-4, rank=16, alpha=32.0, seed=options.seed,
@@ -145,6 +139,7 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "ladder.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    results = {row["name"]: row for row in before}
     print(markdown([]), flush=True)
     rung, rows = {}, []
     for number, (name, changes) in enumerate(RUNGS.items()):
@@ -157,22 +152,20 @@ def main(argv=None):
             "name": name, "rung": dict(rung), "size": options.size, "steps": options.steps,
             "seed": options.seed, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-        known = next((old for old in before if row.items() <= old.items()), None)
-        if known is None:  # it was not measured before under these conditions
+        if not row.items() <= results.get(name, {}).items():  # not measured like this before
             try:
-                row |= climb(rung, options, device)
+                row |= climb(dict(rung), options, device)
             except (torch.OutOfMemoryError, UserError) as error:  # or nothing can be compiled here
                 row["missing"] = one_line(error)
+            results[name] = row
             gc.collect()
             torch._dynamo.reset()
-        rows.append(known or row)
+        rows.append(results[name])
         if name == "compile" and "missing" in rows[-1]:
             rung["compile"] = False
         print(markdown(rows).splitlines()[-1], flush=True)
         write_whole(folder / "ladder.md", f"{markdown(rows)}\n".encode())
-        names = {one["name"] for one in rows}  # other rungs stay as they were measured before
-        everything = rows + [old for old in before if old["name"] not in names]
-        everything.sort(key=lambda one: list(RUNGS).index(one["name"]))
+        everything = [results[one] for one in RUNGS if one in results]
         write_whole(file, f"{json.dumps(everything, indent=1)}\n".encode())
     print(f"\n{folder}: ladder.md, ladder.json")
     return 0

@@ -3,8 +3,7 @@
 A copy of the model runs on tensors without numbers (PyTorch's fake tensors), and the FLOPs and
 bytes of every operator are recorded. Divided by two ceilings, those of a large matrix product and
 of a large copy, they give its roofline. No model reaches it: its products have other shapes, and
-what is read may not be in the cache. So each operator is also measured alone, on its own shapes.
-"""
+what is read may not be in the cache. So each operator is also measured alone, on its own shapes."""
 
 import collections
 import copy
@@ -64,7 +63,6 @@ larger_than_caches = functools.cache(lambda: torch.ones(2**24))
 
 class Layout(NamedTuple):
     """What the time of an operator depends on in a tensor."""
-
     shape: tuple
     stride: tuple
     dtype: torch.dtype
@@ -101,7 +99,6 @@ def alone(device, function, leaves, tree):
 
 class Op(NamedTuple):
     """An operator on shapes: what it computes, reads and writes."""
-
     name: str
     bucket: str
     call: tuple | None  # for `alone`

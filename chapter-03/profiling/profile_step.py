@@ -1,14 +1,11 @@
 """Predict a training step, measure it, and show both side by side: time and memory.
 
     python chapter-03/profiling/profile_step.py                              the embedded tiny model
-    python chapter-03/profiling/profile_step.py --model chapter-03/profiling/mid --init random \
-        --data virtual
     python chapter-03/profiling/profile_step.py --model qwen3-0.6b --init random --data virtual \
         --method full --quantize none --compile
 
 It takes the options of train.py, and profiles a step on the first pack of that run. Writes
-`trace.json.gz`, a timeline of the step, and `profile.json`, all figures.
-"""
+`trace.json.gz`, a timeline of the step, and `profile.json`, all figures."""
 
 import json
 import math
@@ -40,13 +37,11 @@ from train import CHAPTER, REAL, TINY, Options
 @dataclass
 class ProfileOptions(Options):
     """The options of train.py, and one more."""
-
     snapshot: bool = option(False, "on CUDA: write snapshot.pickle, a record of every allocation")
 
 
 def set_up(options, fused=True):
-    """(model, optimizer, adapter, training data) as in train.py, except that random weights are
-    drawn on the device. `fused` is AdamW's."""
+    """(model, optimizer, adapter, data) as in train.py, but random weights drawn on the device."""
     source, device = hub.resolve(options.model), torch.device(options.device)
     verify(source)
     with located(source / "config.json"):

@@ -1,6 +1,5 @@
-"""Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors. What is
-written here loads in PEFT with the same logits, and what PEFT wrote loads here. The argument `lora`
-is the chapter's lora.py, as a module."""
+"""Adapters on disk, as PEFT has them: adapter_config.json and adapter_model.safetensors. What we
+write loads in PEFT with the same logits, and vice versa. `lora` is the chapter's lora.py."""
 
 import json
 import math
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.adapters.targets import linear_layers
-from common.errors import UserError
+from common.errors import UserError, located
 from common.files.checkpoint import verify
 from common.files.json_files import read_json
 from common.files.tensors import (
@@ -129,11 +128,9 @@ def load_adapter(model, path, lora):
     options that change the result and are not implemented. Copies of the base's embedding and head,
     which PEFT may add, must equal the model's. After an error the model must not be used."""
     options, headers, file = _read_options(path), tensor_headers(path, STEM), path / CONFIG
-    try:
+    with located(file, UserError):
         config = _adapter_config(options, model, lora)
         lora.apply_adapter(model, config)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
     for name in sorted(options.keys() - {*REFUSED, *KNOWN}):
         if options[name]:
             print(f"warning: {file}: {name}={options[name]!r} is unknown here and ignored",

@@ -1,6 +1,5 @@
-"""The KV cache: generating a token costs the work of one token, not of the whole document, as all
-that attention needs of earlier tokens is their keys and values, which never change again. Shapes as
-in modeling_llama.py; C is the room, in tokens."""
+"""The KV cache: a new token costs the work of one token, not of its whole document, as attention
+needs only keys and values of earlier ones, which never change. Shapes as in modeling_llama.py."""
 
 import torch
 import torch.nn.functional as F

@@ -160,8 +160,7 @@ def _tokenise_batch(batch, chat):
 
 
 def _tokenise_long(text, whole, chat):
-    """The ids of a long text, tokenised in pieces if this tokenizer never looks across the line
-    ends between them; otherwise all at once, which takes more memory."""
+    """The ids of a long text, tokenised in pieces unless this tokenizer looks across line ends."""
     def tokenised(*pieces):
         batches = [pieces[:1]] + [pieces[n:n + 16] for n in range(1, len(pieces), 16)]
         return np.concatenate([np.array(one.ids, np.int32) for n, batch in enumerate(batches)
@@ -189,9 +188,8 @@ def _documents(where, record, length, max_length, too_long, note):
 
 
 def cached(make, key, files=(), title="data"):
-    """The `Encoded` that `make(file)` gives, writing the tokens to `file`, or gave earlier with the
-    same `key` (of JSON) and the same content of `files` and of our own code. It lies in
-    $XDG_CACHE_HOME or ~/.cache; what is damaged is made again. One process makes it for all."""
+    """The `Encoded` that `make(file)` gives, writing tokens to `file`, or gave before with the same
+    `key` (of JSON), `files` and code, kept in $XDG_CACHE_HOME or ~/.cache. One process makes it."""
     contents = [(Path(file).suffix, checkpoint.fingerprint(file)) for file in [*CODE, *files]]
     name = hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))

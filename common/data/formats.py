@@ -129,8 +129,7 @@ def _messages(value, keys, where, ignored):
 
 
 def _conversation(value, key, where, ignored):
-    """The messages of a list of turns, in either spelling; a tool call that is a turn of its own
-    joins the assistant's turn before it, if there is one."""
+    """The messages of a list of turns; a call that is a turn joins the assistant's before it."""
     messages = []
     for turn in _take(value, key, list, where):
         message, before = _message(turn, where, ignored), messages[-1] if messages else {}

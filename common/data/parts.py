@@ -1,8 +1,7 @@
-"""What a conversation says, part by part, and where each part is in its rendered text. A part is a
-message's words, the assistant's thoughts, the name or the arguments of a tool call, or the name of
-a tool. Each is put between marks, private-use characters, and rendered, which counts only if
-removing the marks gives the plain rendering. (Comparing renderings of growing prefixes fails:
-Qwen3's template drops thoughts of earlier turns.)"""
+"""What a conversation says, part by part, and where each part is in its rendered text. Each part (a
+message's words, thoughts, the name or the arguments of a call, a tool's name) is put between marks,
+private-use characters, and rendered, which counts only if removing the marks gives the plain
+rendering. (Rendering growing prefixes fails: Qwen3's template drops thoughts of earlier turns.)"""
 
 import json
 import re
@@ -32,9 +31,8 @@ class Part(NamedTuple):
 
 
 def marked(messages, tools, kinds):
-    """(the `Part`s of a conversation, messages, tools), the last two with marks around all parts of
-    these kinds that are not blank; white space at the edges stays outside. An assistant's content
-    is cut at <think> and </think>, which a template may look for."""
+    """(the `Part`s of a conversation, messages, tools), these two with marks around all parts of
+    these kinds but their white space. An assistant's content is cut at <think> and </think>."""
     found = []
 
     def mark(value, message, kind):  # a text, or all texts in the arguments of a call
@@ -99,8 +97,7 @@ def take_marks(text):
 
 def find(messages, tools, text, render):
     """([(start, end, Part)], the parts in their places, or None if the assistant's are not written
-    as they are; [Part], those that are not written). `text` is the rendering of the conversation;
-    render(messages, tools) makes others."""
+    as they are; [Part], those that are not written). `text` is render(messages, tools)."""
     for kinds in ((*OWN, *ROLES, "tools"), OWN):
         found, *copies = marked(messages, tools, kinds)
         try:
@@ -127,9 +124,8 @@ def find(messages, tools, text, render):
 
 
 def left_out(messages, missing):
-    """What the record says and its rendering does not (`missing`, from `find`), for people to read;
-    not thoughts of earlier turns, which templates drop by design. Raises LeftOut for a tool call:
-    what remains would be misleading."""
+    """What the record says and its rendering does not (`missing`, from `find`), in words; not
+    thoughts of earlier turns, dropped by design. LeftOut for a tool call: the rest misleads."""
     asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
     names = []
     for message, kind, _ in missing:

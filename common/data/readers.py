@@ -1,5 +1,4 @@
-"""Data files to records (`formats.py` has what they may hold), one at a time, with the place of
-each. Any bytes give records or a UserError with file and line."""
+"""Data files to records (see formats.py) with their places; any bytes give some or a UserError."""
 
 import csv
 import gzip

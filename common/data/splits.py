@@ -7,8 +7,7 @@ The names are paths below the data set, with "/". Files of one split share a lab
     train/0000.parquet                            train
     train-1.jsonl                                 train
     alpaca_data_cleaned.json                      alpaca_data_cleaned
-    data/part-0.jsonl                             default (nothing in its name says more)
-"""
+    data/part-0.jsonl                             default (nothing in its name says more)"""
 
 import re
 
@@ -87,8 +86,7 @@ def _groups(data):
 
 
 def _labels(groups, part, local, place, flag):
-    """The labels that `part` means: a label or the end of just one, or, for a folder, its labels to
-    train on (for --eval-data: to hold out)."""
+    """The labels that `part` means: one, by its name or its end, or a folder's that suit `flag`."""
     path = _NO_PART_OF_IT.sub("", part.rstrip("/") + "/").rstrip("/")
     folder = [one for one in groups if not path or one.startswith(path + "/")]
     found = ([one for one in groups if one in (part, path)]

@@ -34,10 +34,9 @@ class _Generation(Extension):
 
 
 def compiled(source, where):
-    """A function that gives the text for the variables of a chat template, a dict. Raises
-    UserError, naming `where`, for a template that does not compile. The function raises Refused if
-    the template itself fails or objects (`raise_exception`, a role or a key that it does not know),
-    and UserError if it writes more than LONGEST characters."""
+    """A function that gives the text for the variables of a chat template, a dict. UserError,
+    naming `where`, if it does not compile. The function raises Refused if the template fails or
+    objects (`raise_exception`, an unknown role), and UserError for more than LONGEST characters."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 

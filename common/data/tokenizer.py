@@ -17,8 +17,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a tok
 
 
 def read_tokenizer(folder, template=None):
-    """The tokenizer files of a folder as a dict; only tokenizer.json must be there. `template` is
-    a file that takes the place of chat_template.jinja."""
+    """A folder's tokenizer files as a dict; the file `template` is used for chat_template.jinja."""
     folder = Path(folder)
     files = {name: folder / name for name in ("tokenizer.json", "chat_template.jinja", *SETTINGS)}
     if template is not None:

@@ -96,8 +96,7 @@ def regions(where, text, header, stops, special):
 
 def tokens_in(spans, offsets):
     """Which tokens lie in the spans, (start, end) in characters, at least in part: bool array (T,).
-    `offsets` are the tokens' own (start, end). A tokenizer may trim white space off them: a token
-    with no characters left counts as the character before its end."""
+    `offsets` are the tokens' own; an empty one (trimmed white space) is of the character before."""
     start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     inside = np.zeros(end.max(initial=0) + 1, dtype=np.int64)
     for first, last in spans:

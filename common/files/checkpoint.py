@@ -6,8 +6,7 @@
 `commit` writes `name.bareloop-tmp/`, flushes every file, then manifest.json (the size and SHA-256
 of each, and of itself), renames the folder to `name/` and flushes the parent. A folder that had the
 name is `name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back.
-The headers of the safetensors have a mark, so that a lost manifest is noticed too; a folder from
-elsewhere has neither, and passes `verify`."""
+Safetensors have a mark in their headers, should the manifest be lost; others' folders have none."""
 
 import argparse
 import contextlib
@@ -45,10 +44,9 @@ class CheckpointError(UserError):
 
 def commit(folder, write, extra=None, bytes_needed=0):
     """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
-    `extra` (JSON, say the step) goes into the manifest. A folder of ours that is there is replaced;
-    after an interruption the old or the new one is. Raises UserError if it is not ours, or if space
-    (`bytes_needed`) or permission is missing: then what was there before stays, and nothing else.
-    All ranks call `write`, which may gather tensors; rank 0's files count."""
+    `extra` (JSON) goes into the manifest. A folder of ours is replaced; after an interruption the
+    old or the new one is there. UserError if it is not ours, or space (`bytes_needed`) or
+    permission is missing: then nothing changes. All ranks call `write`; rank 0's files count."""
     folder = Path(os.path.abspath(folder))
     tmp = Path(f"{folder}{TMP}")
     try:
@@ -218,8 +216,7 @@ def fingerprint(path, flush=False):
 # --- the folder of a run: all ranks call these, rank 0 alone touches the disk ---
 
 def new_run_folder(chapter, out=None):
-    """Make the folder of a new run and give its path: `out`, or `runs/chapter-01/001`, or the next
-    number after those there. Raises UserError if a run is in `out`, or it cannot be written."""
+    """Make and give a new run's folder, `out` or a number in runs/<chapter>. UserError if taken."""
     folder = Path(out or f"runs/{chapter}")
 
     def make():
@@ -269,12 +266,10 @@ def latest(run):
         for old in Path(run).glob(f"*{OLD}"):
             recover(old.with_suffix(""))
         steps = _steps(run)
-        for step in steps:
-            if _is_whole(step_folder(run, step)):
-                return step
-        if steps:
+        newest = next((step for step in steps if _is_whole(step_folder(run, step))), -1)
+        if steps and newest < 0:
             print(f"{run}: no whole checkpoint is left: from the beginning", file=sys.stderr)
-        return -1
+        return newest
 
     step = on_main(find)
     return None if step < 0 else step_folder(run, step)

@@ -40,10 +40,9 @@ def save_state(folder, model, optimizer, state, names=None):
 
 
 def load_state(folder, model, optimizer, names=None):
-    """Put back what `save_state` wrote, in place, and give its `state`. Strict: parameters and
-    moments that are missing, unexpected, or of another shape or dtype raise CheckpointError by
-    name, before anything is changed. `folder` must have been verified. With another number of ranks
-    the random generators are left alone, with a note."""
+    """Put back what `save_state` wrote, in place, and give its `state`. CheckpointError names what
+    is missing, unexpected, or of another shape or dtype, before anything is changed. `folder` must
+    be verified. Random states of another number of ranks are left out, with a note."""
     state = read_json(Path(folder) / "state.json")
     stateless = state.pop(STATELESS, None)
     if not isinstance(stateless, list):

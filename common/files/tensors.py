@@ -1,6 +1,5 @@
-"""Folders of safetensors files: tensors by name, in one file or in shards with an index. Read a
-tensor at a time, written a shard at a time, and never pickled. What is read may come from anywhere:
-names, links and headers are checked before they are used."""
+"""Folders of safetensors files: tensors by name, in one or in shards with an index. Read a tensor
+at a time, written a shard at a time; names, links and headers are checked, nothing is pickled."""
 
 import json
 import os
