@@ -131,7 +131,7 @@ def resized(folder, out, size):
     """The run's adapter with each layer's change made `size` times as large as the weight."""
     model, _ = quantized_model.load_model(None, "cpu", torch.float32, folder / "final")
     config = peft.load_adapter(model, folder / "final", train.lora)
-    for _, module in merge.adapter_modules(model):
+    for _, module in train.lora.adapter_modules(model):
         module.lora_B.data *= size * module.base.weight.norm() / module.delta().norm()
     peft.save_adapter(model, config, out, "tiny", train.lora, {"trained_on": "nf4-double"})
     return out
@@ -152,7 +152,7 @@ def test_quantising_anew_loses_a_small_change_and_is_refused(run, tmp_path, caps
     assert type(model.model.layers[0].mlp.up_proj) is nf4.NF4Linear
     # Measured here once more, from the two folders.
     base = loaded("tiny", base="nf4-double")
-    adapted = dict(merge.adapter_modules(loaded(None, adapter)))
+    adapted = dict(train.lora.adapter_modules(loaded(None, adapter)))
     left = total = 0
     for name, module in adapted.items():
         delta = module.delta().double()
