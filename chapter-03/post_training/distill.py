@@ -8,8 +8,7 @@ With p the teacher's distribution over the vocabulary and q the student's, both 
                                                            (GKD, 2306.13649, equation 1)
 
 A loss is (1-λ) of the label's cross-entropy and λ τ² of this; τ² keeps the gradient's size (Hinton
-et al., 1503.02531, section 2). The gradient along the logits is known at once, so this takes the
-place of the softmax in loss.py, a chunk at a time: no (T, V) tensor exists, of neither model.
+et al., 1503.02531, section 2). It takes the place of the softmax in loss.py, a chunk at a time.
 """
 
 import math
@@ -27,8 +26,7 @@ def chunked_divergence(hidden, weight, labels, chunk=CHUNK, labelled=None, *, te
     hidden (T, D), weight (V, D), labels (T,), `chunk` and `labelled` are as for
     `loss.chunked_cross_entropy`; teacher_hidden (T, D') and teacher_weight (V', D') are the
     teacher's, which gets no gradient. If V and V' differ, as checkpoints pad them differently,
-    `vocabulary` is what both are cut to. `share` is λ, `temperature` τ.
-    """
+    `vocabulary` is what both are cut to. `share` is λ, `temperature` τ."""
     if labelled is None:
         labelled = (labels >= 0).nonzero()[:, 0]
     head = teacher_weight[:vocabulary].detach().to(teacher_hidden.dtype)

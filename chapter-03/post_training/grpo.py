@@ -7,9 +7,6 @@ which get rewards r_i. An answer that did better than its group is to become lik
     w_t = π(o_t) / π_old(o_t)                 of each token; 1 in the first update
     L_t = -min(w_t A_i, clip(w_t) A_i)        PPO's clip (1707.06347, equation 7)
     L   = Σ L_t / Σ n_i                       over all answers of the step
-
-With one update w is 1 throughout, and L has the gradient of a cross-entropy in which each token has
-the weight A_i / Σ n_i. Its value then says nothing: it is near 0 by construction.
 """
 
 import torch

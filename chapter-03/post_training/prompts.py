@@ -65,9 +65,9 @@ class Problems(Records):
 
 
 def problems(chat, documents, records, limit, **variables):
-    """The Problem of each of `documents` (an `Encoded`; None: of all), made from its record; its
-    last trained turn is the answer. `variables` go to the chat template. What that refuses, what
-    has no answer's turn, and prompts over `limit` tokens are left out and counted."""
+    """The Problem of each of `documents` (an `Encoded`; None: of all), made from its record, whose
+    last trained turn is the answer. `variables` go to the chat template. Prompts that this refuses,
+    or over `limit` tokens, are left out and counted."""
     if chat is None:
         raise UserError("--data virtual: random tokens are no questions")
     numbers = None if documents is None else {*documents.documents["record"].tolist()}
@@ -94,8 +94,8 @@ def problems(chat, documents, records, limit, **variables):
         found.append(Problem(prompt, text, {**record.get("example", record), **expected},
                              record.get("where", "")))
     if left_out:
-        say(f"left out: {left_out:,} prompts that the chat template refuses, that have no turn to "
-            f"answer, or more than {limit} tokens (--max-seq-len less --max-new-tokens)")
+        say(f"left out: {left_out:,} without a prompt, or with one of more than {limit} tokens "
+            "(--max-seq-len less --max-new-tokens)")
     if not found:
         raise UserError("no prompt is left to answer")
     return found

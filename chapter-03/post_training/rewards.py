@@ -23,15 +23,13 @@ def exact(record, answer):
 
 
 def letters(record, answer):
-    """The share of characters that are right and in place: a shaped reward, which pays for being
-    near."""
+    """The share of characters that are right and in place: a shaped reward."""
     answer, expected = answer.strip(), record["expected"].strip()
     return sum(map(str.__eq__, answer, expected)) / max(len(answer), len(expected), 1)
 
 
 def number(text, mark=""):
-    """The last number of a text, or the last behind a mark, as a Decimal, or None. 1,000 and
-    $1000.00 are the same; nothing is evaluated."""
+    """The last number of a text, or that behind the last mark, as a Decimal, or None."""
     found = re.findall(rf"{mark}(?:\s*({NUMBER}))?" if mark else f"({NUMBER})", text)
     return Decimal(re.sub(r"[$,]", "", found[-1])) if found and found[-1] else None
 
@@ -82,14 +80,13 @@ def check_answers(name, problems):
     for one in problems if name in REWARDS else ():
         expected = one.record["expected"]
         if not expected.strip() or name == "gsm8k" and number(expected, "####") is None:
-            wanted = ' with "####" and a number' * (name == "gsm8k")
-            raise UserError(f"{one.where}: --reward {name} needs an expected answer{wanted}, but it"
-                            f" is {one_line(repr(expected))}; one of your own needs none")
+            mark = ' with "####" and a number' * (name == "gsm8k")
+            raise UserError(f"{one.where}: --reward {name} needs an expected answer{mark}, but it "
+                            f"is {one_line(repr(expected))}; one of your own needs none")
 
 
 def judge(reward, problem, answer, chat):
-    """The reward of a rollout's Answer to a Problem. UserError, naming the problem, if the function
-    fails or gives no finite number."""
+    """The reward of an Answer to a Problem; UserError, naming it, if that is no finite number."""
     try:
         value = reward(dict(problem.record), chat.decode(answer.ids)) if answer.finished else 0.0
         value = float(value)

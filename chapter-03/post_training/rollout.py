@@ -5,7 +5,7 @@ grow together, a token at a time. They are drawn from exactly softmax(logits / t
 `generate`'s top-k and top-p would make that another distribution than the one which is trained.
 """
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,13 @@ from packing import packed_sequence_collate_fn
 from batches import batches, document
 
 
-@dataclass
-class Answer:
+class Answer(NamedTuple):
     """What was drawn for a prompt; the lists have one entry for each token."""
 
-    ids: list = field(default_factory=list)  # the stop token included
-    log_probs: list = field(default_factory=list)  # at the temperature it was drawn at
-    entropies: list = field(default_factory=list)  # of what it was drawn from, in nats
-    finished: bool = False  # by a stop token; else it was cut at the limit
+    ids: list  # the stop token included
+    log_probs: list  # at the temperature it was drawn at
+    entropies: list  # of what it was drawn from, in nats
+    finished: bool  # by a stop token; else it was cut at the limit
 
 
 def draw(logits, temperature, draws):
@@ -48,56 +47,59 @@ def draw(logits, temperature, draws):
 def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), room=2**62):
     """`group` Answers to each of `prompts`, lists of token ids, of at most `limit` tokens each; the
     answers to a prompt follow one another. Answer i to prompt n depends on `seed` (a tuple of whole
-    numbers), n and i, whatever else is drawn. `room`: see `batches`. UserError if the model has no
-    positions for them, or its logits are not finite."""
+    numbers), n, i and `limit`, whatever else is drawn. `room`: see `batches`. UserError if the
+    model has no positions for them, or its logits are not finite."""
     longest = max(map(len, prompts)) + limit
     if longest > model.config.max_position_embeddings:
         raise UserError(f"a prompt and its answer can have {longest} tokens, more than the model "
                         "takes (--max-new-tokens, --max-seq-len)")
-    answers = [Answer() for _ in range(len(prompts) * group)]
-    random = [np.random.default_rng((*seed, *divmod(row, group))) for row in range(len(answers))]
-    was_training = model.training
+    draws = torch.from_numpy(np.concatenate([
+        np.random.default_rng((*seed, n)).random((group, limit), dtype=np.float32)
+        for n in range(len(prompts))]))  # (answers, limit)
+    answers, was_training = [None] * len(draws), model.training
     model.eval()
     try:
         for rows in batches([*map(len, prompts)], group, limit, room):
-            grow(model, prompts, group, rows, limit, stop_ids, temperature, answers, random)
+            drawn = grow(model, [prompts[row // group] for row in rows], stop_ids, temperature,
+                         draws[rows])
+            for row, answer in zip(rows, drawn):
+                answers[row] = answer
     finally:
         model.train(was_training)
     return answers
 
 
-def grow(model, prompts, group, rows, limit, stop_ids, temperature, answers, random):
-    """Draw the `answers` of a batch of rows, all together."""
-    device, asked = next(model.parameters()).device, list(dict.fromkeys(r // group for r in rows))
-    lengths = [len(prompts[n]) for n in asked]
-    cache = KVCache(len(asked), max(lengths) + limit)
-    pack = packed_sequence_collate_fn([document(prompts[n], []) for n in asked])
-    logits = model(*(pack[name].to(device) for name in ("input_ids", "cu_seqlens")), max(lengths),
-                   pack["position_ids"].to(device), cache=cache)
-    repeated = [asked.index(row // group) for row in rows]
+def grow(model, prompts, stop_ids, temperature, draws):
+    """An Answer to each of `prompts`, which may be there several times, all drawn together; `draws`
+    (N, limit) are uniform in [0, 1)."""
+    device, (N, limit) = next(model.parameters()).device, draws.shape
+    asked = list(dict.fromkeys(map(tuple, prompts)))
+    repeated = [asked.index(tuple(one)) for one in prompts]
+    pack = packed_sequence_collate_fn([document(list(one), []) for one in asked])
+    sums, positions = pack["cu_seqlens"].to(device), pack["position_ids"].to(device)
+    cache = KVCache(len(asked), pack["max_seqlen"] + limit)
+    logits = model(pack["input_ids"].to(device), sums, pack["max_seqlen"], positions, cache=cache)
     cache.keep(repeated)
-    logits, ends = logits[repeated], torch.tensor(lengths, device=device)[repeated]
-    while True:
-        u = torch.tensor([random[row].random(dtype=np.float32) for row in rows], device=device)
-        tokens, log_p, entropy = draw(logits, temperature, u)
-        if not log_p.isfinite().all():
-            raise UserError("the model's logits are not finite numbers: has it diverged (a lower "
-                            "--lr helps), or does it need --dtype float32?")
-        growing = []
-        for place, (row, *new) in enumerate(zip(rows, *(x.tolist() for x in (
-                tokens, log_p, entropy)))):
-            one = answers[row]
-            if one.finished or len(one.ids) == limit:
-                continue
-            for values, value in zip((one.ids, one.log_probs, one.entropies), new):
-                values.append(value)
-            one.finished = new[0] in stop_ids
-            if not one.finished and len(one.ids) < limit:
-                growing.append(place)
-        if not growing:
-            return
+    logits, ends = logits[repeated], sums.diff().long()[repeated]
+    draws, stops = draws.to(device), torch.tensor([*stop_ids], dtype=torch.long, device=device)
+    # What is drawn, and how many tokens of it are the answer.
+    tokens, numbers = ends.new_zeros(N, limit), draws.new_zeros(2, N, limit)
+    lengths, rows = ends.new_full((N,), limit), torch.arange(N, device=device)
+    for n in range(limit):
+        new, *beside = draw(logits, temperature, draws[rows, n])
+        tokens[rows, n], numbers[:, rows, n] = new, torch.stack(beside)
+        ended = torch.isin(new, stops) & (lengths[rows] == limit)
+        lengths[rows[ended]] = n + 1
+        growing = (lengths[rows] > n + 1).nonzero()[:, 0]
+        if not len(growing):
+            break
         if len(growing) < 0.75 * len(rows):  # else copying the cache costs more than it saves
-            rows, tokens, ends = [rows[p] for p in growing], tokens[growing], ends[growing]
             cache.keep(growing)
+            rows, new, ends = rows[growing], new[growing], ends[growing]
         sums = torch.arange(len(rows) + 1, dtype=torch.int32, device=device)
-        logits, ends = model(tokens, sums, 1, ends, cache=cache), ends + 1  # (N, V)
+        logits, ends = model(new, sums, 1, ends, cache=cache), ends + 1  # (rows, V)
+    if not numbers.isfinite().all():
+        raise UserError("the model's logits are not finite numbers: has it diverged (a lower --lr "
+                        "helps), or does it need --dtype float32?")
+    return [Answer(ids[:n], *(one[:n] for one in more), finished=ids[n - 1] in stop_ids)
+            for n, ids, *more in zip(lengths.tolist(), tokens.tolist(), *numbers.tolist())]

@@ -12,8 +12,7 @@ from reference import add_reference, frozen_copy, reference_log_probs
 
 def add_teacher(predicted, shapes, options, chat):
     """Add to `predicted`, of the model `shapes`, what the teacher needs. Gives the vocabulary that
-    both heads are cut to, None if they are equally large. UserError if the teacher's tokenizer is
-    not that of `chat`."""
+    both heads are cut to, None if they are equally large. UserError for another tokenizer."""
     if options.teacher == "self":
         return add_reference(predicted, shapes, options) and None
     folder, dtype = hub.resolve(options.teacher, "--teacher"), getattr(torch, options.dtype)
@@ -22,9 +21,8 @@ def add_teacher(predicted, shapes, options, chat):
     own, theirs = (one.tokenizer.get_vocab() for one in (chat, Chat.load(folder)))
     if own != theirs:
         token = one_line(repr(min(own.items() ^ theirs.items())[0]))
-        raise UserError(f"--teacher {options.teacher}: its tokenizer is not this model's (one of "
-                        f"the tokens that differ is {token}), so that they speak of different "
-                        "tokens: take a teacher of the same family")
+        raise UserError(f"--teacher {options.teacher}: its tokenizer is another one (they differ "
+                        f"in {token}): take a teacher of the same family")
     teacher = base_model(config, None, dtype, base="none", init="shapes")
     predicted["teacher"] = sum(parameter.nbytes for parameter in teacher.parameters())
     predicted["teacher's logits"] = dtype.itemsize * (

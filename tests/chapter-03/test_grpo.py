@@ -50,8 +50,9 @@ def batch():
     masks = [stored[f"{side}_mask"] == 1 for side in ("prompt", "completion")]
     stored["problems"] = [problem(ids[mask].tolist())
                           for ids, mask in zip(stored["prompt_ids"], masks[0])]
-    stored["answers"] = [Answer(ids[mask].tolist(), old[mask].tolist()) for ids, old, mask in zip(
-        stored["completion_ids"], stored["old_logps"], masks[1])]
+    stored["answers"] = [
+        Answer(ids[mask].tolist(), old[mask].tolist(), [], False)
+        for ids, old, mask in zip(stored["completion_ids"], stored["old_logps"], masks[1])]
     stored["mask"] = masks[1]
     return stored
 

@@ -33,7 +33,7 @@ def problem(expected="", where="data.jsonl:7", **record):
 
 def answer(chat, text, finished=True):
     ids = chat.tokenise([text])[0].ids
-    return rollout_file.Answer(ids + [min(chat.stop_ids)] * finished, finished=finished)
+    return rollout_file.Answer(ids + [min(chat.stop_ids)] * finished, [], [], finished)
 
 
 # --- built in ---
@@ -387,7 +387,7 @@ def test_what_is_too_long_or_refused_is_left_out_and_counted(tmp_path, chat, cap
     found = asked(path, chat, lengths[1])
     assert [one.record["prompt"] for one in found] == [U, f"{U} {U}"]
     said = capsys.readouterr().out
-    assert "left out: 2 prompts that" in said  # the others `encode` has counted
+    assert "left out: 2 without a prompt" in said  # the others `encode` has counted
     found = asked(path, chat, lengths[1] - 1)
     assert [one.record["prompt"] for one in found] == [U]
     with refused("no prompt is left"):
