@@ -150,7 +150,7 @@ def test_a_run_logs_what_it_drew(options, tmp_path, watch, reward):
             one["prompt"] for one in groups]
         assert [chat.decode(one.ids, False) for one in answers] == sum(
             (one["answers"] for one in groups), [])
-        found = torch.tensor([values[reward]({}, chat.decode(one.ids)) * one.finished
+        found = torch.tensor([float(values[reward]({}, chat.decode(one.ids)) * one.finished)
                               for one in answers]).view(PROMPTS, GROUP)
         assert torch.tensor([one["rewards"] for one in groups]).allclose(found)
         alike = found.amax(1) == found.amin(1)
@@ -176,6 +176,14 @@ def test_a_run_logs_what_it_drew(options, tmp_path, watch, reward):
     assert state_of(folder, 4)["tokens"] == sum(line["tokens"] for line in lines(folder))
 
 
+@pytest.mark.xfail(strict=True, reason="FAULT: whatever is alike and above 0 counts as all right, "
+                   "though rewards.py says that 1 or more is solved")
+def test_alike_and_half_right_is_not_all_right(options, tmp_path):
+    folder = run(options, tmp_path, *own(options, "same"), "--max-new-tokens", 20, "--steps", 1)
+    (line,) = lines(folder)
+    assert line["degenerate"] > 0 == line["all_right"]
+
+
 def test_rewards_come_first_on_the_screen_with_a_question_and_its_answer(
         options, tmp_path, capsys):
     folder = run(options, tmp_path, "--log-every", 2)
@@ -196,17 +204,17 @@ def test_rewards_come_first_on_the_screen_with_a_question_and_its_answer(
 
 FORMATS = {
     "prompt and completion": ([{"prompt": f"Say {i}.", "completion": f"{i}", "wanted": f"{i}"}
-                               for i in range(6)], "known"),
+                               for i in range(9)], "known"),
     "messages": ([{"messages": [
         {"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}"}],
-        "wanted": f"{i}"} for i in range(6)], "known"),
+        "wanted": f"{i}"} for i in range(9)], "known"),
     "GSM8K": ([{"question": f"Add {i}.", "answer": f"It is so.\n#### {i},000",
-                "wanted": f"It is so.\n#### {i},000"} for i in range(6)], "gsm8k"),
+                "wanted": f"It is so.\n#### {i},000"} for i in range(9)], "gsm8k"),
     "a question alone": ([{"question": f"Add {i}.", "answer": f"{i}", "wanted": f"{i}"}
-                          for i in range(6)], "known"),
-    "a prompt alone": ([{"prompt": f"Say {i}."} for i in range(6)], "known"),
+                          for i in range(9)], "known"),
+    "a prompt alone": ([{"prompt": f"Say {i}."} for i in range(9)], "known"),
     "messages up to the user's": ([{"messages": [{"role": "user", "content": f"Say {i}."}]}
-                                   for i in range(6)], "known")}
+                                   for i in range(9)], "known")}
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -237,7 +245,7 @@ def test_samples_are_kept_up_to_a_size(options, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAMPLES", size / 2)
     folder = run(options, tmp_path)
     kept = (folder / "samples.jsonl").read_bytes()
-    (longest,) = [max(map(len, kept.splitlines()))]
+    longest = max(map(len, kept.splitlines()))
     assert size / 2 <= len(kept) <= size / 2 + longest + 1
     assert (whole / "samples.jsonl").read_bytes().startswith(kept)
     assert same_weights(whole, folder)
@@ -326,7 +334,7 @@ def test_checkpointing_activations_changes_nothing(options, tmp_path):
 def test_every_method(options, tmp_path, method, more):
     """What is drawn is what is trained, also after a step."""
     folder = run(options, tmp_path, "--method", method, *more, "--steps", 3, "--lr", "1e-2",
-                 "--schedule", "constant", "--delta-start", 1, "--save-every", 1, "--keep", 9)
+                 "--delta-start", 1, "--save-every", 1, "--keep", 9)
     assert all(0 <= line["sampler_gap"] <= 1e-5 and line["grad_norm"] > 0
                for line in lines(folder))
     assert (folder / "final/config.json").exists() == (method in ("full", "delta-lora"))
@@ -337,7 +345,7 @@ def test_every_method(options, tmp_path, method, more):
 def test_a_reward_is_learned(options, tmp_path):
     """Of single tokens: those with an even number of characters become likely."""
     folder = run(options, tmp_path, "--method", "full", *DENSE, "--lr", "2e-2", "--steps", 40,
-                 "--schedule", "constant", "--max-new-tokens", 6, "--eval-every", 0, "--group", 8)
+                 "--max-new-tokens", 6, "--eval-every", 0, "--group", 8)
     found = [line["reward"] for line in lines(folder)]
     assert sum(found[:5]) / 5 < 0.7 and sum(found[-5:]) / 5 > 0.95
 
@@ -373,8 +381,7 @@ def test_every_divisor_and_baseline(options, tmp_path, watch):
 
 @pytest.mark.parametrize("ratio, epsilon", [("token", 0.01), ("sequence", 0.001)])
 def test_the_clip_matters_from_the_second_update_on(options, tmp_path, ratio, epsilon):
-    more = ("--ratio", ratio, "--epsilon", epsilon, "--method", "full", *DENSE, "--lr", "1e-2",
-            "--schedule", "constant")
+    more = ("--ratio", ratio, "--epsilon", epsilon, "--method", "full", *DENSE, "--lr", "1e-2")
     single = run(options, tmp_path, *more, name="single")
     assert all(line["clipped"] == 0 for line in lines(single))
     folder = run(options, tmp_path, *more, "--updates", 3, name="three")
@@ -400,7 +407,7 @@ def test_the_reference_stays_what_the_model_was(options, tmp_path, monkeypatch, 
     monkeypatch.setattr(train, "reference_log_probs", lambda *given: seen.append(
         (given[1], real(*given))) or seen[-1][1])
     folder = run(options, tmp_path, "--kl", 0.1, "--temperature", 0.7, "--lr", "1e-2",
-                 "--schedule", "constant", *more, *DENSE)
+                 *more, *DENSE)
     kls = [line["kl"] for line in lines(folder)]
     assert kls[0] == pytest.approx(0, abs=1e-6) and min(kls[1:]) > 1e-4
     model, _ = quantized_model.load_model(value_of(options, "--model"), "cpu", torch.float32,
@@ -417,7 +424,7 @@ def test_kl_holds_the_model_back(options, tmp_path):
     for beta in ("1e-9", "3"):
         for estimator in ("k3", "k2"):
             folder = run(options, tmp_path, "--kl", beta, "--kl-estimator", estimator, "--lr",
-                         "1e-2", "--schedule", "constant", "--steps", 12, "--method", "full",
+                         "1e-2", "--steps", 12, "--method", "full",
                          *DENSE, "--eval-every", 0, name=beta + estimator)
             kls[beta, estimator] = sum(line["kl"] for line in lines(folder)[-4:]) / 4
     for estimator in ("k3", "k2"):
@@ -463,7 +470,7 @@ def test_held_out_prompts_are_answered_greedily_and_rewarded(options, tmp_path):
     held_out = write(tmp_path / "held.jsonl", *(
         {"prompt": f"Repeat {i + 40}.", "completion": "a"} for i in range(12)))
     folder = run(options, tmp_path, "--eval-data", held_out, "--method", "full", *DENSE, "--lr",
-                 "2e-2", "--schedule", "constant")
+                 "2e-2")
     chat = Chat.load(folder / "final")
     prompts = [chat.encode_prompt([{"role": "user", "content": f"Repeat {i + 40}."}])
                for i in range(12)]
@@ -528,7 +535,6 @@ def test_fewer_prompts_than_a_step_takes(options, tmp_path):
 
 
 def test_an_epoch_asks_every_prompt_once(options, tmp_path):
-    options = [word for word in options]
     at = options.index("--steps")
     folder = run(options[:at] + options[at + 2:], tmp_path, "--epochs", 1)
     assert len(lines(folder)) == math.ceil(23 / PROMPTS)
@@ -540,7 +546,8 @@ def test_an_epoch_asks_every_prompt_once(options, tmp_path):
 
 @pytest.mark.parametrize("more", [
     (), ("--method", "full", *DENSE, "--keep-best"), ("--updates", "2", "--epsilon", "0.01"),
-    ("--kl", "0.1"), ("--method", "full", *DENSE, "--kl", "0.1", "--temperature", "0.7")])
+    ("--kl", "0.1"), ("--method", "full", *DENSE, "--kl", "0.1", "--temperature", "0.7", "--schedule",
+                      "cosine")])
 def test_resume_is_bitwise(options, tmp_path, more):
     assert_resume_is_bitwise(train, [*options, *more], tmp_path)
     assert_parts_are_the_whole(tmp_path, "samples.jsonl")
@@ -575,7 +582,7 @@ def test_a_signal_saves_and_the_run_goes_on(options, tmp_path, more):
     assert samples(tmp_path / "run") == samples(whole)
 
 
-@pytest.mark.parametrize("moments, changes", [(1, 2), pytest.param(6, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments, changes", [(0, 1), pytest.param(6, 12, marks=pytest.mark.slow)])
 def test_what_was_killed_becomes_what_it_would_have_been(
         options, tmp_path, monkeypatch, moments, changes):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -639,22 +646,23 @@ FILES = {
     (("--updates", "0"), ["--updates"]),
     (("--kl", "-1"), ["--kl"]),
     (("--divisor", "token"), ["--divisor", "did you mean tokens?"]),
-    (("--baseline", "median"), ["--baseline", "mean, others"]),
+    (("--baseline", "median"), ["--baseline", "'mean', 'others'"]),
     (("--reward", "exakt"), ["--reward exakt", "did you mean exact?"]),
     (("--reward", "missing.py:f"), ["--reward missing.py:f", "of a file that is there"]),
     (("--reward", "OWN.py"), ["FILE.py:function"]),
     (("--reward", "OWN.py:nothing"), ["OWN.py:nothing", "AttributeError", "nothing"]),
     (("--reward", "BROKEN.py:f"), ["BROKEN.py:f", "SyntaxError"]),
-    (("--data", "PROMPTS", "--reward", "exact"), ["PROMPTS.jsonl:1", "needs an expected answer",
-                                                  "missing"]),
+    (("--data", "PROMPTS", "--reward", "exact"), ["PROMPTS.jsonl:2", "needs an expected answer"]),
+    pytest.param(("--data", "PROMPTS", "--reward", "letters"), ["it is missing"],
+                 marks=pytest.mark.xfail(strict=True, reason="FAULT: it says: it is str")),
     (("--data", "UNMARKED", "--reward", "gsm8k"), [
-        "UNMARKED.jsonl:2", "#### ".strip(), "a number", "it is 5"]),
+        "UNMARKED.jsonl:2", "####", "a number", "it is 5"]),
     (("--data", "TEXTS"), ["TEXTS.jsonl:1", "a text has no question"]),
     (("--data", "EMPTY"), ["empty, no example"]),
     (("--data", "KEYS"), ["KEYS.jsonl:1"]),
     (("--rendered",), ["no question", "give a prompt, or messages"]),
     (("--no-thinking",), ["--no-thinking", "cannot switch it off"]),
-    (("--max-new-tokens", "50"), ["no prompt is left to answer"]),
+    (("--max-new-tokens", "60"), ["no prompt is left to answer"]),
     (("--data", "LONG", "--too-long", "error"), ["LONG.jsonl:1"]),
     (("--too-long", "truncate"), ["--too-long"]),
     (("--method", "full"), ["--method full needs --quantize none"]),
@@ -690,11 +698,11 @@ def test_several_ranks_are_refused(options, tmp_path, monkeypatch):
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(options, tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", *(
-        {"prompt": "word " * (30 if i % 2 else 1) + str(i), "completion": f"{i}"}
+        {"prompt": "word " * (7 if i % 2 else 1) + str(i), "completion": f"{i}"}
         for i in range(8)))
-    folder = run(options, tmp_path, "--data", data, "--max-new-tokens", 20)
+    folder = run(options, tmp_path, "--data", data, "--max-new-tokens", 30)
     text = capsys.readouterr().out
-    assert re.search(r"left out: \d prompts that .* more than 44 tokens", text)
+    assert re.search(r"left out: \d prompts that .* more than 34 tokens", text)
     assert samples(folder) and not any("word word" in one["prompt"] for one in samples(folder))
 
 
