@@ -37,6 +37,7 @@ llama = load("chapter-03/modeling_llama.py")
 METHODS = load("chapter-03/lora.py").METHODS
 STOPS = [2, 0, *range(300, 512, 2)]  # none of which the documents of the runs end with
 SMALLER = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "head_dim": 4}
+TOKENS = 511  # of the tokenizer; the models have a row more
 ON_POLICY = ("--on-policy", "0.5")
 
 
@@ -90,7 +91,7 @@ def divergence(student, teacher, packs, beta, temperature=1.0):
         at = pack["labelled"]
         inputs = [pack[name] for name in ("input_ids", "cu_seqlens", "max_seqlen", "position_ids")]
         with torch.no_grad():
-            p, q = ((model(*inputs)[at].double()[:, :512] / temperature).softmax(-1)
+            p, q = ((model(*inputs)[at].double() / temperature).softmax(-1)
                     for model in (teacher, student))
         m = beta * p + (1 - beta) * q
         kl = {0: lambda: p * (p / q).log(), 1: lambda: q * (q / p).log()}.get(
@@ -131,8 +132,8 @@ def test_the_first_step_is_the_divergence_of_two_models(
     total, tokens = divergence(dense(value_of(options, "--model")), dense(teacher),
                                given + written, beta, temperature)
     (line,) = lines(folder)
-    assert line["divergence"] == pytest.approx(total / tokens, rel=1e-5)
-    assert line["loss"] == pytest.approx(temperature**2 * total / tokens, rel=1e-5)
+    assert line["divergence"] == pytest.approx(total / tokens, rel=1e-4)
+    assert line["loss"] == pytest.approx(temperature**2 * total / tokens, rel=1e-4)
     assert line["tokens"] == sum(len(pack["input_ids"]) for pack in given + written)
 
 
@@ -164,9 +165,8 @@ def test_of_what_the_student_writes_only_the_teachers_part_counts(
 
 def test_without_a_teachers_part_it_is_chapter_3s_run(options, tmp_path):
     """Weights and moments to the last bit."""
-    chapter = [word for word in options]
-    at = chapter.index("--max-new-tokens")
-    del chapter[at:at + 2]
+    at = options.index("--max-new-tokens")  # which chapter 3 does not know
+    chapter = options[:at] + options[at + 2:]
     for more in ((), ("--method", "full", *DENSE, "--warmup", "2", "--schedule", "cosine")):
         name = f"{len(more)}"
         assert sft.main([*chapter, *more, "--out", str(tmp_path / f"sft{name}")]) == 0
@@ -192,7 +192,7 @@ def test_of_the_tiny_data_the_prompts_are_old_skills(tmp_path, capsys, monkeypat
         assert f"{name} skills, before training" in text and f"{name} skills, after" in text
     first, second = lines(folder)
     assert first["divergence"] == pytest.approx(0, abs=1e-6)  # the teacher is the model itself
-    chat = Chat.load("common/tiny" if os.path.exists("common/tiny") else ROOT / "common/tiny")
+    chat = Chat.load(ROOT / "common/tiny")
     phrases = [phrase.partition("{}")[0] for _, _, some in train.skills.BASE.values()
                for phrase in some]
     (pack,) = packs.of(1)[1]
@@ -278,13 +278,15 @@ def test_checkpointing_activations_changes_nothing(options, teacher, tmp_path):
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(options, tmp_path, beta):
-    """Its adapter adds nothing yet: so both compute the same, and the gradient is 0."""
+    """Its adapter adds nothing yet: so both compute the same. Of β 0.5 log m is rounded, and Adam
+    makes a step of any gradient, however small: so that is the first one's."""
     folder = run(options, tmp_path, "--kd", 1, "--beta", beta, *ON_POLICY)
-    for line in lines(folder):
-        assert line["loss"] == pytest.approx(0, abs=1e-7)
-        assert line["divergence"] == pytest.approx(0, abs=1e-7) and line["grad_norm"] <= 1e-7
-    for name, tensor in weights_of(folder).items():
-        assert "lora_B" not in name or tensor.abs().max() <= 1e-5, name
+    for line in lines(folder)[:1 if beta == 0.5 else 4]:
+        for name in ("loss", "divergence", "grad_norm"):
+            assert abs(line[name]) <= (3e-6 if beta == 0.5 else 0), name
+    if beta != 0.5:
+        assert all(tensor.count_nonzero() == 0 for name, tensor in weights_of(folder).items()
+                   if "lora_B" in name)
 
 
 @pytest.mark.parametrize("method, more", [
@@ -320,16 +322,16 @@ def test_the_student_becomes_the_teacher(options, teacher, tmp_path):
         assert sum(found[-3:]) < 0.7 * sum(found[:3])
 
 
-def padded(source, folder, rows):
-    """A copy of a model with more rows at the end of its embedding, which say what is nowhere."""
+def with_rows(source, folder, rows):
+    """A copy of a model whose embedding has so many rows: fewer, or more at its end, which would be
+    the likeliest tokens of all."""
     shutil.copytree(source, folder)
-    config = read_config(source)
-    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config))
+    config = {**read_config(source), "vocab_size": rows}
+    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(read_config(source)))
     load_weights(model, source)
-    weight = model.model.embed_tokens.weight
-    model.model.embed_tokens.weight = torch.nn.Parameter(
-        torch.cat((weight.detach(), 3 * torch.ones(rows, weight.shape[1]))))
-    config = {**config, "vocab_size": len(weight) + rows}
+    weight = model.model.embed_tokens.weight.detach()[:rows]
+    more = 3 * torch.ones(rows - len(weight), weight.shape[1])
+    model.model.embed_tokens.weight = torch.nn.Parameter(torch.cat((weight, more)))
     save_weights(model, config, folder, torch.float32)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -337,19 +339,25 @@ def padded(source, folder, rows):
 
 @pytest.mark.parametrize("more", [("--kd", "1"), ON_POLICY, ("--method", "full", *DENSE)])
 def test_the_teachers_padding_is_cut(options, teacher, tmp_path, more):
-    plain = run(options, tmp_path, "--teacher", teacher, *more, name="plain")
-    folder = run(options, tmp_path, "--teacher", padded(teacher, tmp_path / "padded", 24), *more)
-    assert_close(plain, folder)
+    plain, padded = (run(options, tmp_path, *more, "--teacher", with_rows(
+        teacher, tmp_path / f"teacher{rows}", rows), name=f"run{rows}") for rows in (TOKENS, 540))
+    assert_close(plain, padded)
 
 
 def test_the_students_padding_is_cut(options, teacher, tmp_path):
     """And its rows get no gradient: they stay, to the bit, what they were."""
-    model = padded(value_of(options, "--model"), tmp_path / "model", 8)
-    more = ("--teacher", teacher, "--kd", 1, "--method", "full", *DENSE)
-    plain = run(options, tmp_path, *more, "--steps", 1, name="plain")
-    folder = run([*options, "--model", str(model)], tmp_path, *more)
-    assert lines(folder)[0]["loss"] == pytest.approx(lines(plain)[0]["loss"], rel=1e-5)
-    assert weights_of(folder)["model.embed_tokens.weight"][512:].equal(torch.full((8, 16), 3.0))
+    more = ("--kd", 1, "--method", "full", *DENSE, "--weight-decay", 0, "--teacher", with_rows(
+        teacher, tmp_path / "teacher", TOKENS))
+    plain, padded = (run([*options, "--model", str(with_rows(
+        value_of(options, "--model"), tmp_path / f"model{rows}", rows))], tmp_path, *more,
+        name=f"run{rows}") for rows in (TOKENS, 540))
+    for one, other in zip(lines(plain), lines(padded), strict=True):
+        for name in ("loss", "divergence", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+    found = weights_of(padded)["model.embed_tokens.weight"]
+    assert found[512:].equal(torch.full((28, 16), 3.0))
+    expected = weights_of(plain)["model.embed_tokens.weight"]
+    assert (found[:TOKENS] - expected).norm() <= 1e-4 * expected.norm()
 
 
 # --- stopped and gone on with ---
@@ -439,7 +447,7 @@ def test_a_step_that_is_not_finite_is_skipped(options, teacher, tmp_path, capsys
     (("--kd-temperature", "0"), ["--kd-temperature"]),
     (("--teacher", "nowhere"), ["--teacher nowhere: no such folder"]),
     (("--teacher", "EMPTY"), ["EMPTY", "no config.json"]),
-    (("--teacher", "OTHER"), ["--teacher", "OTHER", "its tokenizer is not this model's",
+    (("--teacher", "OTHER"), ["--teacher OTHER: its tokenizer is not this model's", "'Q'",
                               "take a teacher of the same family"]),
     (("--teacher", "ADAPTER"), ["ADAPTER", "an adapter, not a model"]),
     (("--data", "TEXTS", *ON_POLICY), ["no prompt is left to answer"]),
@@ -454,10 +462,11 @@ def test_wrong_use_is_one_line_and_leaves_nothing(options, tmp_path, monkeypatch
     (tmp_path / "EMPTY").mkdir()
     if "OTHER" in more:
         other = copied_model(options, tmp_path / "OTHER")
-        text = (other / "tokenizer.json").read_text(encoding="utf-8")
-        assert text.count('"Ġminutes"') >= 1
-        (other / "tokenizer.json").write_text(text.replace('"Ġminutes"', '"Ġminuses"'),
-                                              encoding="utf-8")
+        file = other / "tokenizer.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        vocabulary["Q"], vocabulary["Z"] = vocabulary["Z"], vocabulary["Q"]
+        file.write_text(json.dumps(content), encoding="utf-8")
     if "ADAPTER" in more:
         shutil.copytree(run(options, tmp_path, "--steps", 1, name="one") / "final",
                         tmp_path / "ADAPTER")
@@ -502,8 +511,8 @@ def test_a_dry_run_stops_before_it_writes(options, teacher, tmp_path, capsys, mo
         assert train.main([*options, *more, "--dry-run", "--out", "run"]) == 0
         text = capsys.readouterr().out
         assert "predicted peak" in text
-        assert re.findall(r"^ +\S+ \S+  (teacher.*|reference model)$", text, re.MULTILINE).sort() \
-            == [*rows].sort()
+        assert {*re.findall(r"^ +\S+ \S+  (teacher.*|reference model)$", text,
+                            re.MULTILINE)} == {*rows}
         assert ("reference   " in text) == ("--teacher" not in more)
         assert ("rollout     " in text) == ("--on-policy" in more)
     assert list(tmp_path.iterdir()) == []

@@ -700,7 +700,8 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(options, tmp_path, c
     data = write(tmp_path / "a.jsonl", *(
         {"prompt": "word " * (7 if i % 2 else 1) + str(i), "completion": f"{i}"}
         for i in range(8)))
-    folder = run(options, tmp_path, "--data", data, "--max-new-tokens", 30)
+    folder = run(options, tmp_path, "--data", data, "--max-new-tokens", 30, "--eval-data",
+                 value_of(options, "--data"))
     text = capsys.readouterr().out
     assert re.search(r"left out: \d prompts that .* more than 34 tokens", text)
     assert samples(folder) and not any("word word" in one["prompt"] for one in samples(folder))
