@@ -176,7 +176,7 @@ class Case:
                  compiled=False, model="qwen3-0.6b", layers=2, tokens=2048, post=None,
                  dtype="bfloat16", **options):
         self.chapter, self.tokens, self.compiled, self.whole = chapter, tokens, compiled, not layers
-        self.post, self.teacher = post, None  # a step of train_dpo.py, train_grpo.py or train_distill.py
+        self.post, self.teacher = post, None  # a step of train_dpo.py, _grpo.py or _distill.py
         self.raw = dict(read_config(ROOT / "common/architectures" / model))
         self.raw["num_hidden_layers"] = layers or self.raw["num_hidden_layers"]
         self.files = {path.stem: load(path.relative_to(ROOT)) for path in

@@ -1,7 +1,8 @@
-"""What whole runs of train_grpo.py and train_distill.py share: small models, and what a run left."""
+"""Whole runs of train_grpo.py and train_distill.py: small models for them, and what they left."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import small_runs
@@ -88,7 +89,7 @@ def same_weights(one, other):
 
 
 def assert_close(one, other, but=()):
-    """Two finished runs have done the same work, but for rounding; `but` are numbers that differ."""
+    """Two finished runs have done the same, but for rounding and the numbers `but`."""
     for kind in ("grad_norm", "eval_loss"):
         for a, b in zip(lines(one, kind), lines(other, kind), strict=True):
             assert a.keys() == b.keys()
@@ -111,6 +112,23 @@ def assert_parts_are_the_whole(folder, *files):
         assert one == other and one, file
     states = [state_of(folder / name, 4) for name in ("whole", "parts")]
     assert states[0] == states[1]
+
+
+def pretend_gpu(monkeypatch, gigabytes=80):
+    """Until the test ends PyTorch says that it has a GPU, of which it knows the memory."""
+    card = SimpleNamespace(total_memory=int(gigabytes * 1e9))
+    for name, answer in {"is_available": True, "get_device_properties": card,
+                         "get_device_name": "NVIDIA H100 80GB HBM3", "device_count": 1,
+                         "is_bf16_supported": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+
+
+def without(options, flag):
+    """The options without a flag, wherever it stands, and what stands behind it."""
+    while flag in options:
+        at = options.index(flag)
+        options = options[:at] + options[at + 2:]
+    return options
 
 
 def copied_model(options, folder, **changes):

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 import rollout_runs
@@ -20,8 +19,8 @@ from checks import assert_resume_is_bitwise, refused
 from faults import forked
 from helpers import ROOT, load, run_script
 from rollout_runs import (
-    DENSE, assert_close, assert_parts_are_the_whole, bytes_of, lines, same_weights, samples,
-    state_of, value_of, weights_of, write)
+    DENSE, assert_close, assert_parts_are_the_whole, bytes_of, lines, pretend_gpu, same_weights,
+    samples, state_of, value_of, weights_of, without, write)
 
 from common.asking.generation import generate
 from common.data.chat import Chat
@@ -195,9 +194,10 @@ def test_rewards_come_first_on_the_screen_with_a_question_and_its_answer(
         shown = re.search(rf"^ +{step}/4 +([\d.]+).*\n +(Repeat .*) -> (.*)  \(([01])\)$", text,
                           re.MULTILINE)
         assert float(shown[1]) == pytest.approx(by_step[step]["reward"], abs=6e-4)
-        group = [one for one in samples(folder) if one["step"] == step and shown[2] in one["prompt"]]
-        assert group and float(shown[4]) in group[0]["rewards"]
-    assert f"reward      {value_of(options, '--reward')}; {PROMPTS} prompts x {GROUP} answers" in text
+        (group,) = (one for one in samples(folder)
+                    if one["step"] == step and shown[2] in one["prompt"])
+        assert float(shown[4]) in group["rewards"]
+    assert f"reward      {value_of(options, '--reward')}; 4 prompts x 4 answers of at" in text
     assert text.count("eval_reward") == 3
     assert "ask it:" in text and "generate.py --adapter" in text
 
@@ -535,8 +535,7 @@ def test_fewer_prompts_than_a_step_takes(options, tmp_path):
 
 
 def test_an_epoch_asks_every_prompt_once(options, tmp_path):
-    at = options.index("--steps")
-    folder = run(options[:at] + options[at + 2:], tmp_path, "--epochs", 1)
+    folder = run(without(options, "--steps"), tmp_path, "--epochs", 1)
     assert len(lines(folder)) == math.ceil(23 / PROMPTS)
     asked = [one["prompt"] for one in samples(folder)]
     assert len(asked) == len({*asked}) == 23
@@ -546,8 +545,8 @@ def test_an_epoch_asks_every_prompt_once(options, tmp_path):
 
 @pytest.mark.parametrize("more", [
     (), ("--method", "full", *DENSE, "--keep-best"), ("--updates", "2", "--epsilon", "0.01"),
-    ("--kl", "0.1"), ("--method", "full", *DENSE, "--kl", "0.1", "--temperature", "0.7", "--schedule",
-                      "cosine")])
+    ("--kl", "0.1"), ("--method", "full", *DENSE, "--kl", "0.1", "--temperature", "0.7",
+                      "--schedule", "cosine")])
 def test_resume_is_bitwise(options, tmp_path, more):
     assert_resume_is_bitwise(train, [*options, *more], tmp_path)
     assert_parts_are_the_whole(tmp_path, "samples.jsonl")
@@ -737,11 +736,26 @@ def test_the_learning_rate_follows_the_method(method, tiny, real):
 
 
 def test_on_a_gpu_auto_is_tiny_and_questions_alone_are_for_a_large_model(monkeypatch):
-    card = SimpleNamespace(total_memory=80e9)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    pretend_gpu(monkeypatch)
     for typed, model, data in (((), "tiny", ["tiny"]),
                                (("--data", "x.jsonl"), "Qwen/Qwen3-0.6B", ["x.jsonl"])):
         found = parse(train.Options, CHAPTER, "", train.TINY, train.REAL, typed)
         assert (found.model, found.data) == (model, data)
         assert found.batch_tokens == (2048 if model == "tiny" else None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_on_a_gpu_packs_are_chosen_and_the_rollouts_fill_what_is_left(
+        options, tmp_path, monkeypatch, capsys, dtype):
+    """A card of 0.1 GB has no room for all answers of 64 tokens at a time."""
+    options = [*without(options, "--batch-tokens"), "--device", "cuda", "--dtype", dtype,
+               "--prompts", "20", "--group", "5000", "--max-new-tokens", "40", "--dry-run"]
+    rows = {}
+    for size in (80, 0.1):
+        pretend_gpu(monkeypatch, size)
+        assert train.main([*options, "--out", str(tmp_path / "run")]) == 0
+        text = capsys.readouterr().out
+        assert "--batch-tokens " in text and "of the GPU's" in text and "predicted peak" in text
+        rows[size] = int(re.search(r"rollout     (\d+) of 100000 answers at a time", text)[1])
+    assert rows[80] == 100_000 > rows[0.1] > 1000
+    assert not (tmp_path / "run").exists()
