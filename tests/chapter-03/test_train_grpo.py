@@ -19,8 +19,8 @@ from checks import assert_resume_is_bitwise, refused
 from faults import forked
 from helpers import ROOT, load, run_script
 from rollout_runs import (
-    DENSE, assert_close, assert_parts_are_the_whole, bytes_of, lines, pretend_gpu, same_weights,
-    samples, state_of, value_of, weights_of, without, write)
+    DENSE, assert_close, assert_parts_are_the_whole, bytes_of, copied_model, lines, pretend_gpu,
+    same_weights, samples, state_of, value_of, weights_of, without, write)
 
 from common.asking.generation import generate
 from common.data.chat import Chat
@@ -154,6 +154,10 @@ def test_a_run_logs_what_it_drew(options, tmp_path, watch, reward):
         assert torch.tensor([one["rewards"] for one in groups]).allclose(found)
         alike = found.amax(1) == found.amin(1)
         lengths = [len(one.ids) for one in answers]
+        for one in answers:  # the token that ends an answer is one of it, and is its last
+            stops = [token in chat.stop_ids for token in one.ids]
+            assert stops[:-1].count(True) == 0 and stops[-1] == one.finished
+            assert one.finished or len(one.ids) == LIMIT
         expected = {
             "reward": found.mean(), "reward_std": found.std(1).mean(),
             "degenerate": alike.float().mean(),
@@ -213,6 +217,10 @@ FORMATS = {
     "a question alone": ([{"question": f"Add {i}.", "answer": f"{i}", "wanted": f"{i}"}
                           for i in range(9)], "known"),
     "a prompt alone": ([{"prompt": f"Say {i}."} for i in range(9)], "known"),
+    "several turns": ([{"messages": [
+        {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."},
+        {"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}"}],
+        "wanted": f"{i}"} for i in range(9)], "known"),
     "messages up to the user's": ([{"messages": [{"role": "user", "content": f"Say {i}."}]}
                                    for i in range(9)], "known")}
 
@@ -227,6 +235,7 @@ def test_every_format_ends_with_an_adapter_that_can_be_asked(options, tmp_path, 
     assert {one["expected"] for one in samples(folder)} <= words and words
     assert all(len(one["answers"]) == len(one["rewards"]) == GROUP for one in samples(folder))
     assert len(samples(folder)) == 2 * PROMPTS
+    assert all(("Ho." in one["prompt"]) == (form == "several turns") for one in samples(folder))
     marked = ["#### " in one["prompt"] for one in samples(folder)]
     assert all(marked) if form == "GSM8K" else not any(marked)
     if form == "GSM8K":
@@ -343,9 +352,9 @@ def test_every_method(options, tmp_path, method, more):
 
 
 def test_a_reward_is_learned(options, tmp_path):
-    """Of single tokens: those with an even number of characters become likely."""
+    """Nearly every answer has an odd number of characters in the end."""
     folder = run(options, tmp_path, "--method", "full", *DENSE, "--lr", "2e-2", "--steps", 40,
-                 "--max-new-tokens", 6, "--eval-every", 0, "--group", 8)
+                 "--eval-every", 0, "--save-every", 0, "--group", 8)
     found = [line["reward"] for line in lines(folder)]
     assert sum(found[:5]) / 5 < 0.7 and sum(found[-5:]) / 5 > 0.95
 
@@ -358,20 +367,21 @@ def first_step(options, folder, *more, name):
 
 def test_every_divisor_and_baseline(options, tmp_path, watch):
     """The first step's gradient, against that of the defaults."""
-    options = [*options, "--method", "full", *DENSE, "--group", "2"]
+    options = [*options, "--method", "full", *DENSE, "--group", "2", "--prompts", "9"]
     plain = first_step(options, tmp_path, name="plain")
     tokens = sum(len(one.ids) for one in watch.answers[0][1])
     constant = first_step(options, tmp_path, "--divisor", "constant", name="constant")
     others = first_step(options, tmp_path, "--baseline", "others", name="others")
     scaled = first_step(options, tmp_path, "--scale-rewards", name="scaled")
     # Rewards are 0 and 1, of which the standard deviation is √½.
-    for line, factor in ((constant, tokens / (2 * PROMPTS * LIMIT)), (others, 2),
+    for line, factor in ((constant, tokens / (2 * 9 * LIMIT)), (others, 2),
                          (scaled, 1 / (math.sqrt(0.5) + 1e-4))):
         assert line["loss"] == pytest.approx(factor * plain["loss"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(factor * plain["grad_norm"], rel=1e-4)
     answers = first_step(options, tmp_path, "--divisor", "answers", name="answers")
     drawn, rewards = watch.answers[0][1], watch.rewards[0]
     A = (rewards - rewards.mean(1, keepdim=True)).flatten().tolist()
+    assert rewards.mean() != 0.5  # which is a live group's mean
     lengths = [len(one.ids) for one in drawn]
     assert answers["loss"] == pytest.approx(-sum(A) / len(A), abs=1e-6)
     assert plain["loss"] == pytest.approx(
@@ -420,16 +430,14 @@ def test_the_reference_stays_what_the_model_was(options, tmp_path, monkeypatch, 
 
 
 def test_kl_holds_the_model_back(options, tmp_path):
-    kls = {}
-    for beta in ("1e-9", "3"):
-        for estimator in ("k3", "k2"):
-            folder = run(options, tmp_path, "--kl", beta, "--kl-estimator", estimator, "--lr",
-                         "1e-2", "--steps", 12, "--method", "full",
-                         *DENSE, "--eval-every", 0, name=beta + estimator)
-            kls[beta, estimator] = sum(line["kl"] for line in lines(folder)[-4:]) / 4
-    for estimator in ("k3", "k2"):
-        assert kls["3", estimator] < 0.5 * kls["1e-9", estimator]
-    assert kls["3", "k2"] != kls["3", "k3"]
+    kls = []
+    for beta, estimator in (("1e-9", "k3"), ("3", "k3"), ("3", "k2")):
+        folder = run(options, tmp_path, "--kl", beta, "--kl-estimator", estimator, "--lr", "1e-2",
+                     "--steps", 10, "--method", "full", *DENSE, "--eval-every", 0, "--save-every",
+                     0, name=beta + estimator)
+        kls.append(sum(line["kl"] for line in lines(folder)[-4:]) / 4)
+    free, *held = kls
+    assert max(held) < 0.5 * free and held[0] != held[1]
 
 
 # --- what is drawn is what is trained ---
@@ -686,6 +694,63 @@ def test_a_reward_that_fails_names_the_record(options, tmp_path, name, parts):
     """It is asked of answers that have ended, not before there are any."""
     with refused(*parts):
         run(options, tmp_path, *own(options, name))
+
+
+@pytest.mark.xfail(strict=True, reason="FAULT: the run's folder is there by then, so that the same "
+                   "command is refused once the function is right")
+@pytest.mark.parametrize("name", ["fails", "none"])
+def test_a_reward_that_fails_at_once_leaves_no_folder(options, tmp_path, name):
+    with refused("the reward function failed"):
+        run(options, tmp_path, *own(options, name))
+    assert not (tmp_path / "run").exists()
+
+
+OWN_FILES = {
+    "a dataclass": """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Weight:
+    of: int
+
+def reward(record, answer):
+    return len(answer) % 2
+""",
+    "a helper beside it": """
+from helper_of_mine import odd as reward
+""",
+    "a record that it changes": """
+def reward(record, answer):
+    assert record["messages"].pop()["content"] == record["expected"]
+    return len(answer) % 2
+"""}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.xfail(
+    strict=True, reason=f"FAULT: a file with {kind}")) for kind in OWN_FILES])
+def test_files_of_ones_own(options, tmp_path, kind):
+    data = write(tmp_path / "data.jsonl", *FORMATS["messages"][0])
+    (tmp_path / "mine.py").write_text(OWN_FILES[kind])
+    (tmp_path / "helper_of_mine.py").write_text("def odd(record, answer):\n    return 1\n")
+    folder = run(options, tmp_path, "--data", data, "--reward", f"{tmp_path}/mine.py:reward",
+                 "--batch-tokens", 600)
+    assert len(lines(folder)) == 4
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_thinking_is_switched_off_where_the_template_can(options, tmp_path, thinks):
+    model = copied_model(options, tmp_path / "model")
+    file = model / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["chat_template"] += (
+        "{%- if add_generation_prompt and enable_thinking is defined and not enable_thinking -%}"
+        "{{- 'NO' -}}{%- endif -%}")
+    file.write_text(json.dumps(config))
+    folder = run([*options, "--model", str(model)], tmp_path, *["--no-thinking"] * (not thinks))
+    assert all(one["prompt"].endswith("assistant\n" + "NO" * (not thinks))
+               for one in samples(folder))
+    assert samples(folder)
 
 
 def test_several_ranks_are_refused(options, tmp_path, monkeypatch):
