@@ -2,6 +2,8 @@
 
     python tests/fake_cuda.py steps       every chapter and method, two layers, a line of JSON each
     python tests/fake_cuda.py pairs       learning from pairs: the reference pass, log p, the loss
+    python tests/fake_cuda.py rewards     from rewards: what is drawn, and a step on it
+    python tests/fake_cuda.py teachers    from a teacher: its pass, the divergence
     python tests/fake_cuda.py compiled    chapter 3 through torch.compile, as far as AOTAutograd
     python tests/fake_cuda.py memory      Qwen3 at full depth: the predicted peak and the traced one
     python tests/fake_cuda.py "chapter 2, lora" loss        some cases by their names
@@ -14,16 +16,20 @@ Memory is the sum of the live storages, in the allocator's blocks of 512 bytes. 
 for itself (FlashAttention's float32 scratch, cuBLAS's workspace) is not in it.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
+import io
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import types
 import weakref
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 MEMORY = 80 * 2**30  # bytes of the card that we play
@@ -51,14 +57,15 @@ if __name__ == "__main__":
 import torch
 from torch._dynamo.utils import counters
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from helpers import ROOT, _loaded, load
 
-from common import predict_memory
+from common import predict, predict_memory
+from common.data.chat import Chat
 from common.weights import read_config
 
 CUDA = torch.device("cuda")
@@ -166,9 +173,10 @@ class Case:
     """A chapter's model and step under a configuration; `run` gives what was seen of it."""
 
     def __init__(self, chapter, method="full", quantize="none", checkpointing="none",
-                 compiled=False, model="qwen3-0.6b", layers=2, tokens=2048, pairs=False):
+                 compiled=False, model="qwen3-0.6b", layers=2, tokens=2048, post=None,
+                 dtype="bfloat16", **options):
         self.chapter, self.tokens, self.compiled, self.whole = chapter, tokens, compiled, not layers
-        self.pairs = pairs  # a step of train_dpo.py
+        self.post, self.teacher = post, None  # a step of train_dpo.py, _grpo.py or _distill.py
         self.raw = dict(read_config(ROOT / "common/architectures" / model))
         self.raw["num_hidden_layers"] = layers or self.raw["num_hidden_layers"]
         self.files = {path.stem: load(path.relative_to(ROOT)) for path in
@@ -179,12 +187,11 @@ class Case:
         if chapter == "chapter-03":
             more |= {**QUANTIZE[quantize], "compile": compiled,
                      "activation_checkpointing": checkpointing}
-        if pairs:
-            more |= {"nll": 1.0}
-            self.files["train"] = load("chapter-03/post_training/train_dpo.py")
+        if post:
+            self.files["train"] = load(f"chapter-03/post_training/train_{post}.py")
         train = self.files["train"]
         self.options = (train.TrainOptions if chapter == "chapter-01" else train.Options)(
-            dtype="bfloat16", device="cuda", init="pretrained", batch_tokens=tokens, **more)
+            dtype=dtype, device="cuda", init="pretrained", batch_tokens=tokens, **more, **options)
 
     def build(self):
         """The base model, shapes alone, and its adapter's config (or None)."""
@@ -203,7 +210,7 @@ class Case:
     def pack(self, step):
         """A pack of documents of 2,048 tokens at most, each with 100 · `step` that have no label; of
         a fixed shape if it is to be compiled."""
-        packing, length = self.files["packing"], min(512 if self.pairs else 2048, self.tokens)
+        packing, length = self.files["packing"], min(512 if self.post else 2048, self.tokens)
         ids = torch.zeros(self.tokens // length, length, dtype=torch.int64)
         examples = [(row, row.masked_fill(torch.arange(length) < 100 * step, -100)) for row in ids]
         if self.compiled:
@@ -215,9 +222,8 @@ class Case:
         """One optimizer step as the loop has it; gives what is wrong with the gradients."""
         pack = {name: torch.empty(value.shape, dtype=value.dtype, device=CUDA)
                 if torch.is_tensor(value) else value for name, value in pack.items()}
-        if self.pairs:
-            model.loss = self.files["train"].chunked_log_probs
-            loss = self.files["train"].scored(model, None, pack, self.options)[0].sum()
+        if self.post:
+            loss = getattr(self, self.post)(self.files["train"], model, pack)
         elif self.chapter == "chapter-03":
             loss = model(**pack)
         else:
@@ -233,6 +239,45 @@ class Case:
             self.files["lora"].after_step(model, adapter, number)
         optimizer.zero_grad(set_to_none=True)
         return wrong
+
+    def dpo(self, train, model, pack):
+        """The loss of a pack of pairs."""
+        model.loss = train.chunked_log_probs
+        return train.scored(model, None, pack, self.options)[0].sum()
+
+    def grpo(self, train, model, pack):
+        """The loss of a pack of answers."""
+        model.loss = lambda hidden, *rest: train.chunked_log_probs(
+            hidden / self.options.temperature, *rest)
+        log_p = model(**pack)
+        beside = {name: torch.empty(len(log_p), device=CUDA) for name in ("weight", "share")}
+        log_ref = train.reference_log_probs(model, pack) if self.options.kl else None
+        return train.policy_loss(pack, beside, log_p, log_p.detach(), log_ref, self.options)[0]
+
+    def distill(self, train, model, pack):
+        """The loss of a pack of which the teacher has a part: itself, or a smaller model."""
+        options = self.options
+        model.loss = functools.partial(
+            train.chunked_divergence, share=options.kd, beta=options.beta,
+            temperature=options.kd_temperature, vocabulary=self.vocabulary,
+            **train.lesson(model, self.teacher, pack))
+        return model(**pack)[0]
+
+    def with_teacher(self, model, predicted):
+        """Adds what the teacher needs; sets `self.teacher` if that is another model."""
+        dtype = getattr(torch, self.options.dtype)
+        teacher = load("chapter-03/post_training/teacher.py")
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            chat = Chat.load(ROOT / "common/tiny")
+            if self.options.teacher != "self":
+                config = {**self.raw, "num_hidden_layers": 1, "hidden_size": 512}
+                shutil.copytree(ROOT / "common/tiny", folder, dirs_exist_ok=True)
+                Path(folder, "config.json").write_text(json.dumps(config))
+                self.options.teacher = folder
+                self.teacher = to_cuda(self.files["quantized_model"].base_model(
+                    self.files["modeling_llama"].LlamaConfig.from_dict(config), None, dtype,
+                    base="none", init="shapes"))
+            self.vocabulary = teacher.add_teacher(predicted, model, self.options, chat)
 
     def run(self):
         """A few steps, of a whole model the last alone: gradients that are wrong, operators on
@@ -251,10 +296,15 @@ class Case:
             if self.compiled:
                 sys.modules.update(_loaded[ROOT / self.chapter])  # the compiler imports by name
                 self.files["compiling"].compile_model(model, as_far_as_autograd)
+            if self.post in ("grpo", "distill"):
+                predicted = predict.costs(model, [self.tokens], self.options, model.chunk)
+                if self.post == "distill":
+                    self.with_teacher(model, predicted)
             counters.clear()
             COPIES.clear()
             with Trace() as trace:
-                for tensor in (*model.parameters(), *model.buffers()):
+                for tensor in (*model.parameters(), *model.buffers(), *(
+                        self.teacher.parameters() if self.teacher else ())):
                     trace.add(tensor)
                 wrong, last = [], 2 + self.compiled
                 if self.whole:  # only the optimizer's state is needed of the first steps
@@ -268,10 +318,11 @@ class Case:
                             model.loss, softmax=lambda *_: torch.zeros((), device=CUDA))
                     trace.peak = trace.now
                     wrong += self.step(model, adapter, optimizer, packs[number > 1], number)
-        predicted = predict_memory.memory(
-            model, self.tokens, getattr(torch, self.options.dtype), compiled=self.compiled,
-            chunk=model.chunk if self.chapter == "chapter-03" else None, varlen_kernel=True,
-            checkpointing=getattr(self.options, "activation_checkpointing", "none"))
+        if self.post not in ("grpo", "distill"):
+            predicted = predict_memory.memory(
+                model, self.tokens, getattr(torch, self.options.dtype), compiled=self.compiled,
+                chunk=model.chunk if self.chapter == "chapter-03" else None, varlen_kernel=True,
+                checkpointing=getattr(self.options, "activation_checkpointing", "none"))
         return {"wrong": wrong, "elsewhere": sorted(trace.elsewhere), "peak": trace.peak,
                 "predicted": sum(predicted.values()), "graphs": counters["stats"]["unique_graphs"],
                 "breaks": sum(counters["graph_break"].values()), "copies": len(COPIES)}
@@ -310,8 +361,21 @@ STEPS = {"chapter 1": ("chapter-01",),
          **{f"chapter 3, lora on {base}, {mode}": ("chapter-03", "lora", base, mode)
             for base in QUANTIZE for mode in MODES},
          "chapter 3, dora on double, selective": ("chapter-03", "dora", "double", "selective")}
-PAIRS = {f"pairs, {method} on {base}": ("chapter-03", method, base) for method, base in (
+PAIRS = {f"pairs, {method} on {base}": dict(method=method, quantize=base) for method, base in (
     ("lora", "none"), ("lora", "nf4"), ("dora", "double"), ("pissa", "none"))}
+REWARDS = {
+    "rewards, full": dict(method="full", quantize="none"),
+    "rewards, lora on nf4, to a reference": dict(method="lora", quantize="nf4", kl=0.1),
+    "rewards, dora on double, of answers": dict(
+        method="dora", quantize="double", ratio="sequence", temperature=0.7),
+    "rewards, lora on none, float32": dict(
+        method="lora", quantize="none", kl=0.1, dtype="float32")}
+DRAWN = (("nf4", "bfloat16"), ("none", "float32"))
+TEACHERS = {
+    "teachers, full, another": dict(method="full", quantize="none", teacher="another", beta=0.5),
+    "teachers, lora on nf4, itself": dict(method="lora", quantize="nf4", beta=1.0),
+    "teachers, pissa on none, itself, float32": dict(
+        method="pissa", quantize="none", beta=0.0, dtype="float32")}
 COMPILED = {f"{name}, compiled": (*case, True) for name, case in STEPS.items()
             if name.startswith("chapter 3")}
 COMPILED |= {f"chapter 3, {method}, compiled": ("chapter-03", method, "none", "none", True)
@@ -326,14 +390,72 @@ WHOLE = {  # row of chapter 3's table, of Qwen3-0.6B: its case
 EIGHT_BILLION = "Qwen3-8B, QLoRA, full checkpointing, 2048 tokens"
 
 
+def drawn(quantize, dtype, end=7):
+    """A rollout on a model of two layers: operators on another device, the answers' lengths.
+
+    Fake tensors do not know what a GPU would be asked for: how long documents are, what is drawn.
+    It is told here; of each draw every second token is `end`."""
+    case = Case("chapter-03", "lora", quantize, post="grpo", dtype=dtype)
+    file, (model, adapter) = load("chapter-03/post_training/rollout.py"), case.build()
+    lengths, group, limit = (9, 10, 11), 4, 5
+
+    def really(function):
+        """As outside of all modes: what a CPU prepares for a GPU is no fake, and is not traced."""
+        def call(*given, **how):
+            with _disable_current_modes():
+                return function(*given, **how)
+        return call
+
+    def tensor(data, device=None, real=really(torch.tensor), **how):
+        made = data if torch.is_tensor(data) else real(data, **how)
+        return made if device is None else torch.empty(
+            made.shape, dtype=made.dtype, device=device)
+
+    def pack(documents, real=really(file.packed_sequence_collate_fn)):
+        return {name: tensor(value, CUDA) if torch.is_tensor(value) else value
+                for name, value in real(documents).items()}
+
+    def tolist(fake):
+        if fake.dtype == torch.int32:
+            return [*lengths] if len(fake) == len(lengths) else [1] * len(fake)
+        return [end + n % 2 if fake.dtype == torch.int64 else 0.5 for n in range(len(fake))]
+
+    def repeat(fake, repeats, real=torch.Tensor.repeat_interleave):
+        rows = len(fake)
+        return real(fake, repeats, output_size=sum(lengths) if rows == len(lengths) else rows)
+
+    def item(fake, index, real=torch.Tensor.__getitem__):
+        return real(fake, tensor(index, CUDA) if isinstance(index, list) else index)
+
+    told = {"tolist": tolist, "repeat_interleave": repeat, "__getitem__": item,
+            "__bool__": lambda fake: True, "__int__": lambda fake: max(lengths) + limit - 1}
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+        to_cuda(model)
+        case.files["lora"].apply_adapter(model, adapter)
+        for where, name, function in (
+                (torch, "tensor", tensor), (file, "packed_sequence_collate_fn", pack),
+                (file, "document", really(file.document)),
+                *((FakeTensor, *one) for one in told.items())):
+            stack.enter_context(mock.patch.object(where, name, function))
+        with Trace() as trace:
+            answers = file.rollout(model, [[1] * n for n in lengths], group, limit, {end}, 0.7)
+    return {"elsewhere": sorted(trace.elsewhere), "drawn": [len(one.ids) for one in answers]}
+
+
 def whole(case, tokens=2048, model="qwen3-0.6b"):
     return lambda: Case(*case, model=model, layers=None, tokens=tokens).run()
 
 
 KINDS = {
     "steps": {name: lambda case=case: Case(*case).run() for name, case in STEPS.items()},
-    "pairs": {name: lambda case=case: Case(*case, pairs=True).run()
+    "pairs": {name: lambda case=case: Case("chapter-03", post="dpo", nll=1.0, **case).run()
               for name, case in PAIRS.items()},
+    "rewards": {name: lambda case=case: Case("chapter-03", post="grpo", **case).run()
+                for name, case in REWARDS.items()},
+    "drawn": {f"drawn, {base}, {dtype}": lambda base=base, dtype=dtype: drawn(base, dtype)
+              for base, dtype in DRAWN},
+    "teachers": {name: lambda case=case: Case("chapter-03", post="distill", kd=0.5, **case).run()
+                 for name, case in TEACHERS.items()},
     "compiled": {name: lambda case=case: Case(*case).run() for name, case in COMPILED.items()},
     "memory": {"loss": lambda: loss_memory(), **{
         f"{name}, {tokens} tokens": whole(case, tokens)

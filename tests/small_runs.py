@@ -19,13 +19,14 @@ from common import prepare
 from common.files import checkpoint
 from common.files.checkpoint import verify
 
-TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes", "mfu")
+TIMES = ("tokens_per_second", "step_seconds", "rollout_seconds", "peak_memory_bytes", "mfu")
 CONFIG = dict(
     model_type="qwen3", vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
     rope_theta=1e4, rms_norm_eps=1e-6, initializer_range=0.1, tie_word_embeddings=True)
 STEPS, EVERY = 6, 2
-SCRIPTS = {"03-dpo": "chapter-03/post_training/train_dpo.py"}  # others than chapter-0N/train.py
+SCRIPTS = {f"03-{name}": f"chapter-03/post_training/train_{name}.py"
+           for name in ("dpo", "grpo", "distill")}  # others than chapter-0N/train.py
 
 
 def script_of(chapter):

@@ -32,7 +32,10 @@ def others_slow(cases, *telling):
             for case in cases]
 
 
-@pytest.mark.parametrize("case", [*fake_cuda.STEPS, *fake_cuda.PAIRS, *others_slow(
+POST_TRAINING = *fake_cuda.PAIRS, *fake_cuda.REWARDS, *fake_cuda.TEACHERS
+
+
+@pytest.mark.parametrize("case", [*fake_cuda.STEPS, *POST_TRAINING, *others_slow(
     fake_cuda.COMPILED, "chapter 3, dense, none, compiled", "chapter 3, lora-fa, compiled",
     "chapter 3, lora on nf4, full, compiled", "chapter 3, lora on double, selective, compiled")])
 def test_step(case, found):
@@ -48,7 +51,27 @@ def test_step(case, found):
     # Adapters are added in place, but where a layer is computed again as a whole (compiling.py).
     assert (step["copies"] > 0) == ("full, compiled" in case and not dense)
     assert step["graphs"] == ((2 if dense else 3) if case in fake_cuda.COMPILED else 0)
-    assert step["predicted"] == pytest.approx(step["peak"], rel=0.02)
+    if case not in fake_cuda.TEACHERS:
+        assert step["predicted"] == pytest.approx(step["peak"], rel=0.02)
+
+
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=[pytest.mark.xfail(
+        strict=True, reason="FAULT: add_teacher adds no logits of a model that teaches itself")]
+        if "itself" in case else []) for case in fake_cuda.TEACHERS])
+def test_memory_with_a_teacher(case, found):
+    """Its logits stand beside the student's; float32 pieces of both are not predicted."""
+    assert found[case]["predicted"] == pytest.approx(found[case]["peak"], rel=0.03)
+
+
+@pytest.mark.parametrize("case", fake_cuda.KINDS["drawn"])
+def test_rollout(case, found):
+    """No error from the prompts' pass to the last token, nothing computed elsewhere. Every second
+    document ends with each token that is drawn, so that the cache is cut again and again."""
+    rollout = found[case]
+    assert "error" not in rollout, rollout["error"]
+    assert rollout["elsewhere"] == []
+    assert sorted(rollout["drawn"]) == [1] * 6 + [2] * 3 + [3] * 2 + [4]
 
 
 @pytest.mark.parametrize("case", others_slow(
