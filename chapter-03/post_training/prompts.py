@@ -70,6 +70,9 @@ def problems(chat, documents, records, limit, **variables):
     or over `limit` tokens, are left out and counted."""
     if chat is None:
         raise UserError("--data virtual: random tokens are no questions")
+    if limit < 1:
+        raise UserError("--max-new-tokens leaves no room for a prompt within --max-seq-len, "
+                        "--batch-tokens and the model's positions")
     numbers = None if documents is None else {*documents.documents["record"].tolist()}
     found, left_out = [], 0
     for number, record in enumerate(tqdm(
@@ -97,7 +100,7 @@ def problems(chat, documents, records, limit, **variables):
         say(f"left out: {left_out:,} without a prompt, or with one of more than {limit} tokens "
             "(--max-seq-len less --max-new-tokens)")
     if not found:
-        raise UserError("no prompt is left to answer")
+        raise UserError("no prompt is left to answer, in the data or in what is held out")
     return found
 
 

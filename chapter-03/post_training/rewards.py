@@ -5,6 +5,7 @@ A reward is a function of a record, the example as the data file has it, and of 
 answer without an end (no stop token) gets 0 unasked.
 """
 
+import copy
 import importlib.util
 import math
 import re
@@ -64,6 +65,7 @@ def load_reward(name):
         raise UserError(f"--reward {name}: neither {', '.join(REWARDS)} nor FILE.py:function of a "
                         f"file that is there{nearest(name, REWARDS)}")
     spec = importlib.util.spec_from_file_location("own_reward", file)
+    sys.path.append(str(Path(file).resolve().parent))  # for what it imports
     module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -88,8 +90,8 @@ def check_answers(name, problems):
 def judge(reward, problem, answer, chat):
     """The reward of an Answer to a Problem; UserError, naming it, if that is no finite number."""
     try:
-        value = reward(dict(problem.record), chat.decode(answer.ids)) if answer.finished else 0.0
-        value = float(value)
+        value = float(reward(copy.deepcopy(problem.record), chat.decode(answer.ids))
+                      if answer.finished else 0)
     except Exception as error:
         raise UserError(f"{problem.where}: the reward function failed: {type(error).__name__}: "
                         f"{one_line(error)}") from error

@@ -53,9 +53,9 @@ def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), 
     if longest > model.config.max_position_embeddings:
         raise UserError(f"a prompt and its answer can have {longest} tokens, more than the model "
                         "takes (--max-new-tokens, --max-seq-len)")
-    draws = torch.from_numpy(np.concatenate([
+    draws = torch.tensor(np.concatenate([
         np.random.default_rng((*seed, n)).random((group, limit), dtype=np.float32)
-        for n in range(len(prompts))]))  # (answers, limit)
+        for n in range(len(prompts))]), device=next(model.parameters()).device)  # (answers, limit)
     answers, was_training = [None] * len(draws), model.training
     model.eval()
     try:
@@ -72,7 +72,7 @@ def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), 
 def grow(model, prompts, stop_ids, temperature, draws):
     """An Answer to each of `prompts`, which may be there several times, all drawn together; `draws`
     (N, limit) are uniform in [0, 1)."""
-    device, (N, limit) = next(model.parameters()).device, draws.shape
+    device, (N, limit) = draws.device, draws.shape
     asked = list(dict.fromkeys(map(tuple, prompts)))
     repeated = [asked.index(tuple(one)) for one in prompts]
     pack = packed_sequence_collate_fn([document(list(one), []) for one in asked])
@@ -81,25 +81,26 @@ def grow(model, prompts, stop_ids, temperature, draws):
     logits = model(pack["input_ids"].to(device), sums, pack["max_seqlen"], positions, cache=cache)
     cache.keep(repeated)
     logits, ends = logits[repeated], sums.diff().long()[repeated]
-    draws, stops = draws.to(device), torch.tensor([*stop_ids], dtype=torch.long, device=device)
-    # What is drawn, and how many tokens of it are the answer.
-    tokens, numbers = ends.new_zeros(N, limit), draws.new_zeros(2, N, limit)
-    lengths, rows = ends.new_full((N,), limit), torch.arange(N, device=device)
+    # All that is drawn, and how many tokens of it are the answer; which rows the cache still has.
+    tokens, numbers, lengths = ends.new_zeros(N, limit), draws.new_zeros(2, N, limit), [limit] * N
+    of_row, rows = [*range(N)], torch.arange(N, device=device)
     for n in range(limit):
         new, *beside = draw(logits, temperature, draws[rows, n])
         tokens[rows, n], numbers[:, rows, n] = new, torch.stack(beside)
-        ended = torch.isin(new, stops) & (lengths[rows] == limit)
-        lengths[rows[ended]] = n + 1
-        growing = (lengths[rows] > n + 1).nonzero()[:, 0]
-        if not len(growing):
+        for row, token in zip(of_row, new.tolist()):
+            if token in stop_ids:
+                lengths[row] = min(lengths[row], n + 1)
+        growing = [place for place, row in enumerate(of_row) if lengths[row] > n + 1]
+        if not growing:
             break
-        if len(growing) < 0.75 * len(rows):  # else copying the cache costs more than it saves
+        if len(growing) < 0.75 * len(of_row):  # else copying the cache costs more than it saves
             cache.keep(growing)
             rows, new, ends = rows[growing], new[growing], ends[growing]
-        sums = torch.arange(len(rows) + 1, dtype=torch.int32, device=device)
+            of_row = [of_row[place] for place in growing]
+        sums = torch.arange(len(of_row) + 1, dtype=torch.int32, device=device)
         logits, ends = model(new, sums, 1, ends, cache=cache), ends + 1  # (rows, V)
     if not numbers.isfinite().all():
         raise UserError("the model's logits are not finite numbers: has it diverged (a lower --lr "
                         "helps), or does it need --dtype float32?")
     return [Answer(ids[:n], *(one[:n] for one in more), finished=ids[n - 1] in stop_ids)
-            for n, ids, *more in zip(lengths.tolist(), tokens.tolist(), *numbers.tolist())]
+            for n, ids, *more in zip(lengths, tokens.tolist(), *numbers.tolist())]

@@ -33,10 +33,9 @@ from loss import chunked_cross_entropy
 from packing import PackSampler
 from prompts import Problems, problems
 from quantized_model import build
-from reference import copy_bytes
 from rollout import rollout
 from batches import add_rollout, document, packed
-from teacher import add_teacher, lesson, load_teacher
+from teacher import add_teacher, lesson, load_teacher, teacher_bytes
 from train import Options as LoopOptions, evaluate, learning_rate
 
 CHAPTER = "03-distill"
@@ -86,7 +85,7 @@ def main(argv=None):
         Options, CHAPTER, __doc__, TINY, REAL, argv, one_process=True)
 
     # --- data --- Changed from chapter-03: prompts.
-    predict.fit_batch(options, shapes, shapes.chunk, copy_bytes(shapes, options))
+    predict.fit_batch(options, shapes, shapes.chunk, teacher_bytes(options, shapes))
     data = prepare.load(options, source, config, skills="new")
     asked = data.train, data.records[0]
     if options.prompts:
@@ -94,7 +93,7 @@ def main(argv=None):
     elif data.scored:
         asked = None, skills.records("base", "train", 2000, options.seed)
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
-    prompts = problems(data.chat, *asked, limit - options.max_new_tokens) * (options.on_policy > 0)
+    prompts = options.on_policy and problems(data.chat, *asked, limit - options.max_new_tokens)
 
     # --- what it will need --- Changed from chapter-03: the teacher, the rollouts.
     sampler = PackSampler(data.train.lengths, options.batch_tokens, options.seed)

@@ -34,7 +34,7 @@ from prompts import Problems, problems, tiny_problems
 from quantized_model import build
 from reference import add_reference, copy_bytes, frozen_copy, reference_log_probs
 from rewards import check_answers, judge, load_reward
-from rollout import rollout
+from rollout import Answer, rollout
 from batches import add_rollout
 from train import Options as LoopOptions, learning_rate
 
@@ -138,6 +138,8 @@ def main(argv=None):
     train, held_out = (problems(data.chat, *both, limit - options.max_new_tokens, **more)
                        for both in zip((data.train, data.held_out), data.records))
     check_answers(options.reward, train + held_out)
+    example = data.chat.tokenise([train[0].record["expected"]])[0].ids
+    judge(reward, train[0], Answer(example, [], [], True), data.chat)  # if it fails, then now
 
     # --- what it will need --- Changed from chapter-03: the rollouts, the reference.
     sampler = PackSampler([1] * len(train), options.prompts, options.seed)  # of prompts
