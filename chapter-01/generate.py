@@ -2,8 +2,7 @@
 
     python chapter-01/generate.py --model runs/chapter-01/001/final --prompt "Reverse: cat"
 
-There is no cache here, which chapter 2 adds: every new token costs a run on the whole pack.
-"""
+There is no cache here, which chapter 2 adds: every new token costs a run on the whole pack."""
 
 import sys
 from pathlib import Path
@@ -29,8 +28,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
     `prompts` is a list of lists of token ids. Returns the new tokens of each, without the stop
     token. Temperature 0, or one too small for float32, takes the likeliest token; otherwise tokens
     are drawn from softmax(logits / temperature), fixed by `seed`. All prompts share one pack per
-    step; a document that is finished leaves it.
-    """
+    step; a document that is finished leaves it."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     answers = [[] for _ in prompts]

@@ -15,8 +15,7 @@ Parameters bear Hugging Face's names, so that checkpoints load with no renaming.
 (the master weights); matrix products run in `model.compute_dtype`, for example bfloat16.
 
 Sources: Qwen3 Technical Report (arXiv 2505.09388); RMSNorm (1910.07467); rotary embedding
-(2104.09864); grouped-query attention (2305.13245); SwiGLU (2002.05202).
-"""
+(2104.09864); grouped-query attention (2305.13245); SwiGLU (2002.05202)."""
 
 from dataclasses import dataclass
 from inspect import signature

@@ -4,8 +4,7 @@
     python chapter-01/train.py --model Qwen/Qwen3-0.6B --data my.jsonl the real thing
     torchrun --nproc-per-node 8 chapter-01/train.py ...                the same on eight GPUs
 
-Read `main` from top to bottom: the sections are in the order in which things happen.
-"""
+Read `main` from top to bottom: the sections are in the order in which things happen."""
 
 import math
 import sys

@@ -5,8 +5,7 @@
     python chapter-02/generate.py --model meta-llama/Llama-3.2-1B-Instruct --chat
 
 What is new since chapter 1 is the cache of keys and values (common/asking/kv_cache.py): the prompts
-are computed once, in one pack; after that every step computes one token per document.
-"""
+are computed once, in one pack; after that every step computes one token per document."""
 
 import sys
 from pathlib import Path

@@ -10,8 +10,7 @@ saved as plain A and B, a branch in common/adapters/peft.py.
 
 W keeps its own dtype and has no gradient. A and B are float32 whatever W is: bfloat16 would round
 most of their updates away. For the products they are cast *down* to the dtype of x; casting x up,
-as PEFT does by default, doubles what is kept for the backward pass.
-"""
+as PEFT does by default, doubles what is kept for the backward pass."""
 
 import math
 from dataclasses import dataclass
@@ -67,8 +66,7 @@ class LoRALinear(nn.Module):
     """LoRA: y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ, s = α/r; A random, B = 0, so nothing changes at first.
 
     arXiv 2106.09685, equation 3. A starts as in the authors' code, U(±1/√in); the paper says
-    Gaussian. `base` is the adapted layer: an nn.Linear, or a quantised layer in its place.
-    """
+    Gaussian. `base` is the adapted layer: an nn.Linear, or a quantised layer in its place."""
 
     rank_power = 1.0  # s = α / r^power
     no_dropout = None  # or the reason why a method cannot have any
@@ -139,8 +137,7 @@ class LoRALinear(nn.Module):
 class RsLoRALinear(LoRALinear):
     """rsLoRA: s = α/√r. With α/r a larger r makes a smaller update, and learns no more.
 
-    arXiv 2312.03732, theorem 3.2. It is LoRA with α√r in place of α.
-    """
+    arXiv 2312.03732, theorem 3.2. It is LoRA with α√r in place of α."""
 
     rank_power = 0.5
 
@@ -150,8 +147,7 @@ class DoRALinear(LoRALinear):
 
     arXiv 2402.09353, equation 5. ‖V‖ is taken of each output's row of V (the paper, which
     transposes, says column); m (out,) starts as ‖W‖. The backward treats ‖V‖ as a constant (section
-    4.3). The bias is not scaled.
-    """
+    4.3). The bias is not scaled."""
 
     def make(self, config, source):
         super().make(config, source)
@@ -164,8 +160,7 @@ class DoRALinear(LoRALinear):
         """‖W + s B A‖ by rows, (out,), without making B A, which is as large as W.
 
         ‖w + bA‖² = ‖w‖² + 2 (w Aᵀ)·b + (b A Aᵀ)·b, for w a row of W and b of s B. The first term
-        never changes; while B = 0 the others are zero, and m/‖V‖ is 1 to the last bit.
-        """
+        never changes; while B = 0 the others are zero, and m/‖V‖ is 1 to the last bit."""
         weight, (A, B) = self.base.weight, self.factors()
         rest = (2 * (weight @ A.to(weight.dtype).t()) + B @ (A @ A.t())) * B
         return (self.row_squares + rest.sum(1)).clamp_min(SMALLEST).sqrt()
@@ -197,8 +192,7 @@ class VeRALinear(LoRALinear):
     """VeRA: y = x Wᵀ + b ⊙ (B (d ⊙ (A x))); only the vectors b (out,) and d (r,) are trained.
 
     arXiv 2310.11454, equation 2. A (r, widest in) and B (widest out, r) are random, frozen, and
-    one pair for the whole model, cut to size. While b = 0, as at first, d has no gradient.
-    """
+    one pair for the whole model, cut to size. While b = 0, as at first, d has no gradient."""
 
     @staticmethod
     def source(bases, config):
@@ -230,8 +224,7 @@ class PiSSALinear(LoRALinear):
 
     arXiv 2404.02948, equations 2-4. With W = U S Vᵀ: A₀ = √(S_r/s) V_rᵀ, B₀ = U_r √(S_r/s), and
     the base becomes W - s B₀ A₀. To the original W, s (B A - B₀ A₀) is an adapter of rank 2r, and
-    is saved as that. In bfloat16 the base would lose more to rounding than training gains.
-    """
+    is saved as that. In bfloat16 the base would lose more to rounding than training gains."""
 
     no_dropout = "its A and B hold part of the pretrained weight, which dropout would switch off"
 
@@ -252,8 +245,7 @@ class PiSSALinear(LoRALinear):
 class LoRAPlusLinear(LoRALinear):
     """LoRA+: LoRA, but B learns λ times faster than A, whose learning rate is the run's.
 
-    arXiv 2402.12354: with one rate for both, a wide model learns slowly. λ is about 16.
-    """
+    arXiv 2402.12354: with one rate for both, a wide model learns slowly. λ is about 16."""
 
     def lr_ratio(self, name, config):
         return config.lr_ratio if name == "lora_B" else 1.0
@@ -264,8 +256,7 @@ class LoRAFALinear(LoRALinear):
 
     arXiv 2308.03303. Its second version also replaces B's gradient g by g (A Aᵀ)⁻¹ / s²: then
     s g A, to first order the change of W, is as near to W's own gradient as A's rows can come.
-    Where r > in, the inverse is the pseudo-inverse.
-    """
+    Where r > in, the inverse is the pseudo-inverse."""
 
     def make(self, config, source):
         super().make(config, source)
@@ -287,8 +278,7 @@ class DeltaLoRALinear(LoRALinear):
     """Delta-LoRA: after each step t > K, W += λ s (B⁺A⁺ - B A), without any gradient of W.
 
     arXiv 2309.02411, equation 5. The sum telescopes to λ s (B_T A_T - B_K A_K): with LoRA's own
-    product, W changes by rank 2r at most; and K = 0 is LoRA with α (1 + λ), as the tests show.
-    """
+    product, W changes by rank 2r at most; and K = 0 is LoRA with α (1 + λ), as the tests show."""
 
     no_dropout = "W moves by B A itself, which must be what the forward pass used"
 
@@ -338,8 +328,7 @@ def apply_adapter(model, config):
     """Freeze the model and put an adapter around each target layer, in place; gives the model.
 
     Call it after the weights are loaded (DoRA and PiSSA read them) and before FSDP2 and the
-    optimizer. "full" does nothing. Raises UserError if targets or method do not fit the model.
-    """
+    optimizer. "full" does nothing. Raises UserError if targets or method do not fit the model."""
     layer = METHODS[config.method]
     if layer is None:
         return model

@@ -4,8 +4,7 @@
 
 The sum W + ΔW is formed in float32 and rounded once, to --dtype. bfloat16 keeps 8 significant bits
 of it, and ΔW is small beside W, so much of ΔW can be lost; the report says how much. Needs 4 bytes
-of main memory per parameter.
-"""
+of main memory per parameter."""
 
 import sys
 from pathlib import Path
@@ -28,8 +27,7 @@ def merge(adapter, out, model=None, dtype="auto"):
 
     `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: the
     dtype in the base's config.json). Returns `merging.report`, which compares the merged model with
-    the adapter in float32. Raises UserError if `out` exists or anything is wrong with a file.
-    """
+    the adapter in float32. Raises UserError if `out` exists or anything is wrong with a file."""
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")
     network, base = load_model(model, "cpu", torch.float32, adapter)

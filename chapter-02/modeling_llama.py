@@ -11,8 +11,7 @@ The families differ in five fields of the config (llama_config.py) and in nothin
 asks for a family's name. Also new since chapter 1 is the cache of keys and values
 (common/asking/kv_cache.py), with which a new token is computed without the document before it.
 
-Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
-"""
+Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388)."""
 
 import math
 from inspect import signature
@@ -63,8 +62,7 @@ def rotary_tables(position_ids, config):
     Llama 3.1 was trained on short documents first, then on longer ones, with slow pairs slowed down
     further, by `factor`: those that make fewer than `low_freq_factor` turns within the original
     length. Pairs that make more than `high_freq_factor` turns tell near positions apart and stay as
-    they are; between the two the speed is blended.
-    """
+    they are; between the two the speed is blended."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
     periods = config.rope_theta ** (exponents / config.head_dim)  # (d/2,) tokens per radian
     scaling = config.rope_scaling

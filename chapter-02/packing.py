@@ -2,8 +2,7 @@
 """Packing: documents of unequal length, end to end in one row, with nothing wasted on padding.
 
 `PackSampler` chooses the documents of every pack of the run, in an order that depends on the seed
-alone: not on the number of GPUs, and not on where a run was interrupted.
-"""
+alone: not on the number of GPUs, and not on where a run was interrupted."""
 
 import numpy as np
 import torch
@@ -31,8 +30,7 @@ def packed_sequence_collate_fn(examples):
 
         input_ids     7  8 | 5 | 9  4  6        cu_seqlens  0 2 3 6
         labels        8  . | . | 4  6  .        max_seqlen  3
-        position_ids  0  1 | 0 | 0  1  2
-    """
+        position_ids  0  1 | 0 | 0  1  2"""
     lengths = torch.tensor([len(input_ids) for input_ids, _ in examples])
     return {
         "input_ids": torch.cat([input_ids for input_ids, _ in examples]),
@@ -49,8 +47,7 @@ class PackSampler:
     `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes
     documents in shuffled order (with `seed=None`, for evaluation, in their own) for as long as the
     next one still fits. Pack number i is always the same, so a sampler's state is one number: the
-    next pack.
-    """
+    next pack."""
 
     def __init__(self, lengths, batch_tokens, seed):
         self.lengths = np.asarray(lengths, dtype=np.int64)

@@ -5,8 +5,7 @@
     torchrun --nproc-per-node 8 chapter-02/train.py ...         the same on eight GPUs
 
 The loop is chapter 1's. What a method adds is in lora.py and is called at four places here:
-`apply_adapter`, `optimizer_groups`, `before_step`, `after_step`.
-"""
+`apply_adapter`, `optimizer_groups`, `before_step`, `after_step`."""
 
 import math
 import sys

@@ -5,8 +5,7 @@
     python chapter-03/generate.py --model meta-llama/Llama-3.2-1B-Instruct --chat
 
 As in chapter 2, but an adapter that was fitted to a four-bit base, rounding errors included, gets
-the same base here: its file says which.
-"""
+the same base here: its file says which."""
 
 import sys
 from pathlib import Path

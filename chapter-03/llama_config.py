@@ -3,8 +3,7 @@
 
 Five fields tell Llama, Qwen3 and Qwen2.5 apart: `qk_norm`, `qkv_bias`, `rope_scaling`, `head_dim`
 and `tie_word_embeddings`. Other families are refused, and so is what these families can have and
-this file does not compute (NOT_SUPPORTED). Keys that neither mentions are not looked at.
-"""
+this file does not compute (NOT_SUPPORTED). Keys that neither mentions are not looked at."""
 
 from dataclasses import dataclass
 

@@ -4,8 +4,7 @@ The plain loss holds the logits in 16 bits and three float32 arrays of their siz
 each of T · V, 8.7 GB at T = 4096 and V = 151,936. Here a chunk's softmax is followed at once, in
 the forward, by its share of both gradients. So nothing of size (T, V) ever exists and nothing is
 computed twice; the backward only multiplies by the gradient of the loss. Tokens without a label
-are left out, which for instructions with short answers saves most of the head's work.
-"""
+are left out, which for instructions with short answers saves most of the head's work."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -32,8 +31,7 @@ def chunked_cross_entropy(hidden, weight, labels, chunk=CHUNK, labelled=None, so
 
     At most `chunk` tokens are taken at a time. `labelled` (L,) int64 says where the labels ≥ 0 are.
     A pack has it (packing.py); otherwise it is computed, and a GPU has to be waited for. `softmax`
-    is `softmax_in_pieces_` or, if it is to be compiled, `softmax_at_once_`.
-    """
+    is `softmax_in_pieces_` or, if it is to be compiled, `softmax_at_once_`."""
     if labelled is None:
         labelled = (labels >= 0).nonzero()[:, 0]
     train = torch.is_grad_enabled()

@@ -12,8 +12,7 @@ labels the model gives the loss, chunk by chunk (loss.py), and never holds the l
 drop what it has computed and compute it again in the backward (`checkpointing`); attention is one
 operator on every device, so that a layer compiles to one graph (compiling.py).
 
-Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388).
-"""
+Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388)."""
 
 import functools
 import math
@@ -69,8 +68,7 @@ def rotary_tables(position_ids, config):
     Llama 3.1 was trained on short documents first, then on longer ones, with slow pairs slowed down
     further, by `factor`: those that make fewer than `low_freq_factor` turns within the original
     length. Pairs that make more than `high_freq_factor` turns tell near positions apart and stay as
-    they are; between the two the speed is blended.
-    """
+    they are; between the two the speed is blended."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
     periods = config.rope_theta ** (exponents / config.head_dim)  # (d/2,) tokens per radian
     scaling = config.rope_scaling
@@ -254,8 +252,7 @@ class LlamaForCausalLM(nn.Module):
         max_seqlen is the longest document's length. With a `KVCache` the pack holds only what is
         new, and the logits are (N, V): those of each document's last token. The sum, in float32, is
         over the labels that are 0 or more, whose positions are `labelled`. It is computed here and
-        not by the caller because a sharded head's weight is whole only within this call.
-        """
+        not by the caller because a sharded head's weight is whole only within this call."""
         x = self.model(input_ids, cu_seqlens, max_seqlen, position_ids, self.compute_dtype, cache)
         if cache is not None:
             x = x[cu_seqlens[1:].long() - 1]

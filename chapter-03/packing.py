@@ -3,8 +3,7 @@ or, for `--compile`, with just enough padding to give every pack the same shape.
 
 Compiled code is made for the shapes it has seen, and a new shape costs a compilation: seconds,
 where a step takes a fraction of one. So a pack here can be filled up to a `StaticShape`: dummy
-documents after the real ones, and `cu_seqlens` of fixed length. The rest is chapter 1's.
-"""
+documents after the real ones, and `cu_seqlens` of fixed length. The rest is chapter 1's."""
 
 from dataclasses import dataclass
 from itertools import islice
@@ -65,8 +64,7 @@ def packed_sequence_collate_fn(examples, shape=None):
 
         input_ids     7  8 | 5 | 9  4  6 | 0  0  cu_seqlens  0 2 3 6 8 8
         labels        8  . | . | 4  6  . | .  .  max_seqlen  4
-        position_ids  0  1 | 0 | 0  1  2 | 0  1
-    """
+        position_ids  0  1 | 0 | 0  1  2 | 0  1"""
     examples = list(examples)
     if shape is not None:
         missing = shape.tokens - sum(len(input_ids) for input_ids, _ in examples)
@@ -100,8 +98,7 @@ class PackSampler:
     documents in shuffled order (with `seed=None`, for evaluation, in their own), but skips those
     that do not fit any more and looks for others that do, among the next LOOK_AHEAD; what it skips
     comes first in the next pack. Pack number i is always the same, so a sampler's state is one
-    number: the next pack.
-    """
+    number: the next pack."""
 
     def __init__(self, lengths, batch_tokens, seed):
         self.lengths = np.asarray(lengths, dtype=np.int64)

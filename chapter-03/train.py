@@ -5,8 +5,7 @@
     torchrun --nproc-per-node 8 chapter-03/train.py ...         the same on eight GPUs
 
 The loop is chapter 2's. New are the NF4 base, the loss in chunks (inside the model's forward),
-activation checkpointing, and compiling, for which every pack is given the same shape.
-"""
+activation checkpointing, and compiling, for which every pack is given the same shape."""
 
 import math
 import sys

@@ -118,9 +118,9 @@ def load(options, source, config, skills, reader=Records, finish=lambda encoded:
 
 
 def questions(chat, documents, records, count, limit):
-    """A `Question` on each of the first `count` documents of an `Encoded`, made from `records`: the
-    prompt before a conversation's last trained turn, as the template writes it for generation, or a
-    text's first words. There is none where the template refuses, or the prompt fills `limit`."""
+    """A `Question` on each of the first `count` documents of an `Encoded`, made from `records`: on
+    a conversation's last trained turn, or a text's first words; none where the template refuses,
+    or the prompt fills `limit`."""
     numbers = documents.documents["record"][:count].tolist()
     wanted = {n: one for n, one in enumerate(islice(records, max(numbers) + 1)) if n in numbers}
     found = []

@@ -1,8 +1,7 @@
-"""Several processes as one: ranks under torchrun, parameters sharded by PyTorch's FSDP2.
+"""Several processes as one: ranks under torchrun, parameters sharded by PyTorch's FSDP2; or one.
 
-Every function here also works in a single process. A loss is a sum over the labelled tokens,
-divided by those of the whole step, so gradients are *summed* over ranks, never averaged. Ranks
-exchange tensors, never objects: PyTorch's object collectives unpickle what they receive."""
+A loss is a sum over labelled tokens, divided by those of the whole step: so gradients are *summed*
+over ranks, never averaged. Ranks exchange tensors, as PyTorch's object collectives unpickle."""
 
 import contextlib
 import os
@@ -40,9 +39,9 @@ def say(*words):
 
 
 def start_ranks(device):
-    """Join the other ranks, if torchrun started any; gives the torch.device to compute on: on CUDA
-    GPU LOCAL_RANK. A wait for another rank ends with an error after BARELOOP_TIMEOUT_SECONDS
-    (default 1800). Raises UserError if the environment is incomplete or the node lacks GPUs."""
+    """Join the other ranks, if torchrun started any; gives the torch.device to compute on. A wait
+    for another rank ends with an error after BARELOOP_TIMEOUT_SECONDS (default 1800). UserError if
+    the environment is incomplete or the node lacks GPUs."""
     device = torch.device(device)
     if world_size() == 1:
         return device
@@ -68,11 +67,10 @@ def shard(model, device, dtype):
     (FSDP2, Zhao et al. 2023, arXiv:2304.11277); alone, do nothing. Call it between adapters and
     optimizer. Then only the model's own forward sees whole parameters: elsewhere use `full_tensor`.
 
-    Each decoder layer, then what remains (embeddings, last norm, head), becomes one group: gathered
-    in `dtype` (None: as they are) when its forward or backward begins. Parameters keep their own
-    dtype between steps (float32 masters), gradients arrive in float32, summed over the ranks.
-    Buffers (an NF4 base is one) are not sharded: rows would cut across quantisation blocks. All
-    ranks begin from rank 0's values, and no GPU ever holds the whole model."""
+    Each decoder layer, then what remains (embeddings, last norm, head), is one group: gathered in
+    `dtype` (None: as they are) when its forward or backward begins. Parameters keep their own dtype
+    between steps, gradients arrive in float32, summed. Buffers (an NF4 base) are not sharded: rows
+    would cut across quantisation blocks. All ranks begin from rank 0's values."""
     if world_size() == 1:
         return
     with _plain_words("handing out rank 0's weights"), torch.no_grad():

@@ -8,8 +8,7 @@ With p the teacher's distribution over the vocabulary and q the student's, both 
                                                            (GKD, 2306.13649, equation 1)
 
 A loss is (1-λ) of the label's cross-entropy and λ τ² of this; τ² keeps the gradient's size (Hinton
-et al., 1503.02531, section 2). It takes the place of the softmax in loss.py, a chunk at a time.
-"""
+et al., 1503.02531, section 2). It takes the place of the softmax in loss.py, a chunk at a time."""
 
 import math
 

@@ -6,8 +6,7 @@ which get rewards r_i. An answer that did better than its group is to become lik
     A_i = r_i - mean(r)                       the advantage (Dr. GRPO, 2503.20783)
     w_t = π(o_t) / π_old(o_t)                 of each token; 1 in the first update
     L_t = -min(w_t A_i, clip(w_t) A_i)        PPO's clip (1707.06347, equation 7)
-    L   = Σ L_t / Σ n_i                       over all answers of the step
-"""
+    L   = Σ L_t / Σ n_i                       over all answers of the step"""
 
 import torch
 
@@ -42,8 +41,7 @@ def divisors(lengths, limit, kind):
 
         tokens     Σ n_i      every token counts the same (DAPO, 2503.14476, equation 12)
         constant   N · limit  whatever the lengths are, which is unbiased (Dr. GRPO)
-        answers    N · n_i    every answer counts the same, so that a long wrong one is hardly
-                              punished (GRPO, 2402.03300, equation 3)
+        answers    N · n_i    every answer counts the same, a long wrong one too (GRPO, equation 3)
     """
     N = len(lengths)
     return {"tokens": [sum(lengths)] * N, "constant": [N * limit] * N,
@@ -81,9 +79,9 @@ def collate_answers(problems, answers, weights, shares):
 
 
 def policy_loss(pack, beside, log_p, old, log_ref, options):
-    """(what this pack adds to L; how many of its tokens were clipped; the sum of their KL to ρ).
-    log_p, old and log_ref (or None) are log π, log π_old and log ρ of each token, (T,); "weight" is
-    A_i, and "share" 1, divided as `divisors` says."""
+    """(what this pack adds to L; how many of its tokens were clipped; the sum of their KL to ρ) of
+    log π, log π_old and log ρ (or None) of each token, (T,); "weight" is A_i and "share" is 1, both
+    divided as `divisors` says."""
     log_ratio = log_p - old  # 0 where nothing is trained
     if options.ratio == "sequence":  # one ratio for an answer: GSPO, 2507.18071, equation 7
         live = (pack["labels"] >= 0).to(log_p.dtype)

@@ -1,8 +1,7 @@
 """log p of each token that the model was to write: what preferences, rewards and teachers are
 made of. On a pack it is a vector (T,), and what an answer is worth is the sum over its document.
 
-With `model.loss = chunked_log_probs` a model gives that vector where it gave the sum of losses.
-"""
+With `model.loss = chunked_log_probs` a model gives that vector where it gave the sum of losses."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -17,8 +16,7 @@ def chunked_log_probs(hidden, weight, labels, chunk=CHUNK, labelled=None):
     `loss.chunked_cross_entropy`, which gives the sum of these with the opposite sign. No (T, V)
     tensor ever exists. A token's log p depends on its own hidden state alone, so its slope
     along that, (D,), is found in the forward, whatever is made of log p afterwards; and the
-    backward multiplies. Only the gradient of a trained `weight` needs the logits a second time.
-    """
+    backward multiplies. Only the gradient of a trained `weight` needs the logits a second time."""
     if labelled is None:
         labelled = (labels >= 0).nonzero()[:, 0]
     train = torch.is_grad_enabled()
@@ -68,12 +66,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 def per_document(values, cu_seqlens):
     """The sum of `values` (T,) over each document, (N,); an empty document's is 0. Documents are
     summed one by one, so that the same values give the same bits, which atomic additions would not;
-    and in float64, as answers can be long.
-
-    Three documents of 2, 1 and 3 tokens, cu_seqlens 0 2 3 6:
-
-        values  -1.0  0.0 | 0.0 | -0.5  -2.0  0.0     sums  -1.0  0.0  -2.5
-    """
+    and in float64, as answers can be long."""
     home = values.device
     device = "cpu" if home.type == "mps" else home  # Apple's has neither the sum nor float64
     sums = torch.segment_reduce(values.to(device).double(), "sum",

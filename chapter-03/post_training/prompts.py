@@ -3,8 +3,7 @@
     turns           all such formats of common/README.md; the last turn is the answer, which is not
                     trained on: a reward can compare with it
     GSM8K           {"question", "answer"}; if the answer has a "####", the question asks for one
-    prompt alone    {"prompt"}, or a conversation that ends with the user's turn
-"""
+    prompt alone    {"prompt"}, or a conversation that ends with the user's turn"""
 
 from random import Random
 from typing import NamedTuple

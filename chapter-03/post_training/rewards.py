@@ -2,8 +2,7 @@
 
 A reward is a function of a record, the example as the data file has it, and of the answer's text;
 1 or more counts as solved. record["expected"] is the answer in the file, "" if it has none. An
-answer without an end (no stop token) gets 0 unasked.
-"""
+answer without an end (no stop token) gets 0 unasked."""
 
 import copy
 import importlib.util
@@ -69,12 +68,9 @@ def load_reward(name):
     module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        found = getattr(module, function)
+        return getattr(module, function), {}
     except Exception as error:
         raise UserError(f"--reward {name}: {type(error).__name__}: {one_line(error)}") from error
-    if not callable(found):
-        raise UserError(f"--reward {name}: that is no function")
-    return found, {}
 
 
 def check_answers(name, problems):

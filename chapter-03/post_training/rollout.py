@@ -1,9 +1,8 @@
 """Answers that a model draws itself, many to a prompt, on the packed KV cache.
 
-A prompt is computed once. Then its row of the cache is repeated for each of its answers, and all
-grow together, a token at a time. They are drawn from exactly softmax(logits / temperature):
-`generate`'s top-k and top-p would make that another distribution than the one which is trained.
-"""
+A prompt is computed once, and its row of the cache repeated for each of its answers. All grow
+together, drawn from exactly softmax(logits / temperature): with top-k or top-p it would be another
+distribution than the one which is trained."""
 
 from typing import NamedTuple
 
@@ -47,8 +46,7 @@ def draw(logits, temperature, draws):
 def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), room=2**62):
     """`group` Answers to each of `prompts`, lists of token ids, of at most `limit` tokens each; the
     answers to a prompt follow one another. Answer i to prompt n depends on `seed` (a tuple of whole
-    numbers), n, i and `limit`, whatever else is drawn. `room`: see `batches`. UserError if the
-    model has no positions for them, or its logits are not finite."""
+    numbers), n, i and `limit`, whatever else is drawn. `room`: see `batches`."""
     longest = max(map(len, prompts)) + limit
     if longest > model.config.max_position_embeddings:
         raise UserError(f"a prompt and its answer can have {longest} tokens, more than the model "
@@ -60,9 +58,8 @@ def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), 
     model.eval()
     try:
         for rows in batches([*map(len, prompts)], group, limit, room):
-            drawn = grow(model, [prompts[row // group] for row in rows], stop_ids, temperature,
-                         draws[rows])
-            for row, answer in zip(rows, drawn):
+            asked = [prompts[row // group] for row in rows]
+            for row, answer in zip(rows, grow(model, asked, stop_ids, temperature, draws[rows])):
                 answers[row] = answer
     finally:
         model.train(was_training)
@@ -70,17 +67,17 @@ def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), 
 
 
 def grow(model, prompts, stop_ids, temperature, draws):
-    """An Answer to each of `prompts`, which may be there several times, all drawn together; `draws`
-    (N, limit) are uniform in [0, 1)."""
+    """An Answer to each of N prompts, which may repeat, with `draws` (N, limit) in [0, 1)."""
     device, (N, limit) = draws.device, draws.shape
     asked = list(dict.fromkeys(map(tuple, prompts)))
     repeated = [asked.index(tuple(one)) for one in prompts]
     pack = packed_sequence_collate_fn([document(list(one), []) for one in asked])
-    sums, positions = pack["cu_seqlens"].to(device), pack["position_ids"].to(device)
+    ids, sums, positions = (pack[name].to(device) for name in (
+        "input_ids", "cu_seqlens", "position_ids"))
     cache = KVCache(len(asked), pack["max_seqlen"] + limit)
-    logits = model(pack["input_ids"].to(device), sums, pack["max_seqlen"], positions, cache=cache)
+    logits = model(ids, sums, pack["max_seqlen"], positions, cache=cache)[repeated]
     cache.keep(repeated)
-    logits, ends = logits[repeated], sums.diff().long()[repeated]
+    ends = sums.diff().long()[repeated]
     # All that is drawn, and how many tokens of it are the answer; which rows the cache still has.
     tokens, numbers, lengths = ends.new_zeros(N, limit), draws.new_zeros(2, N, limit), [limit] * N
     of_row, rows = [*range(N)], torch.arange(N, device=device)

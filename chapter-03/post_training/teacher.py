@@ -7,37 +7,38 @@ from common.data.chat import Chat
 from common.errors import UserError, located, one_line
 from modeling_llama import LlamaConfig
 from quantized_model import base_model, load_model
-from reference import add_reference, copy_bytes, frozen_copy, reference_log_probs
+from reference import add_reference, frozen_copy, reference_log_probs
 
 PIECES = 6 * 4  # bytes of what distill.py has in float32 for each logit of a piece
 
 
-def teacher_bytes(options, shapes):
-    """What the teacher of the model `shapes` takes beside it."""
-    return copy_bytes(shapes, options) if options.teacher == "self" else sum(
-        parameter.nbytes for parameter in teacher_shapes(options).parameters())
+def size(model):
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def teacher_shapes(options):
+def teacher_shapes(options, shapes):
+    """The teacher's shapes; `shapes`, the model's, if it teaches itself."""
+    if options.teacher == "self":
+        return shapes
     folder = hub.resolve(options.teacher, "--teacher")
     with located(folder / "config.json"):
         config = LlamaConfig.from_dict({**weights.read_config(folder), "quantization_config": None})
     return base_model(config, None, getattr(torch, options.dtype), base="none", init="shapes")
 
 
-def add_teacher(predicted, shapes, options, chat):
-    """Add to `predicted`, of the model `shapes`, what the teacher needs. Gives the vocabulary that
-    both heads are cut to, None if they are equally large. UserError for another tokenizer."""
-    itself, teacher = options.teacher == "self", shapes
-    if itself:
+def add_teacher(predicted, shapes, teacher, options, chat):
+    """Add to `predicted`, of the model `shapes`, what the `teacher` needs, shapes too. Gives the
+    vocabulary that both heads are cut to, None if they are equally large. UserError if its
+    tokenizer is not that of `chat`."""
+    if teacher is shapes:
         add_reference(predicted, shapes, options)
     else:
-        predicted["teacher"], teacher = teacher_bytes(options, shapes), teacher_shapes(options)
+        predicted["teacher"] = size(teacher)
     V, rows = teacher.config.vocab_size, min(shapes.chunk, predicted.tokens)
     predicted["teacher's logits"] = getattr(torch, options.dtype).itemsize * (
         rows * V + predicted.tokens * teacher.config.hidden_size) + PIECES * min(
             rows * V, 2**20 if options.device == "cpu" else 2**22)
-    if itself:
+    if teacher is shapes:
         return None
     theirs = Chat.load(hub.resolve(options.teacher)).tokenizer.get_vocab()
     own = theirs if chat is None else chat.tokenizer.get_vocab()  # random tokens are anyone's

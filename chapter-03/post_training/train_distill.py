@@ -5,8 +5,7 @@
         --teacher Qwen/Qwen3-4B --data my.jsonl
 
 The loop is chapter 3's, without compiling, for one process. New are the teacher's pass, the
-divergence in place of the cross-entropy, and answers that the student writes for the teacher.
-"""
+divergence in place of the cross-entropy, and answers that the student writes for the teacher."""
 
 import math
 import sys
@@ -33,9 +32,10 @@ from loss import chunked_cross_entropy
 from packing import PackSampler
 from prompts import Problems, problems
 from quantized_model import build
+from reference import copy_bytes
 from rollout import rollout
 from batches import add_rollout, document, packed
-from teacher import add_teacher, lesson, load_teacher, teacher_bytes
+from teacher import add_teacher, lesson, load_teacher, size, teacher_shapes
 from train import Options as LoopOptions, evaluate, learning_rate
 
 CHAPTER = "03-distill"
@@ -85,7 +85,9 @@ def main(argv=None):
         Options, CHAPTER, __doc__, TINY, REAL, argv, one_process=True)
 
     # --- data --- Changed from chapter-03: prompts.
-    predict.fit_batch(options, shapes, shapes.chunk, teacher_bytes(options, shapes))
+    other = teacher_shapes(options, shapes)
+    beside = copy_bytes(shapes, options) if other is shapes else size(other)
+    predict.fit_batch(options, shapes, shapes.chunk, beside)
     data = prepare.load(options, source, config, skills="new")
     asked = data.train, data.records[0]
     if options.prompts:
@@ -100,7 +102,7 @@ def main(argv=None):
     packs_per_step = options.grad_accum
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
     predicted = predict.costs(shapes, data.train.lengths, options, shapes.chunk)
-    vocabulary = add_teacher(predicted, shapes, options, data.chat)
+    vocabulary = add_teacher(predicted, shapes, other, options, data.chat)
     if prompts:
         order = PackSampler([1] * len(prompts), 1, options.seed)  # of prompts, one by one
         longest = max(len(one.prompt) for one in prompts) + options.max_new_tokens

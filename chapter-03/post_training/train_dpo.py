@@ -5,8 +5,7 @@
     torchrun --nproc-per-node 8 chapter-03/post_training/train_dpo.py ...
 
 The loop is chapter 3's, without compiling. New are the pairs, of which a pack holds both answers;
-the reference, which is the same model with its adapters off; and a loss of the answers' log p.
-"""
+the reference, which is the same model with its adapters off; and a loss of the answers' log p."""
 
 import math
 import sys
@@ -149,20 +148,7 @@ def main(argv=None):
                 state["logp_chosen"] = scores["logp_chosen"]
             metrics.log_eval(0, eval_loss=scores["loss"], **{name: scores[name] for name in SHOWN})
 
-    # --- loop --- Changed from chapter-03: pairs.
-    ready = None
-
-    def make_packs(first):
-        """For the step whose first pack has number `first`: this rank's packs, their pairs, and how
-        many pairs and tokens these have."""
-        # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
-        mine = range(first + this_rank(), first + packs_per_step, world_size())
-        pairs = [sampler.pack(index) for index in mine]
-        packs = [collate_pairs([data.train.pair(i) for i in pack]) for pack in pairs]
-        counts = torch.tensor([sum(map(len, pairs)),
-                               sum(int(sampler.lengths[pack].sum()) for pack in pairs)])
-        return [memory.to_device(pack, device) for pack in packs], pairs, counts
-
+    # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
     model.train()
@@ -171,18 +157,22 @@ def main(argv=None):
             started = time.perf_counter()
 
             # --- accumulate --- Changed from chapter-03: divided by the pairs of the step.
-            packs, pairs, counts = ready or make_packs(state["next_pack"])
+            # A step is the next ranks × accumulation packs; this rank takes every world_size-th.
+            mine = range(state["next_pack"] + this_rank(), state["next_pack"] + packs_per_step,
+                         world_size())
             state["next_pack"] += packs_per_step
-            count, tokens = all_sum(counts).tolist()
+            pairs = [sampler.pack(index) for index in mine]
+            count, tokens = all_sum(torch.tensor([
+                sum(map(len, pairs)), sum(int(sampler.lengths[pack].sum()) for pack in pairs)])
+            ).tolist()
             totals = torch.zeros(len(SCORES), device=device)
-            for pack in packs:
+            for numbers in pairs:
+                pack = collate_pairs([data.train.pair(i) for i in numbers])
+                losses, scores = scored(model, reference, memory.to_device(pack, device), options)
                 # Of the *whole* step: so every pair weighs the same, in whichever pack or rank.
-                losses, scores = scored(model, reference, pack, options)
                 (losses.sum() / count).backward()
                 totals += scores / count
             totals = all_sum(totals)
-            # The next step's packs are made while a GPU is still at work on this one.
-            ready = make_packs(state["next_pack"]) if step < total_steps else None
 
             # --- clip and step --- Changed from chapter-03: all scores come with the loss.
             before_step(model, adapter)

@@ -5,8 +5,7 @@
         --data openai/gsm8k:main/train --reward gsm8k --max-new-tokens 512
 
 The loop is chapter 3's, without compiling, for one process. New are the rollout, in which the model
-writes a group of answers to each prompt, and the reward, by which it learns from them.
-"""
+writes a group of answers to each prompt, and the reward, by which it learns from them."""
 
 import math
 import sys
