@@ -241,15 +241,16 @@ REWARDED = [("rewards", *bug) for bug in [
          'nothing.index_put((pack["labelled"] + 1,), value.float())')],
      GRPO + "test_a_pack_has_each_answers_numbers_where_its_tokens_are_predicted"),
     ("the stop token is dropped", [
-        (POST + "rollout.py", "            for values, value in zip((one.ids,",
-         "            for values, value in () if new[0] in stop_ids else zip((one.ids,")],
+        (POST + "rollout.py", "lengths[row] = min(lengths[row], n + 1)",
+         "lengths[row] = min(lengths[row], n)")],
      ROLLOUT + "test_the_stop_token_is_kept_and_trained_and_cut_answers_are_told"),
     ("only one stop id counts", [
-        (POST + "rollout.py", "new[0] in stop_ids", "new[0] == min(stop_ids, default=-1)")],
+        (POST + "rollout.py", "if token in stop_ids:",
+         "if token == min(stop_ids, default=-1):")],
      ROLLOUT + "test_the_stop_token_is_kept_and_trained_and_cut_answers_are_told"),
     ("a cut answer counts as finished", [
-        (POST + "rollout.py", "one.finished = new[0] in stop_ids",
-         "one.finished = new[0] in stop_ids or len(one.ids) == limit")],
+        (POST + "rollout.py", "finished=ids[n - 1] in stop_ids",
+         "finished=True")],
      ROLLOUT + "test_the_stop_token_is_kept_and_trained_and_cut_answers_are_told"),
     ("tokens are drawn at temperature 1", [
         (POST + "rollout.py", "(temperature or 1)", "1")],
@@ -282,28 +283,27 @@ REWARDED = [("rewards", *bug) for bug in [
          "    except ValueError:\n        model")],
      ROLLOUT + "test_the_mode_is_restored_after_an_error_too"),
     ("the cache's rows are repeated in the wrong order", [
-        (POST + "rollout.py", "asked.index(row // group) for row in rows",
-         "row % len(asked) for row in rows")],
+        (POST + "rollout.py", "repeated = [asked.index(tuple(one)) for one in prompts]",
+         "repeated = [n % len(asked) for n in range(N)]")],
      ROLLOUT + "test_greedy_answers_are_generates_one_by_one"),
     ("the cache is repeated and the logits are not", [
-        (POST + "rollout.py", "logits, ends = logits[repeated], torch",
-         "logits, ends = logits.repeat(len(rows), 1)[:len(rows)], torch")],
+        (POST + "rollout.py", "cache=cache)[repeated]",
+         "cache=cache).repeat(N, 1)[:N]")],
      ROLLOUT + "test_log_probs_are_those_of_the_training_pass"),
     ("all answers stand at the longest prompt's end", [
-        (POST + "rollout.py", "torch.tensor(lengths, device=device)[repeated]",
-         "torch.full((len(rows),), max(lengths), device=device)")],
+        (POST + "rollout.py", "ends = sums.diff().long()[repeated]",
+         "ends = sums.diff().long()[repeated].amax().expand(N)")],
      ROLLOUT + "test_log_probs_are_those_of_the_training_pass"),
     ("finished rows are dropped from the cache and not from the positions", [
-        (POST + "rollout.py", "tokens[growing], ends[growing]",
-         "tokens[growing], ends[:len(growing)]")],
+        (POST + "rollout.py", "new[growing], ends[growing]",
+         "new[growing], ends[:len(growing)]")],
      ROLLOUT + "test_log_probs_are_those_of_the_training_pass"),
     ("a row's draws depend on the others", [
-        (POST + "rollout.py", "np.random.default_rng((*seed, *divmod(row, group)))",
-         "np.random.default_rng((*seed, row))")],
+        (POST + "rollout.py", "np.random.default_rng((*seed, n)).random",
+         "np.random.default_rng((*seed, n, len(prompts))).random")],
      ROLLOUT + "test_the_same_seed_gives_the_same_answers_whatever_is_drawn_beside"),
     ("one stream of draws for all", [
-        (POST + "rollout.py", "random[row].random(dtype=np.float32) for row in rows",
-         "random[0].random(dtype=np.float32) for row in rows")],
+        (POST + "rollout.py", "draws[rows, n])", "draws[rows[:1], n].expand(len(rows)))")],
      ROLLOUT + "test_the_same_seed_gives_the_same_answers_whatever_is_drawn_beside"),
     ("a batch is one row too large", [
         (POST + "batches.py", "(len(found[-1]) + 1) *", "len(found[-1]) *")],
@@ -379,7 +379,8 @@ REWARDED = [("rewards", *bug) for bug in [
         (POST + "grpo.py", "(bounded < gains).sum()", "(bounded != gains).sum()")],
      GRPO + "test_loss_and_gradients_are_trls"),
     ("an unfinished answer is judged", [
-        (POST + "rewards.py", " if answer.finished else 0.0", "")],
+        (POST + "rewards.py", "\n                      if answer.finished else 0)",
+         ")")],
      REWARDS + "test_an_unfinished_answer_gets_nothing_unasked"),
     ("the first marker counts", [
         (POST + "rewards.py", '"", found[-1]))', '"", found[0]))')], REWARDS + "test_gsm8k"),
@@ -392,7 +393,8 @@ REWARDED = [("rewards", *bug) for bug in [
         (POST + "rewards.py", "if not math.isfinite(value):", "if False:")],
      REWARDS + "test_what_is_no_number_names_the_problem"),
     ("a reward may change the record", [
-        (POST + "rewards.py", "reward(dict(problem.record),", "reward(problem.record,")],
+        (POST + "rewards.py", "copy.deepcopy(problem.record)",
+         "problem.record")],
      REWARDS + "test_it_sees_the_text_without_the_stop_token_and_the_record_as_it_is"),
     ("the first answer is asked for", [
         (POST + "prompts.py", "messages[:turns[-1]]", "messages[:turns[0] - 1]")],
@@ -469,6 +471,59 @@ REWARDED = [("rewards", *bug) for bug in [
         (POST + "distill.py", "teacher_hidden[rows] @ head.t()",
          "teacher_hidden[:len(rows)] @ head.t()")],
      DISTILL + "test_chunks_make_no_difference"),
+]]
+
+RUN_GRPO, RUN_DISTILL = (f"chapter-03/test_train_{name}.py::" for name in ("grpo", "distill"))
+REWARDED += [("rewards", *bug) for bug in [
+    ("the temperature is left out in training", [
+        (POST + "train_grpo.py", "chunked_log_probs(hidden / options.temperature, *rest)",
+         "chunked_log_probs(hidden, *rest)")], RUN_GRPO + "test_drawing_and_training_agree"),
+    ("divided by pack", [
+        (POST + "train_grpo.py", "loss.backward()", "(loss / len(packs)).backward()")],
+     RUN_GRPO + "test_more_packs_are_one_larger_pack"),
+    ("rewards (G, P) for (P, G)", [
+        (POST + "train_grpo.py", "rewards = rewards.view(-1, options.group)",
+         "rewards = rewards.view(options.group, -1).T")],
+     RUN_GRPO + "test_a_run_logs_what_it_drew"),
+    ("prompts repeated in another order than answers", [
+        (POST + "train_grpo.py", "asked = [one for one in asked for _ in range(options.group)]",
+         "asked = asked * options.group")], RUN_GRPO + "test_a_run_logs_what_it_drew"),
+    ("a step with nothing to learn moves", [
+        (POST + "grpo.py", "| bool(options.kl)", "| True")],
+     RUN_GRPO + "test_a_step_without_a_live_group_moves_nothing"),
+    ("the old log p is the new one", [
+        (POST + "train_grpo.py", "log_p, old[n], log_ref", "log_p, log_p.detach(), log_ref")],
+     RUN_GRPO + "test_the_clip_matters_from_the_second_update_on"),
+    ("GRPO's reference moves too", [
+        (POST + "train_grpo.py", "reference = frozen_copy(model, options, device)",
+         "reference = None")], RUN_GRPO + "test_the_reference_stays_what_the_model_was"),
+    ("one end of the turn of several is known", [
+        (POST + "train_grpo.py", "1, options.max_new_tokens, chat.stop_ids,",
+         "1, options.max_new_tokens, {chat.eos_id},")],
+     RUN_GRPO + "test_held_out_prompts_are_answered_greedily_and_rewarded"),
+    ("samples of undone steps stay", [
+        (POST + "train_grpo.py", 'total_steps, start_step=state["step"], name="samples',
+         'total_steps, start_step=2**62, name="samples')], RUN_GRPO + "test_resume_is_bitwise"),
+    ("distillation divided by pack", [
+        (POST + "train_distill.py", "(loss / targets).backward()",
+         '(loss / len(pack["labelled"]) / len(packs)).backward()')],
+     RUN_DISTILL + "test_more_packs_are_one_larger_pack"),
+    ("the padding is compared too", [
+        (POST + "teacher.py", "1 + max(own.values())", "min(V, shapes.config.vocab_size)")],
+     RUN_DISTILL + "test_the_teachers_padding_is_cut"),
+    ("the teacher is the model as it is now", [
+        (POST + "teacher.py", "hidden, weight = reference_log_probs(model, pack, teacher)",
+         "hidden, weight = map(torch.Tensor.detach, (teacher or model)(**pack))")],
+     RUN_DISTILL + "test_the_teacher_stays_what_the_model_was"),
+    ("what the student wrote is trained as if it were right", [
+        (POST + "train_distill.py", "[(pack, 1.0) for pack in written]",
+         "[(pack, options.kd) for pack in written]")],
+     RUN_DISTILL + "test_of_what_the_student_writes_only_the_teachers_part_counts"),
+    ("the same prompts every step", [
+        (POST + "train_distill.py", 'state["next_prompt"] += own', "pass")],
+     RUN_DISTILL + "test_a_share_of_the_documents_gives_way"),
+    ("any tokenizer will do", [(POST + "teacher.py", "if own != theirs:", "if False:")],
+     RUN_DISTILL + "test_wrong_use_is_one_line_and_leaves_nothing"),
 ]]
 
 
