@@ -80,7 +80,7 @@ def main():
     rows = []
     for name in options.only or ROWS[options.kind]:
         seeds = [run(options.kind, name, seed) for seed in options.seeds]
-        row = {"flags": name.strip(), "seeds": options.seeds}
+        row = {"flags": name.strip() or "default", "seeds": options.seeds}
         for key in seeds[0]:
             row[key] = [round(one[key], 4) for one in seeds]
             row[f"{key}, mean"] = round(statistics.mean(row[key]), 4)
