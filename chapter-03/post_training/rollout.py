@@ -1,8 +1,6 @@
-"""Answers that a model draws itself, many to a prompt, on the packed KV cache.
-
-A prompt is computed once, and its row of the cache repeated for each of its answers. All grow
-together, drawn from exactly softmax(logits / temperature): with top-k or top-p it would be another
-distribution than the one which is trained."""
+"""Answers that a model draws itself, many to a prompt, on the packed KV cache. A prompt is computed
+once, and its row of the cache repeated for each of its answers. All grow together, drawn from
+exactly softmax(logits / temperature): with top-k or top-p it would be another distribution."""
 
 from typing import NamedTuple
 
@@ -11,13 +9,12 @@ import torch
 
 from common.asking.kv_cache import KVCache
 from common.errors import UserError
-from packing import packed_sequence_collate_fn
 from batches import batches, document
+from packing import packed_sequence_collate_fn
 
 
 class Answer(NamedTuple):
     """What was drawn for a prompt; the lists have one entry for each token."""
-
     ids: list  # the stop token included
     log_probs: list  # at the temperature it was drawn at
     entropies: list  # of what it was drawn from, in nats
@@ -32,11 +29,12 @@ def draw(logits, temperature, draws):
     for rows, u in zip(*(x.split(max(1, 2**21 // logits.shape[1])) for x in (logits, draws))):
         log_p = (rows.float() / (temperature or 1)).log_softmax(-1)  # (a few, V)
         p = log_p.exp()
-        token = log_p.argmax(-1, keepdim=True)
         if temperature:
             sums = p.cumsum(-1)
             token = torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)
             token.clamp_(max=logits.shape[1] - 1)  # the product may be rounded up to the sum
+        else:
+            token = log_p.argmax(-1, keepdim=True)
         # Where p is 0, log p can be -inf, and 0 · -inf is no number.
         found.append((token[:, 0], log_p.gather(1, token)[:, 0], -(p * log_p).nansum(-1)))
     return map(torch.cat, zip(*found))
@@ -44,9 +42,9 @@ def draw(logits, temperature, draws):
 
 @torch.no_grad()
 def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), room=2**62):
-    """`group` Answers to each of `prompts`, lists of token ids, of at most `limit` tokens each; the
-    answers to a prompt follow one another. Answer i to prompt n depends on `seed` (a tuple of whole
-    numbers), n, i and `limit`, whatever else is drawn. `room`: see `batches`."""
+    """`group` Answers to each of `prompts`, lists of token ids, of at most `limit` tokens each, the
+    answers to a prompt in a row. Answer i to prompt n depends on `seed` (a tuple of whole numbers),
+    n, i and `limit`, whatever else is drawn. `room`: see `batches`."""
     longest = max(map(len, prompts)) + limit
     if longest > model.config.max_position_embeddings:
         raise UserError(f"a prompt and its answer can have {longest} tokens, more than the model "
@@ -97,7 +95,6 @@ def grow(model, prompts, stop_ids, temperature, draws):
         sums = torch.arange(len(of_row) + 1, dtype=torch.int32, device=device)
         logits, ends = model(new, sums, 1, ends, cache=cache), ends + 1  # (rows, V)
     if not numbers.isfinite().all():
-        raise UserError("the model's logits are not finite numbers: has it diverged (a lower --lr "
-                        "helps), or does it need --dtype float32?")
+        raise UserError("logits are not finite numbers: a lower --lr or --dtype float32 may help")
     return [Answer(ids[:n], *(one[:n] for one in more), finished=ids[n - 1] in stop_ids)
             for n, ids, *more in zip(lengths, tokens.tolist(), *numbers.tolist())]
