@@ -277,7 +277,8 @@ class Case:
                 self.teacher = to_cuda(self.files["quantized_model"].base_model(
                     self.files["modeling_llama"].LlamaConfig.from_dict(config), None, dtype,
                     base="none", init="shapes"))
-            self.vocabulary = teacher.add_teacher(predicted, model, self.options, chat)
+            self.vocabulary = teacher.add_teacher(
+                predicted, model, teacher.teacher_shapes(self.options, model), self.options, chat)
 
     def run(self):
         """A few steps, of a whole model the last alone: gradients that are wrong, operators on
