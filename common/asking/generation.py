@@ -33,9 +33,10 @@ def choose_tokens(logits, temperature, top_k, top_p, draws):
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=0, top_k=0,
              top_p=1.0, on_token=None):
-    """Continue `prompts`, lists of token ids, until a stop token, `max_new_tokens` or the last
-    position; gives the new tokens of each, without it, drawn by `choose_tokens` with `seed` and the
-    place alone. Each calls `on_token(document, token)`. UserError if a prompt is too long."""
+    """Continue `prompts`, lists of token ids, until a stop token, `max_new_tokens` or the model's
+    last position; gives the new tokens of each, without the stop token. They are drawn by
+    `choose_tokens`; the draws depend on `seed` and the place in the list alone. Each new token
+    calls `on_token(document, token)`. UserError if a prompt does not fit the model."""
     longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     for n, prompt in enumerate(prompts):
         if len(prompt) >= longest:
