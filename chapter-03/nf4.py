@@ -6,7 +6,9 @@ bitsandbytes' CPU code bit for bit, so `bnb_files.py` can exchange checkpoints w
 Bytes per parameter: 0.5 for the code, 4 / 64 for the scale: 4.5 bits. Double quantisation turns
 the scale into 1 / 64 + 4 / (64 * 256): 4.127 bits."""
 
+import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -215,3 +217,20 @@ class NF4Linear(QuantizedLinear):
     def extra_repr(self):
         return (f"in_features={self.in_features}, out_features={self.out_features},"
                 f" bias={self.bias is not None}, double_quant={self.absmax2 is not None}")
+
+
+@contextlib.contextmanager
+def weights_kept(model, wanted=True):
+    """Within it, if `wanted`, the NF4 layers keep their weights in the model's compute dtype, where
+    otherwise each pass makes them anew. For many passes in a row without gradients: the same
+    results to the last bit, for the memory of a 16-bit model."""
+    layers = [layer for layer in model.modules() if wanted and isinstance(layer, NF4Linear)]
+    for layer in layers:
+        weight, bias = (one if one is None else one.to(model.compute_dtype)
+                        for one in (layer.weight, layer.bias))
+        layer.forward = partial(F.linear, weight=weight, bias=bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own is seen again

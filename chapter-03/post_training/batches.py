@@ -1,9 +1,12 @@
 """How many answers are drawn at a time, and which documents go into a pack."""
 
+from math import prod
+
 import torch
 
 from common import memory
 from common.predict import SHARE
+from common.predict_memory import layer_costs
 from common.ranks import say
 from packing import IGNORE, PackSampler, packed_sequence_collate_fn
 
@@ -21,16 +24,26 @@ def batches(lengths, group, limit, room):
     return found
 
 
-def add_rollout(predicted, config, options, answers, longest):
+def keeps_weights(predicted, shapes, options):
+    """The bytes of `nf4.weights_kept`, if a quarter of what a step needs has room for them, or 0."""
+    whole = getattr(torch, options.dtype).itemsize * sum(
+        prod(cost.shape) for layer in shapes.model.layers for cost in layer_costs(layer)
+        if cost.weight is None)
+    free = predicted.peak - predicted["weights"] - predicted["optimizer moments"]
+    return whole if whole <= free // 4 else 0
+
+
+def add_rollout(predicted, config, options, answers, longest, kept=0):
     """How many tokens of KV cache may exist at a time, for `answers` documents of at most `longest`
     tokens: what fits into the memory that a training step uses for activations and gradients, or
-    on a GPU into all that is left. What a single one needs beyond that is added to `predicted`."""
+    on a GPU into all that is left, less `kept`. What one needs beyond is added to `predicted`."""
     c = getattr(torch, options.dtype).itemsize
     # Of a token, keys and values; of a row, logits, as drawn too; a layer's cache is copied.
     row = 2 * config.num_key_value_heads * config.head_dim * c * (config.num_hidden_layers + 1)
     row = row * longest + c * config.vocab_size
     stays = sum(predicted.get(name, 0) for name in (
         "weights", "optimizer moments", "reference model", "teacher"))
+    stays += kept
     free = predicted.peak - stays
     if options.device == "cuda":
         free = max(free, int(SHARE * torch.cuda.get_device_properties(0).total_memory) - stays)

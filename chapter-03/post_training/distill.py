@@ -46,8 +46,7 @@ def chunked_divergence(hidden, weight, labels, chunk=CHUNK, labelled=None, *, te
 
 def divergence_in_pieces_(logits, taught, labels, share, beta, temperature):
     """(2, C): cross-entropy and divergence of each row of logits (C, V), the student's, and of
-    `taught`, the teacher's. The logits are overwritten by the loss's gradient. A few rows at a
-    time, so that what is float32 stays in the cache, a CPU's or a GPU's."""
+    `taught`, the teacher's; the logits are overwritten by the loss's gradient. A few at a time."""
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
     found = torch.empty(2, len(labels), dtype=sum_dtype, device=logits.device)
     size = max(1, (2**20 if logits.device.type == "cpu" else 2**22) // logits.shape[1])

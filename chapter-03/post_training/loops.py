@@ -22,8 +22,8 @@ from quantized_model import build, check_base, check_options, mark
 
 
 def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
-    """What a run works with: options, device, dtype, AdapterConfig; the base's folder, config.json
-    and LlamaConfig; the model's shapes. Raises UserError for what makes no sense here."""
+    """Options, device, dtype, AdapterConfig; the base's folder, config.json and LlamaConfig; shapes
+    of the model. Raises UserError for what makes no sense here."""
     options = parse(options_class, chapter, text.split("\n\n")[0], tiny, real, argv)
     check_options(options)
     if options.dropout:

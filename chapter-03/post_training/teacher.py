@@ -12,10 +12,6 @@ from reference import add_reference, frozen_copy, reference_log_probs
 PIECES = 6 * 4  # bytes of what distill.py has in float32 for each logit of a piece
 
 
-def size(model):
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
 def teacher_shapes(options, shapes):
     """The teacher's shapes; `shapes`, the model's, if it teaches itself."""
     if options.teacher == "self":
@@ -33,7 +29,7 @@ def add_teacher(predicted, shapes, teacher, options, chat):
     if teacher is shapes:
         add_reference(predicted, shapes, options)
     else:
-        predicted["teacher"] = size(teacher)
+        predicted["teacher"] = sum(parameter.nbytes for parameter in teacher.parameters())
     V, rows = teacher.config.vocab_size, min(shapes.chunk, predicted.tokens)
     predicted["teacher's logits"] = getattr(torch, options.dtype).itemsize * (
         rows * V + predicted.tokens * teacher.config.hidden_size) + PIECES * min(

@@ -4,8 +4,7 @@
     python chapter-03/post_training/train_distill.py --model Qwen/Qwen3-0.6B \\
         --teacher Qwen/Qwen3-4B --data my.jsonl
 
-The loop is chapter 3's, without compiling, for one process. New are the teacher's pass, the
-divergence in place of the cross-entropy, and answers that the student writes for the teacher."""
+New in chapter 3's loop are the teacher's pass, the divergence, and answers of the student's own."""
 
 import math
 import sys
@@ -29,13 +28,14 @@ from distill import chunked_divergence
 from loops import announce, begin, finish, improves, open_run, save_result
 from lora import after_step, before_step
 from loss import chunked_cross_entropy
+from nf4 import weights_kept
 from packing import PackSampler
 from prompts import Problems, problems
 from quantized_model import build
 from reference import copy_bytes
 from rollout import rollout
-from batches import add_rollout, document, packed
-from teacher import add_teacher, lesson, load_teacher, size, teacher_shapes
+from batches import add_rollout, document, keeps_weights, packed
+from teacher import add_teacher, lesson, load_teacher, teacher_shapes
 from train import Options as LoopOptions, evaluate, learning_rate
 
 CHAPTER = "03-distill"
@@ -86,7 +86,8 @@ def main(argv=None):
 
     # --- data --- Changed from chapter-03: prompts.
     other = teacher_shapes(options, shapes)
-    beside = copy_bytes(shapes, options) if other is shapes else size(other)
+    beside = copy_bytes(shapes, options) if other is shapes else sum(
+        parameter.nbytes for parameter in other.parameters())
     predict.fit_batch(options, shapes, shapes.chunk, beside)
     data = prepare.load(options, source, config, skills="new")
     asked = data.train, data.records[0]
@@ -106,7 +107,8 @@ def main(argv=None):
     if prompts:
         order = PackSampler([1] * len(prompts), 1, options.seed)  # of prompts, one by one
         longest = max(len(one.prompt) for one in prompts) + options.max_new_tokens
-        room = add_rollout(predicted, config, options, options.batch_tokens, longest)
+        kept = keeps_weights(predicted, shapes, options)
+        room = add_rollout(predicted, config, options, options.batch_tokens, longest, kept)
     announce(predicted, total_steps, options)
     if options.dry_run:
         return 0
@@ -144,9 +146,10 @@ def main(argv=None):
             own = round(options.on_policy * len(documents))
             asked = [prompts[order.pack(state["next_prompt"] + i)[0]].prompt for i in range(own)]
             state["next_prompt"] += own
-            answers = [one.ids for one in rollout(
-                model, asked, 1, options.max_new_tokens, data.chat.stop_ids, options.temperature,
-                (options.seed, step), room)] if own else []
+            with weights_kept(model, own and kept > 0):
+                answers = [one.ids for one in rollout(
+                    model, asked, 1, options.max_new_tokens, data.chat.stop_ids,
+                    options.temperature, (options.seed, step), room)] if own else []
 
             # --- accumulate --- Changed from chapter-03: the teacher's part.
             given = packed([data.train[n] for n in documents[own:]], options)

@@ -4,8 +4,7 @@
     python chapter-03/post_training/train_grpo.py --model Qwen/Qwen3-0.6B --no-thinking \\
         --data openai/gsm8k:main/train --reward gsm8k --max-new-tokens 512
 
-The loop is chapter 3's, without compiling, for one process. New are the rollout, in which the model
-writes a group of answers to each prompt, and the reward, by which it learns from them."""
+New in chapter 3's loop are the rollout, a group of answers to each prompt, and their rewards."""
 
 import math
 import sys
@@ -28,13 +27,14 @@ from grpo import live_groups, make_packs, policy_loss
 from logprobs import chunked_log_probs
 from loops import announce, begin, finish, improves, open_run, save_result
 from lora import after_step, before_step
+from nf4 import weights_kept
 from packing import PackSampler
 from prompts import Problems, problems, tiny_problems
 from quantized_model import build
 from reference import add_reference, copy_bytes, frozen_copy, reference_log_probs
 from rewards import check_answers, judge, load_reward
 from rollout import Answer, rollout
-from batches import add_rollout
+from batches import add_rollout, keeps_weights
 from train import Options as LoopOptions, learning_rate
 
 CHAPTER = "03-grpo"
@@ -147,7 +147,9 @@ def main(argv=None):
     full = options.prompts * options.group * sum(lengths) / len(lengths) > options.batch_tokens
     predicted = predict.costs(shapes, lengths, replace(options, grad_accum=1 + full), shapes.chunk)
     predicted = add_reference(predicted, shapes, options)
-    room = add_rollout(predicted, config, options, options.prompts * options.group, max(lengths))
+    kept = keeps_weights(predicted, shapes, options)
+    room = add_rollout(predicted, config, options, options.prompts * options.group, max(lengths),
+                       kept)
     say(f"reward      {options.reward}; {options.prompts} prompts x {options.group} answers of at "
         f"most {options.max_new_tokens} tokens a step")
     announce(predicted, total_steps, options)
@@ -186,9 +188,10 @@ def main(argv=None):
             numbers = sampler.pack(state["next_pack"])
             state["next_pack"] += 1
             asked = [train[n] for n in numbers]
-            answers = rollout(model, [one.prompt for one in asked], options.group,
-                              options.max_new_tokens, data.chat.stop_ids, options.temperature,
-                              (options.seed, step), room)
+            with weights_kept(model, kept > 0):
+                answers = rollout(model, [one.prompt for one in asked], options.group,
+                                  options.max_new_tokens, data.chat.stop_ids,
+                                  options.temperature, (options.seed, step), room)
             rollout_seconds = time.perf_counter() - started
 
             # --- reward ---

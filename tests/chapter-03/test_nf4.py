@@ -324,3 +324,21 @@ def test_loading_peak_is_the_model_and_two_tensors():
     largest = max(shape.numel() for shape in shapes.values()) * 2
     scratch = 16 * 256 * 512  # one piece of a weight; fixed, but larger than these small tensors
     assert live.grown < held + 2 * largest + scratch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_weights_give_the_same_bits_and_are_given_back(dtype, monkeypatch):
+    model = nn.Sequential(layer(64), layer(32, 64, True, bias=False))
+    model.compute_dtype = dtype
+    x = torch.randn(5, 64, dtype=dtype)
+    expected, made = model(x), []
+    real = nf4._dequantize
+    monkeypatch.setattr(nf4, "_dequantize", lambda *parts: made.append(1) or real(*parts))
+    with nf4.weights_kept(model):
+        assert same(model(x), expected) and same(model(x), expected) and len(made) == 2
+    with nf4.weights_kept(model, False):
+        assert same(model(x), expected) and len(made) == 4
+    with pytest.raises(KeyError), nf4.weights_kept(model):
+        raise KeyError
+    made.clear()
+    assert same(model(x), expected) and len(made) == 2

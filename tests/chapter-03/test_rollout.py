@@ -17,6 +17,7 @@ from common.predict import Prediction
 rollout_file = load("chapter-03/post_training/rollout.py")
 batches_file = load("chapter-03/post_training/batches.py")
 logprobs = load("chapter-03/post_training/logprobs.py")
+nf4 = load("chapter-03/nf4.py")
 rollout, draw, document = rollout_file.rollout, rollout_file.draw, batches_file.document
 
 LIMIT, GROUP = 12, 3
@@ -382,3 +383,15 @@ def test_a_rollout_needs_no_more_than_predicted(count):
     with LivePeak() as live:
         rollout(model, prompts, GROUP, limit, stops, room=room)
     assert 0.5 * count * row < live.grown < 1.05 * count * row
+
+
+def test_weights_are_kept_where_a_quarter_of_a_steps_memory_holds_them():
+    shapes = ch3_models.build("nf4", "lora")
+    whole = 2 * sum(layer.shape.numel() for layer in shapes.modules()
+                    if isinstance(layer, nf4.NF4Linear))
+    options = SimpleNamespace(dtype="bfloat16")
+    for free, kept in ((4 * whole, whole), (4 * whole - 1, 0)):
+        predicted = Prediction({"weights": 7, "optimizer moments": 5, "activations": free})
+        assert batches_file.keeps_weights(predicted, shapes, options) == kept
+    dense = ch3_models.build("dense", "lora")
+    assert batches_file.keeps_weights(predicted, dense, options) == 0
