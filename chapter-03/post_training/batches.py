@@ -25,7 +25,7 @@ def batches(lengths, group, limit, room):
 
 
 def keeps_weights(predicted, shapes, options):
-    """The bytes of `nf4.weights_kept`, if a quarter of what a step needs has room for them, or 0."""
+    """Bytes of `nf4.weights_kept`, if a quarter of what a step needs has room for them, or 0."""
     whole = getattr(torch, options.dtype).itemsize * sum(
         prod(cost.shape) for layer in shapes.model.layers for cost in layer_costs(layer)
         if cost.weight is None)
