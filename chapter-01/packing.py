@@ -45,8 +45,7 @@ class PackSampler:
 
     `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes
     documents in shuffled order (with `seed=None`, for evaluation, in their own) for as long as the
-    next one still fits. Pack number i is always the same, so a sampler's state is one number: the
-    next pack."""
+    next one still fits. Pack i is always the same, so a sampler's state is one number."""
 
     def __init__(self, lengths, batch_tokens, seed):
         self.lengths = np.asarray(lengths, dtype=np.int64)

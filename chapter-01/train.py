@@ -21,7 +21,7 @@ from common.errors import located, run_main
 from common.files.checkpoint import latest, new_run_folder, verify
 from common.files.state import load_state
 from common.metrics import Metrics
-from common.options import TrainOptions, parse, save_options
+from common.options import TrainOptions, parse, save_options, settle
 from common.ranks import (
     all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 from generate import generate
@@ -32,7 +32,7 @@ CHAPTER = "01"
 # What `auto` sets for the embedded model and data; and for everything else.
 TINY = {"init": "random", "lr": 3e-3, "min_lr": 3e-4, "warmup": 50, "steps": 500,
         "batch_tokens": 1024, "dtype": "float32", "eval_every": 100, "save_every": 200}
-REAL = {"lr": 1e-5, "warmup": 20}
+REAL = {"lr_at_4096": 1e-5}
 
 
 def learning_rate(step, total, options):
@@ -93,9 +93,7 @@ def main(argv=None):
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
     predicted = predict.costs(model, data.train.lengths, options)
     say(predicted.report())
-    if total_steps < options.warmup:
-        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
-            "--epochs, --steps, --warmup")
+    settle(options, config, total_steps)
     if options.dry_run:
         return 0
 

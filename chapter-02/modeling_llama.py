@@ -215,8 +215,7 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids, cache=None):
         """Logits (T, V) in `compute_dtype`, from a pack (packing.py): input_ids and position_ids
         (T,) int64, cu_seqlens (N+1,) int32, and max_seqlen, the longest document's length. With a
-        `KVCache` a pack holds only what is new, and the logits are (N, V): those of each document's
-        last token."""
+        `KVCache` a pack holds only what is new; the logits (N, V) are of documents' last tokens."""
         x = self.model(input_ids, cu_seqlens, max_seqlen, position_ids, self.compute_dtype, cache)
         if cache is not None:
             x = x[cu_seqlens[1:].long() - 1]

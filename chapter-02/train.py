@@ -26,7 +26,7 @@ from common.errors import UserError, located, run_main
 from common.files.checkpoint import MARK, latest, new_run_folder, verify
 from common.files.state import load_state
 from common.metrics import Metrics
-from common.options import TrainOptions, option, parse, save_options
+from common.options import TrainOptions, option, parse, save_options, settle
 from common.ranks import (
     all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 import lora
@@ -41,8 +41,7 @@ CHAPTER = "02"
 TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}, "warmup": 20,
         "steps": 220, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
         "eval_every": 50, "save_every": 100}
-REAL = {"lr": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "warmup": 20, "rank": 16,
-        "alpha": 32.0}
+REAL = {"lr_at_4096": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "rank": 16, "alpha": 32.0}
 
 
 @dataclass
@@ -145,9 +144,7 @@ def main(argv=None):
     total_steps = options.steps or math.ceil(sampler.packs_in(options.epochs) / packs_per_step)
     predicted = predict.costs(shapes, data.train.lengths, options)
     say(predicted.report())
-    if total_steps < options.warmup:
-        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
-            "--epochs, --steps, --warmup")
+    settle(options, config, total_steps)
     if options.dry_run:
         return 0
 

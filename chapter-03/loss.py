@@ -91,8 +91,7 @@ def softmax_in_pieces_(logits, labels, gradient):
 
 def softmax_at_once_(logits, labels, gradient, compiled=None):
     """The same by `softmax_` or its compiled form, for any number of tokens."""
-    # Read before they are overwritten: compiled code chooses the order itself, and PyTorch 2.11's
-    # read them afterwards.
+    # Read before they are overwritten: compiled code, as of PyTorch 2.11, may do it afterwards.
     at_label = logits.gather(1, labels[:, None])
     for tensor in (logits, at_label, labels):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)

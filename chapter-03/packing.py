@@ -97,8 +97,7 @@ class PackSampler:
     `lengths` are the documents' lengths in tokens, none above `batch_tokens`. A pack takes
     documents in shuffled order (with `seed=None`, for evaluation, in their own), but skips those
     that do not fit any more and looks for others that do, among the next LOOK_AHEAD; what it skips
-    comes first in the next pack. Pack number i is always the same, so a sampler's state is one
-    number: the next pack."""
+    comes first in the next pack. Pack i is always the same, so a sampler's state is one number."""
 
     def __init__(self, lengths, batch_tokens, seed):
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -141,8 +140,7 @@ class PackSampler:
         return self.first_packs[epochs]
 
     def most_documents(self, count, piece):
-        """The most documents in one of the first `count` packs; padding counts as documents of
-        `piece` tokens."""
+        """The most documents in one of `count` packs; padding counts as some of `piece` tokens."""
         epoch = most = 0
         while self.packs_in(epoch) < count:
             self._load_epoch(epoch)

@@ -34,7 +34,8 @@ def option(default, text, choices=None, least=None):
 class TrainOptions:
     """The options of every chapter's train.py; `parse` gives each that a run needs a value."""
 
-    gpu_data = GPU_DATA  # not an option: what auto takes on a GPU; None: tiny, as elsewhere
+    # Not options: the data that auto takes on a GPU (None: tiny, as elsewhere); for `settle`.
+    gpu_data, method, lr_at_4096 = GPU_DATA, "full", None
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
     init: str = option(None, "weights to start from", choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
@@ -62,7 +63,7 @@ class TrainOptions:
                               "and the model's max_position_embeddings", least=2)
     too_long: str = option("truncate", "what to do with a longer document",
                            choices=("truncate", "drop", "error"))
-    lr: float = option(None, "highest learning rate", least=0)
+    lr: float = option(None, "highest learning rate (default: by the model's width)", least=0)
     min_lr: float = option(0.0, "learning rate at the end of the schedule", least=0)
     warmup: int = option(None, "steps over which the learning rate rises linearly", least=0)
     schedule: str = option("cosine", "learning rate after the warm-up; wsd stays constant, then "
@@ -71,7 +72,7 @@ class TrainOptions:
     weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", least=0)
     clip: float = option(1.0, "largest gradient norm; 0 switches clipping off", least=0)
     dtype: str = option("auto", "of the computation (weights that are trained stay float32); "
-                        "auto takes bfloat16 where the hardware has it",
+                        "auto takes bfloat16 where it is faster than float32",
                         choices=("auto", "bfloat16", "float32"))
     device: str = option("auto", "where to compute; auto takes a GPU if there is one",
                         choices=("auto", "cpu", "cuda", "mps"))
@@ -166,10 +167,12 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """The torch.dtype for --dtype: auto takes bfloat16 where the hardware multiplies it."""
+    """The torch.dtype for --dtype: auto takes bfloat16 where it multiplies faster than float32.
+    Processors with avx512_fp16 are made for AMX; where that is hidden, they take twice as long."""
     if name == "auto":
-        cpu = torch.cpu.get_capabilities()
-        fast = {"cuda": True, "cpu": cpu.get("amx_bf16") or cpu.get("avx512_bf16")}
+        able = torch.cpu.get_capabilities().get
+        fast = {"cuda": True, "cpu": able("amx_bf16") or (
+            able("avx512_bf16") and not able("avx512_fp16"))}
         name = "bfloat16" if fast.get(device.type) else "float32"
     return getattr(torch, name)
 
@@ -199,10 +202,30 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     if options.steps is None and options.epochs is None:
         options.epochs = 1
     options.dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
-    if options.lr < options.min_lr:
-        raise UserError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}")
+    _check_lr(options)
     say(_summary(options))
     return options
+
+
+def settle(options, config, total_steps):
+    """Fill in what was not chosen and depends on the model's `config` or on the number of steps.
+    AdamW's best rate falls with the width (2203.03466, table 3): a preset has that of 4096."""
+    if options.lr is None:
+        options.lr = float(f"{options.lr_at_4096 * 4096 / config.hidden_size:.2g}")
+        say(f"lr {options.lr:g}, for a width of {config.hidden_size}; --lr sets it")
+        _check_lr(options)
+    if options.warmup is None:
+        options.warmup = min(20, total_steps // 5)
+    if total_steps < options.warmup:
+        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
+            "--epochs, --steps, --warmup")
+    if options.method == "delta-lora" and total_steps <= options.delta_start:
+        say(f"note: W does not move in the first {options.delta_start} steps; see --delta-start")
+
+
+def _check_lr(options):
+    if options.lr is not None and options.lr < options.min_lr:
+        raise UserError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}")
 
 
 def _summary(options):
@@ -210,13 +233,15 @@ def _summary(options):
     if options.dry_run:
         room = "what the GPU has room for, with more --grad-accum: see below"
         shown = {**asdict(options), "batch_tokens": options.batch_tokens or room}
+        late = {"lr": "by the model's width: see below", "warmup": "a fifth of the steps, up to 20"}
+        shown |= {name: text for name, text in late.items() if shown[name] is None}
         return "\n".join(f"{name:<22} {value}" for name, value in shown.items())
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
     packs = (f"up to {options.grad_accum} x {options.batch_tokens} tokens"
              if options.batch_tokens else "packs as large as the GPU has room for")
     return (f"{options.model} ({options.init} weights) on {' '.join(options.data)}, "
-            f"{options.dtype} on {options.device}:\n{count} {unit}{'s' * (count > 1)} of {packs}, "
-            f"lr {options.lr:g}")
+            f"{options.dtype} on {options.device}:\n{count} {unit}{'s' * (count > 1)} of {packs}"
+            + ("" if options.lr is None else f", lr {options.lr:g}"))
 
 
 def _choose_model_and_data(options, device, tiny, real):

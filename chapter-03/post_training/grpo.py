@@ -80,8 +80,7 @@ def collate_answers(problems, answers, weights, shares):
 
 def policy_loss(pack, beside, log_p, old, log_ref, options):
     """(what this pack adds to L; how many of its tokens were clipped; the sum of their KL to ρ) of
-    log π, log π_old and log ρ (or None) of each token, (T,); "weight" is A_i and "share" is 1, both
-    divided as `divisors` says."""
+    log π, log π_old, log ρ or None, (T,); "weight" is A_i, "share" is 1, divided by `divisors`."""
     log_ratio = log_p - old  # 0 where nothing is trained
     if options.ratio == "sequence":  # one ratio for an answer: GSPO, 2507.18071, equation 7
         live = (pack["labels"] >= 0).to(log_p.dtype)

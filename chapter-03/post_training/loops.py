@@ -49,14 +49,6 @@ def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
     return options, device, dtype, adapter, source, config_json, config, shapes
 
 
-def announce(predicted, total_steps, options):
-    """Say what the run will need."""
-    say(predicted.report())
-    if total_steps < options.warmup:
-        say(f"note: only {total_steps} of the {options.warmup} warm-up steps will happen; see "
-            "--epochs, --steps, --warmup")
-
-
 def open_run(chapter, options, model, adapter, data, total_steps, columns, **state):
     """(AdamW, the names of what a checkpoint has to hold, the run's folder, its state, the
     checkpoint that it goes on from or None, its Metrics). `state` is what a loop keeps beside the

@@ -21,11 +21,11 @@ from common import guard, hub, memory, predict, prepare, runs
 from common.asking.generation import generate
 from common.errors import UserError, run_main
 from common.metrics import COLUMNS
-from common.options import option
+from common.options import option, settle
 from common.ranks import any_rank, say
 from common.tiny import skills
 from distill import chunked_divergence
-from loops import announce, begin, finish, improves, open_run, save_result
+from loops import begin, finish, improves, open_run, save_result
 from lora import after_step, before_step
 from loss import chunked_cross_entropy
 from nf4 import weights_kept
@@ -43,7 +43,7 @@ TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}, "war
         "steps": 200, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
         "eval_every": 50, "save_every": 100, "delta_start": 100, "kd": 0.0, "beta": 1.0,
         "on_policy": 0.3, "max_new_tokens": 24}
-REAL = {"lr": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "warmup": 20, "rank": 16,
+REAL = {"lr_at_4096": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "rank": 16,
         "alpha": 32.0, "kd": 0.5, "beta": 0.0, "on_policy": 0.0, "max_new_tokens": 256}
 SCREEN = {**{name: COLUMNS[name] for name in ("step", "loss")},
           "divergence": ("divergence", 12, "{:.4f}".format), **{name: COLUMNS[name] for name in (
@@ -109,7 +109,8 @@ def main(argv=None):
         longest = max(len(one.prompt) for one in prompts) + options.max_new_tokens
         kept = keeps_weights(predicted, shapes, options)
         room = add_rollout(predicted, config, options, options.batch_tokens, longest, kept)
-    announce(predicted, total_steps, options)
+    say(predicted.report())
+    settle(options, config, total_steps)
     if options.dry_run:
         return 0
 

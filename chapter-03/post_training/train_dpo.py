@@ -22,10 +22,10 @@ from common import guard, memory, predict, prepare, runs
 from common.asking.generation import generate
 from common.errors import UserError, run_main
 from common.metrics import COLUMNS
-from common.options import option
+from common.options import option, settle
 from common.ranks import all_sum, any_rank, full_tensor, say, shard, this_rank, world_size
 from logprobs import chunked_log_probs
-from loops import announce, begin, finish, improves, open_run, save_result
+from loops import begin, finish, improves, open_run, save_result
 from lora import after_step, before_step
 from packing import PackSampler
 from pairs import PairRecords, Pairs, tiny_pairs
@@ -39,8 +39,8 @@ CHAPTER = "03-dpo"
 TINY = {"lr": {"full": 2e-4, "vera": 6e-3, "lora+": 2e-4, "default": 1e-3}, "warmup": 10,
         "steps": 80, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
         "eval_every": 20, "save_every": 40, "delta_start": 40, "nll": 1.0}
-REAL = {"lr": {"full": 5e-7, "vera": 2e-4, "default": 2e-5}, "warmup": 10, "rank": 16,
-        "alpha": 32.0, "nll": 0.0}
+REAL = {"lr_at_4096": {"full": 5e-7, "vera": 2e-4, "default": 2e-5}, "rank": 16, "alpha": 32.0,
+        "nll": 0.0}
 # SimPO's and DPO's per token are of a mean log p, which is that much smaller than an answer's sum.
 BETA = {"simpo": 2.0, "dpo-norm": 2.0, "default": 0.1}
 SHOWN = {"margin": ("margin", 9, "{:.3f}".format), "pair_accuracy": ("won", 7, "{:.0%}".format),
@@ -119,7 +119,8 @@ def main(argv=None):
     more = "".join(f", {name} {getattr(options, name):g}" for name in READ_BY
                    if getattr(options, name) is not None)
     say(f"loss        {options.loss}, β {options.beta:g}{more}, --nll {options.nll:g}")
-    announce(predicted, total_steps, options)
+    say(predicted.report())
+    settle(options, config, total_steps)
     if options.dry_run:
         return 0
 

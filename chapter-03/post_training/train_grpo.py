@@ -21,11 +21,11 @@ from common import guard, memory, predict, prepare, runs
 from common.asking.generation import generate
 from common.errors import one_line, run_main
 from common.metrics import COLUMNS, Metrics
-from common.options import option
+from common.options import option, settle
 from common.ranks import any_rank, say
 from grpo import live_groups, make_packs, policy_loss
 from logprobs import chunked_log_probs
-from loops import announce, begin, finish, improves, open_run, save_result
+from loops import begin, finish, improves, open_run, save_result
 from lora import after_step, before_step
 from nf4 import weights_kept
 from packing import PackSampler
@@ -41,7 +41,7 @@ CHAPTER = "03-grpo"
 TINY = {"lr": {"full": 2e-4, "vera": 2e-2, "lora+": 1e-3, "default": 4e-3}, "warmup": 5,
         "steps": 80, "batch_tokens": 2048, "dtype": "float32", "rank": 8, "alpha": 16.0,
         "eval_every": 20, "save_every": 40, "delta_start": 40, "max_new_tokens": 24}
-REAL = {"lr": {"full": 1e-6, "vera": 2e-4, "default": 1e-5}, "warmup": 10, "rank": 16,
+REAL = {"lr_at_4096": {"full": 1e-6, "vera": 2e-4, "default": 1e-5}, "rank": 16,
         "alpha": 32.0, "max_new_tokens": 256}
 GAP = 0.05  # mean difference of a token's log p between drawing and training that is noted
 ASKED = 200  # held-out prompts of an evaluation
@@ -152,7 +152,8 @@ def main(argv=None):
                        kept)
     say(f"reward      {options.reward}; {options.prompts} prompts x {options.group} answers of at "
         f"most {options.max_new_tokens} tokens a step")
-    announce(predicted, total_steps, options)
+    say(predicted.report())
+    settle(options, config, total_steps)
     if options.dry_run:
         return 0
 

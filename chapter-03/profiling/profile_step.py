@@ -24,7 +24,7 @@ from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
 from common.files.checkpoint import new_run_folder, verify
 from common.memory import keep_freed, readable_bytes, to_device
-from common.options import option, parse
+from common.options import option, parse, settle
 from common.ranks import world_size
 from compiling import compile_model
 from lora import AdapterConfig, after_step, before_step, optimizer_groups
@@ -52,6 +52,7 @@ def set_up(options, fused=True):
         predict.fit_batch(options, shapes, shapes.chunk)
     torch.manual_seed(options.seed)
     model = build(config, options, adapter, device, source, draw_on=device).train()
+    settle(options, config, total_steps=1000)
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), foreach=False,
                                   fused=fused and device.type != "mps")

@@ -29,7 +29,7 @@ def read_options(doc, argv, adapters=True):
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--seed", type=int, default=0, help="for temperatures above 0")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
-        help="of the weights; auto: bfloat16 where the hardware has it")
+        help="of the weights; auto: bfloat16 where it is faster than float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="auto: a GPU if there is one")
     parser.set_defaults(adapter=None, chat=False, compare=False, top_k=0, top_p=1.0)

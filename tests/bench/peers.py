@@ -3,6 +3,10 @@
     pip install transformers peft bitsandbytes trl datasets      (the peers; each may be missing)
     python tests/bench/peers.py --size mid --kind all --out peers.json
     python tests/bench/peers.py --size tiny --dtype float32      (are the losses the same?)
+    python tests/bench/peers.py --model DIR --data FILE --columns prompt=question,completion=answer
+
+With --model the weights are real ones, and with --data the documents: of these only the answers
+are trained on. A row of padded batches stands beside the packed one.
 
 All rows begin with the same weights and see the same documents in the same order, and have the
 same optimizer (fused AdamW; dense: on float32 masters), clipping and threads. They take turns step
@@ -30,8 +34,10 @@ from live_memory import LivePeak
 from report import (adamw, conditions, held_bytes, importable, resident, show_conditions, table,
                     write)
 
-from common import weights
-from common.data.encode import virtual
+from common import predict_memory, weights
+from common.data.chat import Chat
+from common.data.encode import encode, virtual
+from common.data.readers import Records, parse_columns
 
 TOLERANCE = 1e-3  # relative, of the losses in float32
 
@@ -75,6 +81,12 @@ def measure(rows, packs, options):
                         "step_seconds": row.seconds,
                         "spread": (max(repeats) - min(repeats)) / middle}
         memory(row, packs[-1])
+        if row.ours:
+            compiled = "compiled" in row.name
+            row.figures["predicted_bytes"] = sum(predict_memory.memory(
+                row.model, options.batch_tokens if compiled else tokens[-1],
+                getattr(torch, options.dtype), chunk=getattr(row.model, "chunk", None),
+                compiled=compiled).values())
 
 
 # --- reporting ---
@@ -126,7 +138,13 @@ def contestants(kind, folder, dtype, shape, documents, options):
     """The rows of one kind."""
     adapters = {}  # first values of A, drawn by ours
     compiled = [] if shape is None else [ours(3, kind, folder, dtype, shape)]
-    if kind == "dense":
+    if options.model and kind != "qlora":  # the plain loop, the fastest one, the peer's two ways
+        who, needs = (("transformers", ["transformers"]) if kind == "dense" else
+                      ("PEFT", ["transformers", "peft"]))
+        rows = [ours(2, kind, folder, dtype, adapters=adapters), *compiled,
+                *(peer(f"{who}, {how}", kind, folder, dtype, adapters, padded=how == "padded",
+                       needs=needs) for how in ("packed", "padded"))]
+    elif kind == "dense":
         rows = [ours(1, kind, folder, dtype), ours(3, kind, folder, dtype), *compiled,
                 peer("transformers, packed", kind, folder, dtype, adapters),
                 peer("transformers, padded", kind, folder, dtype, adapters, padded=True)]
@@ -153,6 +171,10 @@ def contestants(kind, folder, dtype, shape, documents, options):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="mid")
+    parser.add_argument("--model", help="a folder with real weights, instead of a --size")
+    parser.add_argument("--data", help="its data file, as train.py's (default: random tokens)")
+    parser.add_argument("--columns", help="as train.py's")
+    parser.add_argument("--batch-tokens", type=int, help="of a step (default: 1024, or the size's)")
     parser.add_argument("--kind", choices=("dense", "lora", "qlora", "all"), default="all")
     parser.add_argument("--steps", type=int, default=20, help="steps of each repeat")
     parser.add_argument("--repeats", type=int, default=3)
@@ -163,12 +185,20 @@ def main(argv=None):
     parser.add_argument("--out", help="file for the figures, as JSON")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    dtype, budget = getattr(torch, options.dtype), SIZES[options.size][0]
+    options.batch_tokens = options.batch_tokens or (1024 if options.model else
+                                                    SIZES[options.size][0])
+    dtype, budget = getattr(torch, options.dtype), options.batch_tokens
     packing, modeling = (load(f"chapter-03/{name}.py") for name in ("packing", "modeling_llama"))
     config, found = config_of(options.size), conditions()
+    if options.model:
+        config = weights.read_config(options.model)
 
-    # Half of the documents are shorter than a sixteenth of a pack, the longest is a quarter.
-    documents = virtual(4000, config["vocab_size"], budget // 4, seed=0)
+    if options.data:
+        columns = parse_columns(options.columns) if options.columns else None
+        documents = encode(Records(options.data, columns), Chat.load(Path(options.model)), budget,
+                           "drop")
+    else:  # half of them are shorter than a sixteenth of a pack, the longest is a quarter
+        documents = virtual(4000, config["vocab_size"], budget // 4, seed=0)
     sampler = packing.PackSampler(documents.lengths, budget, seed=0)
     count = WARM + options.steps * options.repeats
     packs = [[documents[i] for i in sampler.pack(n)] for n in range(count)]
@@ -176,25 +206,31 @@ def main(argv=None):
     show_conditions(found)
     padded = sum(len(pack) * max(len(ids) for ids, _ in pack) for pack in packs)
     real = sum(len(ids) for pack in packs for ids, _ in pack)
-    print(f"\n{options.size}: {options.dtype}, packs of at most {budget} tokens in "
-          f"{sum(map(len, packs)) / count:.0f} documents, {padded / real:.1f} times as many when "
-          f"padded; median of {options.repeats} repeats of {options.steps} steps")
+    labelled = sum(int((labels[1:] >= 0).sum()) for pack in packs for _, labels in pack)
+    print(f"\n{options.model or options.size}: {options.dtype}, packs of at most {budget} tokens in "
+          f"{sum(map(len, packs)) / count:.0f} documents, {labelled / real:.0%} of them labelled, "
+          f"{padded / real:.1f} times as many when padded; median of {options.repeats} repeats of "
+          f"{options.steps} steps")
 
     figures, worst = {}, 0
     with tempfile.TemporaryDirectory() as scratch:
-        torch.manual_seed(0)
-        model = modeling.LlamaForCausalLM(modeling.LlamaConfig.from_dict(config))
-        weights.save_weights(model, config, scratch)
-        del model
+        if options.model:
+            scratch = options.model
+        else:
+            torch.manual_seed(0)
+            model = modeling.LlamaForCausalLM(modeling.LlamaConfig.from_dict(config))
+            weights.save_weights(model, config, scratch)
+            del model
         for kind in ("dense", "lora", "qlora") if options.kind == "all" else (options.kind,):
             rows = contestants(kind, scratch, dtype, None if options.no_compile else shape, packs,
                                options)
-            if kind == "dense":
+            if kind == "dense" and not options.model:
                 rows.append(trl_row(scratch, documents, options, options.lr))
             report(kind, rows)
             worst = max(worst, compare_losses(rows) or 0)
             figures[kind] = {row.name: row.figures or row.missing for row in rows}
-    write(options.out, {**found, "options": vars(options), "figures": figures})
+    shares = {"labelled": labelled / real, "padded": padded / real}
+    write(options.out, {**found, "options": vars(options), **shares, "figures": figures})
     if options.dtype == "float32" and worst > TOLERANCE:
         print(f"not the same work: {worst:.1e} is more than {TOLERANCE:g}", file=sys.stderr)
         return 1

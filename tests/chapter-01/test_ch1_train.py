@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import small_runs
@@ -12,6 +13,7 @@ from helpers import ROOT, load, run_script
 from safetensors.torch import load_file
 
 from common.errors import UserError, run_main
+from common.options import choose_dtype, settle
 
 train = load("chapter-01/train.py")
 
@@ -91,6 +93,38 @@ def test_the_embedded_model_on_other_data_starts_pretrained_at_its_own_learning_
     assert (options.lr, options.dtype) == (train.TINY["lr"], "float32")
     with pytest.raises(UserError, match=r"--dtype: invalid choice: 'floaty' .*did you mean float32"):
         options_for(["--dtype", "floaty"])
+
+
+@pytest.mark.parametrize("width, steps, lr, warmup", [
+    (4096, 1000, 1e-5, 20), (576, 100, 7.1e-5, 20), (1024, 30, 4e-5, 6), (8192, 4, 5e-6, 0)])
+def test_the_rate_follows_the_width_and_the_warm_up_the_steps(capsys, width, steps, lr, warmup):
+    options = options_for(["--model", "x/y", "--data", "my.jsonl", "--device", "cpu"])
+    assert (options.lr, options.warmup) == (None, None) and ", lr" not in capsys.readouterr().out
+    settle(options, SimpleNamespace(hidden_size=width), steps)
+    assert (options.lr, options.warmup) == (lr, warmup)
+    assert f"lr {lr:g}, for a width of {width}" in capsys.readouterr().out
+
+
+def test_what_was_chosen_is_not_settled_anew():
+    typed = ["--model", "x/y", "--data", "my.jsonl", "--device", "cpu", "--lr", "0.5", "--warmup"]
+    for more, warmup in (("0", 0), ("50", 50)):
+        options = options_for([*typed, more])
+        settle(options, tiny_config(), 10)
+        assert (options.lr, options.warmup) == (0.5, warmup)
+    options = options_for([*typed[:-3], "--min-lr", "0.1"])
+    with pytest.raises(UserError, match="--min-lr 0.1 is above --lr 0.00032"):
+        settle(options, tiny_config(), 10)
+
+
+@pytest.mark.parametrize("able, dtype", [
+    (("amx_bf16", "avx512_bf16", "avx512_fp16"), torch.bfloat16),
+    (("avx512_bf16",), torch.bfloat16), ((), torch.float32),
+    (("avx512_bf16", "avx512_fp16"), torch.float32)])
+def test_auto_takes_bfloat16_where_it_is_faster(monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(able, True))
+    assert choose_dtype("auto", torch.device("cpu")) is dtype
+    assert choose_dtype("auto", torch.device("mps")) is torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
 
 
 def test_learning_rate_schedules():

@@ -790,9 +790,10 @@ def test_as_a_script_from_anywhere(options, tmp_path):
 @pytest.mark.parametrize("method, tiny, real", [
     ("lora", 4e-3, 1e-5), ("vera", 2e-2, 2e-4), ("lora+", 1e-3, 1e-5), ("full", 2e-4, 1e-6)])
 def test_the_learning_rate_follows_the_method(method, tiny, real):
-    for model, data, lr in (("tiny", "tiny", tiny), ("x/y", "x.jsonl", real)):
+    for model, data, lr, wide in (("tiny", "tiny", tiny, None), ("x/y", "x.jsonl", None, real)):
         words = ["--model", model, "--data", data, "--method", method, "--quantize", "none"]
-        assert parse(train.Options, CHAPTER, "", train.TINY, train.REAL, words).lr == lr
+        found = parse(train.Options, CHAPTER, "", train.TINY, train.REAL, words)
+        assert (found.lr, found.lr_at_4096) == (lr, wide)
 
 
 def test_on_a_gpu_auto_is_tiny_and_questions_alone_are_for_a_large_model(monkeypatch):
