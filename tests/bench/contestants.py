@@ -42,6 +42,7 @@ class Row:
     loss: object = None
     missing: str = ""  # why there are no figures
     same: bool = True  # its losses should be the others'
+    recompute: str = "none"  # what it recomputes in the backward
     optimizer: object = None
     seconds: list = field(default_factory=list)
     losses: list = field(default_factory=list)
@@ -71,9 +72,10 @@ def config_of(size):
 
 # --- ours ---
 
-def ours(chapter, kind, folder, dtype, shape=None, adapters=None):
+def ours(chapter, kind, folder, dtype, shape=None, adapters=None, recompute="none"):
     """A row of chapter 1, 2 or 3; `shape`, a StaticShape, asks for the compiled one. `adapters`
-    is a dict that gets the first values of the adapters, for the peers."""
+    is a dict that gets the first values of the adapters, for the peers. `recompute` is chapter 3's
+    --activation-checkpointing."""
     part = {name: load(f"chapter-0{chapter}/{name}.py") for name in
             ("train", "packing", "modeling_qwen3" if chapter == 1 else "modeling_llama")}
     modeling = part["modeling_qwen3" if chapter == 1 else "modeling_llama"]
@@ -93,6 +95,8 @@ def ours(chapter, kind, folder, dtype, shape=None, adapters=None):
         if adapters is not None:
             adapters.update({n: p.detach().clone() for n, p in model.named_parameters()
                              if "lora_" in n})
+    for layer in model.model.layers if recompute != "none" else ():
+        layer.checkpointing = recompute
     if shape is not None:
         load("chapter-03/compiling.py").compile_model(model)
 
@@ -104,7 +108,8 @@ def ours(chapter, kind, folder, dtype, shape=None, adapters=None):
 
     how = "eager" if shape is None else "compiled"
     name = f"chapter {chapter}, {how}" + (", NF4" if kind == "qlora" else "")
-    return Row(name, True, model, loss)
+    name += f", {recompute} recomputation" * (recompute != "none")
+    return Row(name, True, model, loss, recompute=recompute)
 
 
 # --- peers ---

@@ -86,7 +86,7 @@ def measure(rows, packs, options):
             row.figures["predicted_bytes"] = sum(predict_memory.memory(
                 row.model, options.batch_tokens if compiled else tokens[-1],
                 getattr(torch, options.dtype), chunk=getattr(row.model, "chunk", None),
-                compiled=compiled).values())
+                compiled=compiled, checkpointing=row.recompute).values())
 
 
 # --- reporting ---
@@ -141,7 +141,9 @@ def contestants(kind, folder, dtype, shape, documents, options):
     if options.model and kind != "qlora":  # the plain loop, the fastest one, the peer's two ways
         who, needs = (("transformers", ["transformers"]) if kind == "dense" else
                       ("PEFT", ["transformers", "peft"]))
+        again = ("selective", "full") if kind == "lora" and compiled else ()
         rows = [ours(2, kind, folder, dtype, adapters=adapters), *compiled,
+                *(ours(3, kind, folder, dtype, shape, recompute=each) for each in again),
                 *(peer(f"{who}, {how}", kind, folder, dtype, adapters, padded=how == "padded",
                        needs=needs) for how in ("packed", "padded"))]
     elif kind == "dense":

@@ -3,6 +3,7 @@
     python tests/bench/real.py data gsm8k_train.jsonl DATA          training and held-out files
     python tests/bench/real.py zoo MODEL DATA --runs runs/zoo --text shakespeare.txt --out zoo.json
     python tests/bench/real.py bits MODEL DATA --lora DIR --qlora DIR --text ... --out bits.json
+    python tests/bench/real.py start MODEL DATA --out start.json    from the command to the first step
 
 MODEL is the folder of a Llama, Qwen3 or Qwen2.5 with a chat template. `zoo` takes every run of
 `chapter-02/compare.py --out runs/zoo` (see chapter-02/real_model/README.md for its options) and
@@ -14,9 +15,13 @@ and 4 bits, adapters on them and merges, and, where it is installed, bitsandbyte
 import argparse
 import importlib.util
 import json
+import os
 import re
+import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -24,7 +29,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
                 str(Path(__file__).parents[2])]
-from helpers import load
+from helpers import ROOT, load
 from report import conditions, show_conditions, table, write
 
 from common.adapters.peft import load_adapter
@@ -226,9 +231,73 @@ def bitsandbytes_losses(folder, work):
     return found
 
 
+# What a user of transformers and PEFT would write for one step on one pack.
+PEER = """
+import json, sys
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, data = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+packed, positions, labels = [], [], []
+for line in open(data):
+    one = json.loads(line)
+    messages = [{"role": "user", "content": one["question"]}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    messages.append({"role": "assistant", "content": one["answer"]})
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    if len(packed) + len(ids) <= 1024:
+        packed += ids
+        positions += range(len(ids))
+        labels += [-100] * len(prompt) + ids[len(prompt):]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+rows = [torch.tensor([one]) for one in (packed, positions, labels)]
+model(input_ids=rows[0], position_ids=rows[1], labels=rows[2], use_cache=False).loss.backward()
+optimizer.step()
+print("1/1", flush=True)
+"""
+
+
+def start(options):
+    """Seconds from the command to the end of the first step, three times each, in turns."""
+    data = Path(options.second, "few.jsonl")
+    train = [sys.executable, ROOT / "chapter-02" / "train.py", "--model", options.model, "--data",
+             data, "--columns", "prompt=question,completion=answer", "--dtype", "float32",
+             "--batch-tokens", "1024", "--steps", "1", "--eval-every", "0", "--save-every", "0"]
+    found = {"ours": [], "ours, first time": [], "transformers and PEFT": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(6):
+            new = {"XDG_CACHE_HOME": f"{scratch}/cache-{number // 2}"}  # of tokenised data
+            row = ("ours, first time", "ours")[number % 2]
+            found[row].append(seconds_to_step([*train, "--out", f"{scratch}/{number}"], new))
+            if number % 2 and importlib.util.find_spec("peft"):
+                found["transformers and PEFT"].append(
+                    seconds_to_step([sys.executable, "-c", PEER, options.model, data], {}))
+    rows = {name: {"seconds": times} for name, times in found.items() if times}
+    table(["what", "seconds to the first step"],
+          [[name, f"{statistics.median(row['seconds']):.1f}"] for name, row in rows.items()])
+    return rows
+
+
+def seconds_to_step(command, variables):
+    """Seconds until a line of the command's output begins with "1/1"."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"})
+    for line in process.stdout:
+        if line.lstrip().startswith("1/1 ") or line == "1/1\n":
+            seconds = time.perf_counter() - started
+            process.stdout.read()
+            process.wait()
+            return seconds
+    raise SystemExit(f"no step: {' '.join(map(str, command[:3]))}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=("data", "zoo", "bits"))
+    parser.add_argument("part", choices=("data", "zoo", "bits", "start"))
     parser.add_argument("first", metavar="MODEL", help="with `data`: the file to split")
     parser.add_argument("second", metavar="DATA", help="the folder that `data` has written")
     parser.add_argument("--runs", help="zoo: the --out of compare.py")
@@ -242,6 +311,8 @@ def main(argv=None):
     options.model = options.first
     found = conditions()
     show_conditions(found)
+    if options.part == "start":
+        return write(options.out, {**found, "rows": start(options)})
     out = Path(options.out)
     rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
     base = model_of(options.model)

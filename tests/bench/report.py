@@ -17,20 +17,22 @@ import helpers
 
 from common.memory import peak_memory_bytes
 
+KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
 def conditions():
-    """Machine, versions, threads, date and command (with OpenMP's variables), without which a
-    number says nothing."""
+    """Machine, versions, threads, date and command (with the variables that change the kernels),
+    without which a number says nothing."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    threading = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("OMP_")]
-    command = " ".join([*threading, "python", "tests/bench/" + Path(sys.argv[0]).name,
+    variables = [f"{k}={v}" for k, v in sorted(os.environ.items())
+                 if k.startswith("OMP_") or k in KERNELS]
+    command = " ".join([*variables, "python", "tests/bench/" + Path(sys.argv[0]).name,
                         *sys.argv[1:]])
     return {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions,
             "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "command": command}
@@ -43,6 +45,10 @@ def machine():
     found = cpu.exists() and re.search(r"model name\s*: (.+)", cpu.read_text())
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     fast = next((name for name in ("amx_bf16", "avx512_bf16") if able.get(name)), "no fast bf16")
+    if fast == "avx512_bf16" and able.get("avx512_fp16"):
+        fast += " without AMX"
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        fast = f"limited to {os.environ['ONEDNN_MAX_CPU_ISA']}"
     names.append(f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores, {fast}")
     return "; ".join(names)
 

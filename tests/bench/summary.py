@@ -12,7 +12,8 @@ import argparse
 import json
 import sys
 
-PEERS = {"dense": ("transformers, packed", "transformers, padded"), "lora": ("PEFT, packed",),
+PEERS = {"dense": ("transformers, packed", "transformers, padded"),
+         "lora": ("PEFT, packed", "PEFT, padded"),
          "qlora": ("bitsandbytes and PEFT, packed",)}
 LABELS = {"dense": "dense", "lora": "LoRA", "qlora": "QLoRA"}
 
@@ -23,7 +24,7 @@ def rows_of(runs):
     for kind, row, peer, run in ((kind, row, peer, run) for run in runs
                                  for kind, rows in run["figures"].items()
                                  for peer in PEERS[kind] for row in rows):
-        if not row.startswith("chapter"):
+        if not row.startswith("chapter") or peer not in run["figures"][kind]:
             continue
         figures = run["figures"][kind][row]
         over = figures["over"][peer]
@@ -36,6 +37,8 @@ def rows_of(runs):
         one["memory"].append(round(over["live_bytes"], 3))
         one["live_MB"].append(round(figures["live_bytes"] / 1e6))
         one["spread"].append(round(100 * figures["spread"]))
+        if "predicted_bytes" in figures:
+            one.setdefault("predicted_MB", []).append(round(figures["predicted_bytes"] / 1e6))
     return list(found.values())
 
 
