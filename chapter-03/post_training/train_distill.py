@@ -36,15 +36,12 @@ from reference import copy_bytes
 from rollout import rollout
 from batches import add_rollout, document, keeps_weights, packed
 from teacher import add_teacher, lesson, load_teacher, teacher_shapes
-from train import Options as LoopOptions, evaluate, learning_rate
+import train
+from train import evaluate, learning_rate
 
 CHAPTER = "03-distill"
-TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}, "warmup": 20,
-        "steps": 200, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
-        "eval_every": 50, "save_every": 100, "delta_start": 100, "kd": 0.0, "beta": 1.0,
-        "on_policy": 0.3, "max_new_tokens": 24}
-REAL = {"lr_at_4096": {"full": 1e-5, "vera": 2e-3, "default": 2e-4}, "rank": 16,
-        "alpha": 32.0, "kd": 0.5, "beta": 0.0, "on_policy": 0.0, "max_new_tokens": 256}
+TINY = {**train.TINY, "steps": 200, "kd": 0.0, "beta": 1.0, "on_policy": 0.3, "max_new_tokens": 24}
+REAL = {**train.REAL, "kd": 0.5, "beta": 0.0, "on_policy": 0.0, "max_new_tokens": 256}
 SCREEN = {**{name: COLUMNS[name] for name in ("step", "loss")},
           "divergence": ("divergence", 12, "{:.4f}".format), **{name: COLUMNS[name] for name in (
     "grad_norm", "tokens_per_second", "peak_memory_bytes", "left")}}
@@ -52,7 +49,7 @@ SCREEN = {**{name: COLUMNS[name] for name in ("step", "loss")},
 
 # Changed from chapter-03: the teacher, and answers of one's own.
 @dataclass
-class Options(LoopOptions):
+class Options(train.Options):
     """Chapter 3's options, and those of the teacher, the divergence and the rollouts."""
 
     gpu_data = None  # not an option: auto is tiny on a GPU too

@@ -165,7 +165,9 @@ def zoo(options, work, rows, save):
         if path is not None:
             with open(path / "train_config.json", encoding="utf-8") as file:
                 told = json.load(file)["options"]
-            rows[name] |= {key: told[key] for key in ("method", "lr", "seed", "steps")}
+            run = load("chapter-02/compare.py").read_run(path)
+            rows[name] |= {key: told[key] for key in ("method", "lr", "seed", "steps")} | {
+                key: run[key] for key in ("trainable", "memory", "speed")}
         save()
     table(["run", "held-out loss", "general", "plain text", "####", "right"],
           [[name, *(f"{row['loss'][key]:.3f}" for key in ("held_out", "general", "text")),
