@@ -1,6 +1,7 @@
 """What the methods, four bits and a merge do to a real pretrained model. Development only.
 
     python tests/bench/real.py data gsm8k_train.jsonl DATA          training and held-out files
+    python tests/bench/real.py sweep MODEL DATA --runs runs/sweep --out sweep.json     losses by rate
     python tests/bench/real.py zoo MODEL DATA --runs runs/zoo --text shakespeare.txt --out zoo.json
     python tests/bench/real.py bits MODEL DATA --lora DIR --qlora DIR --text ... --out bits.json
     python tests/bench/real.py start MODEL DATA --out start.json    from the command to the first step
@@ -174,6 +175,28 @@ def zoo(options, work, rows, save):
             f"{row['format']:.0%}", f"{row['right']:.0%}"] for name, row in rows.items()])
 
 
+def sweep(options):
+    """A row for each method among the runs: {rate: held-out loss, the mean over seeds}."""
+    found, runs = {}, load("chapter-02/compare.py")
+    for path in sorted(Path(options.runs).iterdir()):
+        if (path / "final").is_dir():
+            with open(path / "train_config.json", encoding="utf-8") as file:
+                told = json.load(file)["options"]
+            rates = found.setdefault(told["method"], {})
+            rates.setdefault(told["lr"], []).append(runs.read_run(path)["loss"])
+    rows = {}
+    for method, losses in found.items():
+        means = {rate: statistics.mean(losses[rate]) for rate in sorted(losses)}
+        best = min(means, key=means.get)
+        rows[method] = {"best": best, "loss": means[best], "loss_by_rate": means, "at_an_end":
+                        best in (min(means), max(means))}
+    table(["method", "best rate", "loss", "losses by rate"],
+          [[method, f"{row['best']:g}" + " (edge)" * row["at_an_end"], f"{row['loss']:.3f}",
+            ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in row["loss_by_rate"].items())]
+           for method, row in rows.items()])
+    return rows
+
+
 def bits(options, work, rows, save):
     """Losses by how the base is kept, with and without adapters, and after merges."""
     merge = load("chapter-03/merge.py").merge
@@ -299,10 +322,10 @@ def seconds_to_step(command, variables):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=("data", "zoo", "bits", "start"))
+    parser.add_argument("part", choices=("data", "sweep", "zoo", "bits", "start"))
     parser.add_argument("first", metavar="MODEL", help="with `data`: the file to split")
     parser.add_argument("second", metavar="DATA", help="the folder that `data` has written")
-    parser.add_argument("--runs", help="zoo: the --out of compare.py")
+    parser.add_argument("--runs", help="sweep, zoo: the --out of compare.py")
     parser.add_argument("--lora", type=Path, help="bits: `final` of a run with --quantize none")
     parser.add_argument("--qlora", type=Path, help="bits: `final` of a run on an NF4 base")
     parser.add_argument("--text", help="a file of plain text")
@@ -313,8 +336,9 @@ def main(argv=None):
     options.model = options.first
     found = conditions()
     show_conditions(found)
-    if options.part == "start":
-        return write(options.out, {**found, "rows": start(options)})
+    if options.part in ("start", "sweep"):
+        rows = {"start": start, "sweep": sweep}[options.part](options)
+        return write(options.out, {**found, "rows": rows})
     out = Path(options.out)
     rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
     base = model_of(options.model)
