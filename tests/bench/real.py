@@ -188,11 +188,11 @@ def sweep(options):
     for method, losses in found.items():
         means = {rate: statistics.mean(losses[rate]) for rate in sorted(losses)}
         best = min(means, key=means.get)
-        rows[method] = {"best": best, "loss": means[best], "loss_by_rate": means, "at_an_end":
-                        best in (min(means), max(means))}
+        rows[method] = {"best": best, "loss": means[best], "rates": [*means],
+                        "losses": [*means.values()], "at_an_end": best in (min(means), max(means))}
     table(["method", "best rate", "loss", "losses by rate"],
           [[method, f"{row['best']:g}" + " (edge)" * row["at_an_end"], f"{row['loss']:.3f}",
-            ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in row["loss_by_rate"].items())]
+            ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in zip(row["rates"], row["losses"]))]
            for method, row in rows.items()])
     return rows
 
@@ -203,13 +203,13 @@ def bits(options, work, rows, save):
     lora, qlora = options.lora, options.qlora
     plan = {
         "base, float32": lambda: model_of(options.model),
-        "base, bfloat16": lambda: model_of(options.model, dtype=torch.bfloat16),
         "base, NF4": lambda: model_of(options.model, base="nf4"),
         "base, NF4, double": lambda: model_of(options.model, base="nf4-double"),
         "LoRA": lambda: model_of(options.model, lora),
         "LoRA, on NF4": lambda: model_of(options.model, lora, base="nf4"),
         "QLoRA": lambda: model_of(options.model, qlora),
-        "QLoRA, on the original weights": lambda: model_of(options.model, qlora, base="none")}
+        "QLoRA, on the original weights": lambda: model_of(options.model, qlora, base="none"),
+        "base, bfloat16": lambda: model_of(options.model, dtype=torch.bfloat16)}
     merged = {
         "LoRA, merged, bfloat16": (lora, {"dtype": "bfloat16"}),
         "QLoRA, merged, bfloat16": (qlora, {"dtype": "bfloat16"}),
