@@ -32,6 +32,9 @@ def test_no_held_out_problem_is_trained_on(data):
                             for name in ("train", "held-out", "few"))
     assert (len(train), len(held_out)) == (4, 4) and not {*train} & {*held_out}
     assert few == held_out[:2]
+    plain = (data / "plain.jsonl").read_text().splitlines()
+    assert [json.loads(one)["text"].split("\n") for one in plain] == [
+        [each["question"], *each["answer"].split("\n")] for each in map(json.loads, train)]
 
 
 def test_a_row_for_the_base_and_none_is_measured_twice(data, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
-"""tests/bench/summary.py: what peers.py measured becomes the table of the READMEs."""
+"""tests/bench/summary.py: what peers.py measured becomes the table of the READMEs; and its losses."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 from helpers import load
@@ -67,3 +69,16 @@ def test_runs_on_a_gpu_become_rows_too(tmp_path):
     assert qlora == {"row": "QLoRA, chapter 3, compiled", "mfu": [], **figures}
     assert times == {"row": "profile", "seconds": 0.1777, "explained": 0.892, "loss": [1, 2, 3]}
     assert {"row": "shapes", "graph_breaks": 0} in rest
+
+
+def test_nan_is_never_the_same_loss():
+    """A NaN differs from everything, yet no comparison with it is true: `max` would drop it."""
+    peers = load("tests/bench/peers.py")
+
+    def row(ours, *losses):
+        return SimpleNamespace(name=str(ours), ours=ours, same=True, losses=[*losses])
+
+    assert peers.compare_losses([row(True, 2.0, 1.0), row(False, 2.0, 1.0)]) == 0
+    for losses in ((2.0, math.nan), (math.nan, 1.0)):
+        assert peers.compare_losses([row(True, *losses), row(False, 2.0, 1.0)]) == math.inf
+    assert peers.compare_losses([row(True, 2.0, 1.0)]) is None

@@ -17,6 +17,7 @@ With --dtype float32 the exit code is 1 if losses differ by more than 1e-3, rela
 
 import argparse
 import ctypes
+import math
 import os
 import statistics
 import sys
@@ -118,12 +119,12 @@ def report(kind, rows):
 
 def compare_losses(rows):
     """Print the losses of steps 1 to 20 side by side; gives the largest relative difference of
-    one of ours from a peer's, None without a peer."""
+    one of ours from a peer's, infinite if one is NaN; None without a peer."""
     rows = [row for row in rows if row.losses]
     table(["step", *(row.name for row in rows)],
           [[i + 1, *(f"{row.losses[i]:.5f}" for row in rows)]
            for i in range(min(20, len(rows[0].losses)))])
-    gaps = [abs(a / b - 1) for mine in rows if mine.ours and mine.same
+    gaps = [abs(a / b - 1) if a == a and b == b else math.inf for mine in rows if mine.ours and mine.same
             for peer in rows if not peer.ours and peer.same
             for a, b in zip(mine.losses[:20], peer.losses[:20])]
     worst = max(gaps, default=None)
@@ -141,7 +142,7 @@ def contestants(kind, folder, dtype, shape, documents, options):
     if options.model and kind != "qlora":  # the plain loop, the fastest one, the peer's two ways
         who, needs = (("transformers", ["transformers"]) if kind == "dense" else
                       ("PEFT", ["transformers", "peft"]))
-        again = ("selective", "full") if kind == "lora" and compiled else ()
+        again = ("selective", "full") if options.recompute and kind == "lora" and compiled else ()
         rows = [ours(2, kind, folder, dtype, adapters=adapters), *compiled,
                 *(ours(3, kind, folder, dtype, shape, recompute=each) for each in again),
                 *(peer(f"{who}, {how}", kind, folder, dtype, adapters, padded=how == "padded",
@@ -184,6 +185,8 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
+    parser.add_argument("--recompute", action="store_true",
+                        help="with --model, LoRA: rows that compute activations again, too")
     parser.add_argument("--out", help="file for the figures, as JSON")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

@@ -70,11 +70,15 @@ GENERAL = (
 
 def split(source, folder):
     """train.jsonl: all but the last ASIDE records; held-out.jsonl: the last HELD_OUT of these;
-    few.jsonl: the first FEW of those, for comparisons of many runs."""
+    few.jsonl: the first FEW of those, for comparisons of many runs; plain.jsonl: train.jsonl as
+    texts, of which every token is trained on."""
     lines = Path(source).read_text(encoding="utf-8").splitlines(keepends=True)
     Path(folder).mkdir(parents=True, exist_ok=True)
     held_out = lines[-HELD_OUT:]
-    for name, some in (("train", lines[:-ASIDE]), ("held-out", held_out), ("few", held_out[:FEW])):
+    texts = [json.dumps({"text": f"{one['question']}\n{one['answer']}"}) + "\n"
+             for one in map(json.loads, lines[:-ASIDE])]
+    for name, some in (("train", lines[:-ASIDE]), ("held-out", held_out),
+                       ("few", held_out[:FEW]), ("plain", texts)):
         Path(folder, f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
         print(f"{folder}/{name}.jsonl: {len(some):,} records")
 

@@ -17,7 +17,8 @@ import helpers
 
 from common.memory import peak_memory_bytes
 
-KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
+           "TORCHINDUCTOR_CPP_MARCH")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
