@@ -41,8 +41,8 @@ CHAPTER = "03"
 TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}, "warmup": 20,
         "steps": 220, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
         "eval_every": 50, "save_every": 100}
-REAL = {"lr_at_4096": {"full": 1e-5, "lora+": 3e-5, "pissa": 3e-5, "rslora": 8e-5, "lora-fa": 1e-3,
-                       "vera": 2e-2, "default": 2e-4}, "rank": 16, "alpha": 32.0}
+REAL = {"lr_at_4096": {"full": 1e-5, "lora+": 3e-5, "pissa": 3e-5, "rslora": 8e-5, "vera": 2e-2,
+                       "default": 2e-4}, "rank": 16, "alpha": 32.0}
 
 
 # Changed from chapter-02: the last four options.
