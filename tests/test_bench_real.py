@@ -1,6 +1,7 @@
 """tests/bench/real.py: what it measures on a real model, tried on the tiny one."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def test_only_a_line_of_its_own_counts(monkeypatch):
     given = ["so\n#### 1234", "so\n#### 1,234.", "it is 1234", "so\n#### 12", "the #### 1234 is"]
     monkeypatch.setattr(real.Work, "answers", lambda *_: given)
     assert work.score(None) == {"format": 0.6, "right": 0.4}
+
+
+def test_pace_times_the_last_steps_of_each_method(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(load("chapter-02/lora.py"), "METHODS", {"full": None, "delta-lora": None})
+    real.main(["pace", str(TINY), str(data), "--out", str(tmp_path / "pace.json")])
+    rows = json.loads((tmp_path / "pace.json").read_text())["rows"]
+    assert [*rows] == ["full", "delta-lora"]
+    for row in rows.values():
+        assert len(row["steps"]) == 6
+        assert row["tokens_per_second"] == statistics.median(row["steps"][2:])
 
 
 def test_the_loss_is_the_mean_over_labelled_tokens():

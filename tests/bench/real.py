@@ -5,6 +5,7 @@
     python tests/bench/real.py zoo MODEL DATA --runs runs/zoo --text shakespeare.txt --out zoo.json
     python tests/bench/real.py bits MODEL DATA --lora DIR --qlora DIR --text ... --out bits.json
     python tests/bench/real.py start MODEL DATA --out start.json    from the command to the first step
+    python tests/bench/real.py pace MODEL DATA --out pace.json      tokens a second of each method
 
 MODEL is the folder of a Llama, Qwen3 or Qwen2.5 with a chat template. `zoo` takes every run of
 `chapter-02/compare.py --out runs/zoo` (see chapter-02/real_model/README.md for its options) and
@@ -43,6 +44,7 @@ ASIDE, HELD_OUT, FEW = 600, 100, 40  # the last records: not trained on, asked, 
 COLUMNS = {"prompt": "question", "completion": "answer"}
 PACK = 1024  # tokens of a forward pass, and of the pieces of the plain text
 TEXT = 8  # pieces of the plain text
+PACE = 4  # steps that are timed, after two others
 LONGEST = 256  # tokens of an answer
 ANSWER = re.compile(r"^#### (-?[\d,.]+)\s*$", re.MULTILINE)
 # Asked of the base model, whose own answers are what it should not forget.
@@ -156,6 +158,15 @@ def of_run(base, final):
             else model_of(final))
 
 
+def unrounded(model):
+    """The model, with four-bit weights that become float32, as bitsandbytes' do on a CPU. Else they
+    are first rounded to the dtype of the files, as bitsandbytes' are on a GPU."""
+    for module in model.modules():
+        if isinstance(module, load("chapter-03/nf4.py").NF4Linear):
+            module.dtype = torch.float32
+    return model
+
+
 # --- the parts ---
 
 def zoo(options, work, rows, save):
@@ -208,6 +219,7 @@ def bits(options, work, rows, save):
     plan = {
         "base, float32": lambda: model_of(options.model),
         "base, NF4": lambda: model_of(options.model, base="nf4"),
+        "base, NF4, not rounded": lambda: unrounded(model_of(options.model, base="nf4")),
         "base, NF4, double": lambda: model_of(options.model, base="nf4-double"),
         "LoRA": lambda: model_of(options.model, lora),
         "LoRA, on NF4": lambda: model_of(options.model, lora, base="nf4"),
@@ -289,12 +301,33 @@ print("1/1", flush=True)
 """
 
 
+def pace(options):
+    """Tokens a second of each method: the median over the last steps of a short run each."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for method in tqdm(load("chapter-02/lora.py").METHODS, unit="method"):
+            out = Path(scratch, method)
+            subprocess.run([*train_command(options, "few.jsonl"), "--method", method, "--steps",
+                            str(PACE + 2), "--log-every", "1", "--delta-start", "1", "--out", out],
+                           check=True, stdout=subprocess.DEVNULL)
+            steps = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
+            rates = [step["tokens_per_second"] for step in steps if "loss" in step]
+            rows[method] = {"tokens_per_second": statistics.median(rates[-PACE:]), "steps": rates}
+    table(["method", "tokens/s"],
+          [[name, f"{row['tokens_per_second']:.0f}"] for name, row in rows.items()])
+    return rows
+
+
+def train_command(options, data):
+    """Chapter 2's train.py on problems, in float32, without evaluation and checkpoints."""
+    return [sys.executable, ROOT / "chapter-02" / "train.py", "--model", options.model, "--data",
+            Path(options.second, data), "--columns", "prompt=question,completion=answer", "--dtype",
+            "float32", "--batch-tokens", "1024", "--eval-every", "0", "--save-every", "0"]
+
+
 def start(options):
     """Seconds from the command to the end of the first step, three times each, in turns."""
-    data = Path(options.second, "few.jsonl")
-    train = [sys.executable, ROOT / "chapter-02" / "train.py", "--model", options.model, "--data",
-             data, "--columns", "prompt=question,completion=answer", "--dtype", "float32",
-             "--batch-tokens", "1024", "--steps", "1", "--eval-every", "0", "--save-every", "0"]
+    train = [*train_command(options, "few.jsonl"), "--steps", "1"]
     found = {"ours": [], "ours, first time": [], "transformers and PEFT": []}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(6):
@@ -303,7 +336,8 @@ def start(options):
             found[row].append(seconds_to_step([*train, "--out", f"{scratch}/{number}"], new))
             if number % 2 and importlib.util.find_spec("peft"):
                 found["transformers and PEFT"].append(
-                    seconds_to_step([sys.executable, "-c", PEER, options.model, data], {}))
+                    seconds_to_step([sys.executable, "-c", PEER, options.model,
+                                     Path(options.second, "few.jsonl")], {}))
     rows = {name: {"seconds": times} for name, times in found.items() if times}
     table(["what", "seconds to the first step"],
           [[name, f"{statistics.median(row['seconds']):.1f}"] for name, row in rows.items()])
@@ -326,7 +360,7 @@ def seconds_to_step(command, variables):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=("data", "sweep", "zoo", "bits", "start"))
+    parser.add_argument("part", choices=("data", "sweep", "zoo", "bits", "start", "pace"))
     parser.add_argument("first", metavar="MODEL", help="with `data`: the file to split")
     parser.add_argument("second", metavar="DATA", help="the folder that `data` has written")
     parser.add_argument("--runs", help="sweep, zoo: the --out of compare.py")
@@ -340,8 +374,8 @@ def main(argv=None):
     options.model = options.first
     found = conditions()
     show_conditions(found)
-    if options.part in ("start", "sweep"):
-        rows = {"start": start, "sweep": sweep}[options.part](options)
+    if options.part in ("start", "sweep", "pace"):
+        rows = {"start": start, "sweep": sweep, "pace": pace}[options.part](options)
         return write(options.out, {**found, "rows": rows})
     out = Path(options.out)
     rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
