@@ -1,6 +1,7 @@
 """The script for a GPU runs on a CPU at tiny sizes, so it is not dead code."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,3 +176,12 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
     (_, error, limit), *_ = checks.models(torch.device("cpu"), torch.float32)
     # Alone, documents are packs of one, which this leaves right.
     assert error > 10 * limit
+
+
+def test_a_nan_in_a_later_pack_is_seen(monkeypatch):
+    checks = load("tests/bench/gpu_checks.py")
+    distances = iter([0.0] * 5 + [math.nan])  # `max` of these is 0
+    monkeypatch.setattr(checks, "distance", lambda a, b: next(distances, 0.0))
+    found = {what.split(",")[0]: error for what, error, _ in
+             checks.models(torch.device("cpu"), torch.float32)}
+    assert found == {"float32 logits": 0.0, "float32 gradients": math.inf}

@@ -25,7 +25,7 @@ from contestants import attention_of, peer, trl_row
 from gpu_checks import compile_model, lora, modeling, on, packing
 from helpers import load
 from live_memory import LivePeak, reset_peak_memory
-from report import adamw, held_bytes
+from report import adamw, held_bytes, largest
 
 from common import hub, predict, predict_memory, weights
 from common.data.encode import virtual
@@ -303,7 +303,7 @@ def shapes(options, figures):
     figures["shapes"] = {"graph_breaks": breaks, "recompilations": again}
     yield ("graph breaks, recompilations over 50 packs", f"{breaks}, {again}", "0, 0",
            verdict(not breaks and not again))
-    worst = max(abs(a / b - 1) for a, b in zip(same, eager))
+    worst = largest(abs(a / b - 1) for a, b in zip(same, eager))
     yield "compiled loss / eager loss", f"{worst:.1e} apart", "1e-3", verdict(worst <= 1e-3)
 
 

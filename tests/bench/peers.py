@@ -17,7 +17,6 @@ With --dtype float32 the exit code is 1 if losses differ by more than 1e-3, rela
 
 import argparse
 import ctypes
-import math
 import os
 import statistics
 import sys
@@ -32,8 +31,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
 from contestants import SIZES, WARM, config_of, ours, peer, trl_row
 from helpers import load
 from live_memory import LivePeak
-from report import (adamw, conditions, held_bytes, importable, resident, show_conditions, table,
-                    write)
+from report import (adamw, conditions, held_bytes, importable, largest, resident,
+                    show_conditions, table, write)
 
 from common import predict_memory, weights
 from common.data.chat import Chat
@@ -124,10 +123,10 @@ def compare_losses(rows):
     table(["step", *(row.name for row in rows)],
           [[i + 1, *(f"{row.losses[i]:.5f}" for row in rows)]
            for i in range(min(20, len(rows[0].losses)))])
-    gaps = [abs(a / b - 1) if a == a and b == b else math.inf for mine in rows if mine.ours and mine.same
+    gaps = [abs(a / b - 1) for mine in rows if mine.ours and mine.same
             for peer in rows if not peer.ours and peer.same
             for a, b in zip(mine.losses[:20], peer.losses[:20])]
-    worst = max(gaps, default=None)
+    worst = largest(gaps)
     if worst is not None:
         print(f"\nlargest relative difference of ours from a peer's, 20 steps: {worst:.1e}")
     return worst

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -75,6 +76,13 @@ def importable(chapter):
         for name in mine:
             sys.modules.pop(name, None)
         sys.modules.update(outside)
+
+
+def largest(errors):
+    """The largest error, None of none. Infinite if one is NaN, which `max` drops unless it comes
+    first: whatever is compared with a limit then exceeds it."""
+    errors = [float(error) for error in errors]
+    return math.inf if any(map(math.isnan, errors)) else max(errors, default=None)
 
 
 def held_bytes(model, optimizer):
