@@ -159,8 +159,8 @@ def of_run(base, final):
 
 
 def unrounded(model):
-    """The model, with four-bit weights that become float32, as bitsandbytes' do on a CPU. Else they
-    are first rounded to the dtype of the files, as bitsandbytes' are on a GPU."""
+    """The model, with four-bit weights that become float32, as bitsandbytes' do in float32
+    products. Else they are first rounded to the dtype of the files."""
     for module in model.modules():
         if isinstance(module, load("chapter-03/nf4.py").NF4Linear):
             module.dtype = torch.float32
@@ -272,6 +272,30 @@ def bitsandbytes_losses(folder, work):
     return found
 
 
+def pace(options):
+    """Tokens a second of each method: the median over the last steps of a short run each."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for method in tqdm(load("chapter-02/lora.py").METHODS, unit="method"):
+            out = Path(scratch, method)
+            subprocess.run([*train_command(options), "--method", method, "--steps",
+                            str(PACE + 2), "--log-every", "1", "--delta-start", "1", "--out", out],
+                           check=True, stdout=subprocess.DEVNULL)
+            steps = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
+            rates = [step["tokens_per_second"] for step in steps if "loss" in step]
+            rows[method] = {"tokens_per_second": statistics.median(rates[-PACE:]), "steps": rates}
+    table(["method", "tokens/s"],
+          [[name, f"{row['tokens_per_second']:.0f}"] for name, row in rows.items()])
+    return rows
+
+
+def train_command(options):
+    """Chapter 2's train.py on problems, in float32, without evaluation and checkpoints."""
+    return [sys.executable, ROOT / "chapter-02" / "train.py", "--model", options.model, "--data",
+            Path(options.second, "few.jsonl"), "--columns", "prompt=question,completion=answer",
+            "--dtype", "float32", "--batch-tokens", "1024", "--eval-every", "0", "--save-every", "0"]
+
+
 # What a user of transformers and PEFT would write for one step on one pack.
 PEER = """
 import json, sys
@@ -301,33 +325,9 @@ print("1/1", flush=True)
 """
 
 
-def pace(options):
-    """Tokens a second of each method: the median over the last steps of a short run each."""
-    rows = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for method in tqdm(load("chapter-02/lora.py").METHODS, unit="method"):
-            out = Path(scratch, method)
-            subprocess.run([*train_command(options, "few.jsonl"), "--method", method, "--steps",
-                            str(PACE + 2), "--log-every", "1", "--delta-start", "1", "--out", out],
-                           check=True, stdout=subprocess.DEVNULL)
-            steps = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
-            rates = [step["tokens_per_second"] for step in steps if "loss" in step]
-            rows[method] = {"tokens_per_second": statistics.median(rates[-PACE:]), "steps": rates}
-    table(["method", "tokens/s"],
-          [[name, f"{row['tokens_per_second']:.0f}"] for name, row in rows.items()])
-    return rows
-
-
-def train_command(options, data):
-    """Chapter 2's train.py on problems, in float32, without evaluation and checkpoints."""
-    return [sys.executable, ROOT / "chapter-02" / "train.py", "--model", options.model, "--data",
-            Path(options.second, data), "--columns", "prompt=question,completion=answer", "--dtype",
-            "float32", "--batch-tokens", "1024", "--eval-every", "0", "--save-every", "0"]
-
-
 def start(options):
     """Seconds from the command to the end of the first step, three times each, in turns."""
-    train = [*train_command(options, "few.jsonl"), "--steps", "1"]
+    train = [*train_command(options), "--steps", "1"]
     found = {"ours": [], "ours, first time": [], "transformers and PEFT": []}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(6):
