@@ -90,14 +90,14 @@ def make_model(config, dtype, generator):
         elif "embed" in name or "lm_head" in name:
             values = 0.15 * noise
         else:
-            values = noise / parameter.shape[1] ** 0.5
+            values = noise / parameter.shape[-1] ** 0.5
         parameter.data.copy_(values)
     return model.train()
 
 
-def answers(model, generator):
+def answers(model, generator, lengths=LENGTHS):
     """Run each document alone; a dict of the tensors that the docstring above lists."""
-    documents = [torch.randint(3, 64, (length,), generator=generator) for length in LENGTHS]
+    documents = [torch.randint(3, 64, (length,), generator=generator) for length in lengths]
     labels = [document.clone() for document in documents]
     labels[0][:3] = -100  # a prompt
     labels[2][5:8] = -100  # a turn in the middle
@@ -112,7 +112,7 @@ def answers(model, generator):
     gradients = {f"grad.{name}": parameter.grad for name, parameter in model.named_parameters()}
     return gradients | {
         "input_ids": torch.cat(documents), "labels": torch.cat(labels),
-        "lengths": torch.tensor(LENGTHS), "logits": torch.cat(logits).detach(),
+        "lengths": torch.tensor(lengths), "logits": torch.cat(logits).detach(),
         "loss": loss.detach()}
 
 

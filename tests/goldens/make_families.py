@@ -1,0 +1,108 @@
+"""Make tests/goldens/families/: more tiny random checkpoints of transformers, and its answers.
+
+    pip install torch==2.13.0 transformers==5.24.0
+    python tests/goldens/make_families.py              all of them
+    python tests/goldens/make_families.py gemma3_tied  only some
+
+Those whose name begins with a family that the chapters know have a field more than the models of
+make_models.py; the others are for the worked changes in tests/extensions/. Folders and files are
+as in make_models.py, and each file has also
+
+    generated   (N, 8) int64: what `generate` goes on with, greedily, after each document alone
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import make_models
+import torch
+import transformers as t
+from make_models import LENGTHS, SIZES, THETA, answers
+from safetensors.torch import save_file
+
+FOLDER = Path(__file__).parent / "families"
+NEW = 8  # tokens generated
+YARN = dict(  # of four pairs, one is kept, one is blended, and two are slowed down
+    rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16,
+    beta_fast=2.0, beta_slow=0.5)
+LINEAR = dict(rope_type="linear", rope_theta=100.0, factor=4.0)
+FOUR = SIZES | dict(num_hidden_layers=4)
+GEMMA = FOUR | dict(
+    head_dim=8, sliding_window=4, query_pre_attn_scalar=12,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    rope_parameters={
+        "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
+        "full_attention": dict(rope_type="linear", rope_theta=1000000.0, factor=8.0)})
+PHI = SIZES | dict(pad_token_id=0, original_max_position_embeddings=64, hidden_size=32)
+MOE = SIZES | dict(
+    head_dim=8, rope_parameters=THETA, num_experts=6, num_experts_per_tok=2,
+    moe_intermediate_size=20, router_aux_loss_coef=0.01)
+QWEN35 = FOUR | dict(
+    head_dim=16, linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=12,
+    linear_num_key_heads=2, linear_num_value_heads=4, max_position_embeddings=128,
+    rope_parameters=THETA | dict(
+        partial_rotary_factor=0.25, mrope_section=[1, 1, 0], mrope_interleaved=True))
+LONGER = (*LENGTHS, 70)  # tokens: more than a chunk of the recurrence
+
+MODELS = {  # name: (config, dtype of the saved weights, lengths of the documents)
+    "mistral_window": (t.MistralConfig(
+        **SIZES, rope_parameters=THETA, sliding_window=4, tie_word_embeddings=False),
+        torch.float32, LENGTHS),
+    "qwen2_window": (t.Qwen2Config(
+        **SIZES, rope_parameters=THETA, use_sliding_window=True, sliding_window=5,
+        max_window_layers=1, tie_word_embeddings=True), torch.float32, LENGTHS),
+    "qwen3_window": (t.Qwen3Config(
+        **SIZES, head_dim=8, rope_parameters=YARN, use_sliding_window=True, sliding_window=3,
+        max_window_layers=2, layer_types=["sliding_attention", "full_attention"],
+        attention_bias=True, tie_word_embeddings=False), torch.float32, LENGTHS),
+    "llama_yarn": (t.LlamaConfig(
+        **SIZES, head_dim=8, rope_parameters=YARN, attention_bias=True,
+        tie_word_embeddings=True), torch.float32, LENGTHS),
+    "llama_linear": (t.LlamaConfig(
+        **SIZES, rope_parameters=LINEAR, attention_bias=True, mlp_bias=True,
+        tie_word_embeddings=False), torch.float32, LENGTHS),
+    "gemma3_tied": (t.Gemma3TextConfig(**GEMMA, tie_word_embeddings=True), torch.float32, LENGTHS),
+    "gemma3_untied": (t.Gemma3TextConfig(
+        **GEMMA, tie_word_embeddings=False), torch.bfloat16, LENGTHS),
+    "phi3_untied": (t.Phi3Config(
+        **PHI, rope_parameters=THETA, sliding_window=4, tie_word_embeddings=False),
+        torch.float32, LENGTHS),
+    "phi3_tied": (t.Phi3Config(
+        **PHI, rope_parameters=THETA | dict(partial_rotary_factor=0.75), sliding_window=None,
+        tie_word_embeddings=True), torch.bfloat16, LENGTHS),
+    "qwen3_moe_tied": (t.Qwen3MoeConfig(
+        **MOE, norm_topk_prob=True, tie_word_embeddings=True), torch.float32, LENGTHS),
+    "qwen3_moe_untied": (t.Qwen3MoeConfig(
+        **MOE, norm_topk_prob=False, tie_word_embeddings=False), torch.bfloat16, LENGTHS),
+    "qwen3_5_tied": (t.Qwen3_5TextConfig(
+        **QWEN35, tie_word_embeddings=True), torch.float32, LONGER),
+    "qwen3_5_untied": (t.Qwen3_5TextConfig(
+        **QWEN35, tie_word_embeddings=False), torch.bfloat16, LONGER),
+}
+
+
+def main(names):
+    FOLDER.mkdir(exist_ok=True)
+    for seed, (name, (config, dtype, lengths)) in enumerate(MODELS.items()):
+        if names and name not in names:
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        model = make_models.make_model(config, dtype, generator)
+        model.save_pretrained(FOLDER / name)
+        (FOLDER / name / "generation_config.json").unlink(missing_ok=True)
+        model = model.float()
+        tensors = answers(model, generator, lengths)
+        model.eval()
+        tensors["generated"] = torch.stack([
+            model.generate(ids[None], do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW,
+                           eos_token_id=None, pad_token_id=0)[0, len(ids):]
+            for ids in tensors["input_ids"].split(lengths)])
+        save_file(tensors, FOLDER / f"{name}.safetensors", {"format": "pt"})
+        print(name, sum(parameter.numel() for parameter in model.parameters()))
+    versions = {"torch": torch.__version__, "transformers": t.__version__}
+    (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
