@@ -40,7 +40,7 @@ MOE = SIZES | dict(
     moe_intermediate_size=20, router_aux_loss_coef=0.01)
 QWEN35 = FOUR | dict(
     head_dim=16, linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=12,
-    linear_num_key_heads=2, linear_num_value_heads=4, max_position_embeddings=128,
+    linear_num_key_heads=2, linear_num_value_heads=8, max_position_embeddings=128,
     rope_parameters=THETA | dict(
         partial_rotary_factor=0.25, mrope_section=[1, 1, 0], mrope_interleaved=True))
 LONGER = (*LENGTHS, 70)  # tokens: more than a chunk of the recurrence
