@@ -179,10 +179,13 @@ def it_trains_and_is_saved_as_it_was(name, folder):
 
 def its_memory_is_predicted(name, folder):
     """A step's peak of live bytes within 5 %, trained whole and with LoRA; 6 with checkpointing."""
-    for method, dtype, checkpointing in (
-            ("full", torch.float32, "none"), ("full", torch.bfloat16, "none"),
-            ("lora", torch.float32, "none"), ("full", torch.float32, "full")):
-        model = large(name)
+    config = weights.read_config(FAMILIES / name)
+    twice = {"num_hidden_layers": 2 * config["num_hidden_layers"],
+             "layer_types": config.get("layer_types") and 2 * config["layer_types"]}
+    for method, dtype, checkpointing, changes in (
+            ("full", torch.float32, "none", {}), ("full", torch.bfloat16, "none", {}),
+            ("lora", torch.float32, "none", {}), ("full", torch.float32, "full", twice)):
+        model = large(name, **changes)
         model.compute_dtype = dtype
         for layer in model.model.layers:
             layer.checkpointing = checkpointing
