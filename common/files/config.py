@@ -39,8 +39,8 @@ def read_config(path):
         raise UserError(f"{file}: model_type={config['model_type']!r} is not text")
     config["rope_theta"], config["rope_scaling"] = _rope(config, file)
     family = _FAMILIES.get(config.get("model_type"), {})
-    if "max_position_embeddings" in family:
-        config.setdefault("max_position_embeddings", family["max_position_embeddings"])
+    for key in family.keys() - {"num_key_value_heads", "head_dim"}:
+        config.setdefault(key, family[key])
     if type(width) is type(heads) is int and heads > 0:
         groups = config.setdefault(
             "num_key_value_heads", min(heads, family.get("num_key_value_heads", heads)))
