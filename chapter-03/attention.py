@@ -99,7 +99,8 @@ def _keep_inputs(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-block_attention.register_fake(lambda q, k, v, cu_seqlens, window=None: q.new_empty(q.shape))
+block_attention.register_fake(
+    lambda q, k, v, cu_seqlens, window=None: q.new_empty(q.shape))
 block_attention_backward.register_fake(
     lambda gradient, q, k, v, cu_seqlens, window: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 block_attention.register_autograd(
