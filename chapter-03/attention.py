@@ -42,7 +42,8 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 @torch.library.custom_op("bareloop::block_attention_backward", mutates_args=())
 def block_attention_backward(
         gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        cu_seqlens: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cu_seqlens: torch.Tensor,
+        window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, each of its shape."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
     sum_dtype = torch.promote_types(k.dtype, torch.float32)  # gradients of keys sum over blocks
