@@ -1,5 +1,7 @@
-"""What a run does outside its loop: saving a step, writing the result, stopping early."""
+"""What a run does outside its loop: beginning or going on, saving a step, writing the result,
+stopping early."""
 
+import math
 import os
 import shlex
 import signal
@@ -7,14 +9,45 @@ import sys
 from pathlib import Path
 
 from common import weights
-from common.files.checkpoint import MARK, commit, prune, step_folder
-from common.files.state import save_state
+from common.files.checkpoint import MARK, commit, latest, new_run_folder, prune, step_folder
+from common.files.state import load_state, save_state
+from common.metrics import Metrics
+from common.options import save_options
 from common.ranks import is_main, say, stop_ranks
 
 
-def save_step(run, model, optimizer, state, options, names=None):
+def open_run(chapter, options, model, optimizer, data, total_steps, names=None, **more):
+    """Make the run's folder, or go on in that of --resume with its last whole checkpoint. Gives the
+    folder, the loop's state (`more` is what a loop keeps beside the usual), that checkpoint or
+    None, and the run's Metrics. `names` as for `save_step`. Collective."""
+    saved = None
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
+             "eval_loss": None, **more}
+    if options.resume:
+        run = Path(options.resume)
+        saved = latest(run)
+        if saved is not None:
+            state = load_state(saved, model, optimizer, names)
+        say(f"resuming {run} after step {state['step']}")
+    else:
+        run = new_run_folder(f"chapter-{chapter}", options.out)
+    save_options(options, chapter, run, data)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    return run, state, saved, metrics
+
+
+def improves(state, step, value):
+    """Whether an evaluation's `value`, the lower the better, is the best so far; notes it."""
+    better = value < (math.inf if state["best_loss"] is None else state["best_loss"])
+    if better:
+        state["best_loss"], state["best_step"] = value, step
+    return better
+
+
+def save_step(run, model, optimizer, state, options, metrics, names=None):
     """Commit `step-N/`, N being state["step"], with everything that --resume needs; prune older
     ones. `names` are the parameters to save (default: all). Gives the folder. Collective."""
+    metrics.sync()
     saved = [p for n, p in model.named_parameters() if names is None or n in names]
     needed = sum(p.numel() * (12 if p.requires_grad else 4) for p in saved)  # with two moments
     folder = step_folder(run, state["step"])

@@ -1,8 +1,6 @@
 """What the three loops here have in common, before and after their steps. It is chapter 3's."""
 
-import math
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 
@@ -10,10 +8,8 @@ from common import hub, runs, weights
 from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.errors import UserError, located
-from common.files.checkpoint import latest, new_run_folder, verify
-from common.files.state import load_state
-from common.metrics import Metrics
-from common.options import parse, save_options
+from common.files.checkpoint import verify
+from common.options import parse
 from common.ranks import say, start_ranks, stop_ranks, world_size
 import lora
 from lora import AdapterConfig, optimizer_groups, state_names
@@ -56,29 +52,11 @@ def open_run(chapter, options, model, adapter, data, total_steps, columns, **sta
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
                                   fused=torch.device(options.device).type != "mps")
-    names, saved = state_names(model), None
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
-             "eval_loss": None, **state}
-    if options.resume:
-        run = Path(options.resume)
-        saved = latest(run)
-        if saved is not None:
-            state = load_state(saved, model, optimizer, names)
-        say(f"resuming {run} after step {state['step']}")
-    else:
-        run = new_run_folder(f"chapter-{chapter}", options.out)
-    save_options(options, chapter, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    names = state_names(model)
+    run, state, saved, metrics = runs.open_run(
+        chapter, options, model, optimizer, data, total_steps, names, **state)
     metrics.columns = columns
     return optimizer, names, run, state, saved, metrics
-
-
-def improves(state, step, value):
-    """Whether an evaluation's `value`, the lower the better, is the best so far; notes it."""
-    better = value < (math.inf if state["best_loss"] is None else state["best_loss"])
-    if better:
-        state["best_loss"], state["best_step"] = value, step
-    return better
 
 
 def save_result(run, model, adapter, options, config_json, data):

@@ -25,7 +25,7 @@ from common.options import option, settle
 from common.ranks import any_rank, say
 from common.tiny import skills
 from distill import chunked_divergence
-from loops import begin, finish, improves, open_run, save_result
+from loops import begin, finish, open_run, save_result
 from lora import after_step, before_step
 from loss import chunked_cross_entropy
 from nf4 import weights_kept
@@ -191,14 +191,13 @@ def main(argv=None):
                 eval_loss = evaluate(model, data.held_out, options, None)
                 state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
                 metrics.log_eval(step, eval_loss=eval_loss)
-                improved = improves(state, step, eval_loss)
+                improved = runs.improves(state, step, eval_loss)
 
             # --- checkpoint --- Copied from chapter-03/train.py
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
             if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options, names)
+                saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 

@@ -25,7 +25,7 @@ from common.metrics import COLUMNS
 from common.options import option, settle
 from common.ranks import all_sum, any_rank, full_tensor, say, shard, this_rank, world_size
 from logprobs import chunked_log_probs
-from loops import begin, finish, improves, open_run, save_result
+from loops import begin, finish, open_run, save_result
 from lora import after_step, before_step
 from packing import PackSampler
 from pairs import PairRecords, Pairs, tiny_pairs
@@ -207,14 +207,13 @@ def main(argv=None):
                 if step == total_steps and before and scores["logp_chosen"] < before:
                     say("note: the chosen answers have become less likely than before (log p was "
                         f"{before:.2f}), which no margin shows; a larger --nll holds them up")
-                improved = improves(state, step, eval_loss)
+                improved = runs.improves(state, step, eval_loss)
 
             # --- checkpoint --- Copied from chapter-03/train.py
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
             if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options, names)
+                saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 

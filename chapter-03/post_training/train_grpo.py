@@ -25,7 +25,7 @@ from common.options import option, settle
 from common.ranks import any_rank, say
 from grpo import live_groups, make_packs, policy_loss
 from logprobs import chunked_log_probs
-from loops import begin, finish, improves, open_run, save_result
+from loops import begin, finish, open_run, save_result
 from lora import after_step, before_step
 from nf4 import weights_kept
 from packing import PackSampler
@@ -253,14 +253,13 @@ def main(argv=None):
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 found = evaluate(model, held_out, judges, data.chat, options, room)
                 metrics.log_eval(step, eval_loss=None, **found)
-                improved = improves(state, step, -found["eval_reward"])
+                improved = runs.improves(state, step, -found["eval_reward"])
 
             # --- checkpoint --- Copied from chapter-03/train.py
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
             if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options, names)
+                saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 
