@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from common import guard, hub, memory, predict, prepare, runs, weights
 from common.errors import located, run_main
-from common.files.checkpoint import verify
 from common.options import TrainOptions, parse, settle
 from common.ranks import (
     all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
@@ -76,7 +75,6 @@ def main(argv=None):
 
     # --- model files and data ---
     source = hub.resolve(options.model)
-    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = Qwen3Config.from_dict(config_json)

@@ -23,7 +23,7 @@ from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.asking.generation import generate
 from common.errors import UserError, located, run_main
-from common.files.checkpoint import MARK, verify
+from common.files.checkpoint import MARK
 from common.options import TrainOptions, option, parse, settle
 from common.ranks import (
     all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
@@ -129,7 +129,6 @@ def main(argv=None):
 
     # --- model files and data --- Changed from chapter-01: Llama; skills not seen before.
     source = hub.resolve(options.model)
-    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(config_json)

@@ -22,7 +22,6 @@ from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.asking.generation import generate
 from common.errors import UserError, located, run_main
-from common.files.checkpoint import verify
 from common.options import TrainOptions, option, parse, settle
 from common.ranks import (
     all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
@@ -115,7 +114,6 @@ def main(argv=None):
 
     # --- model files and data --- Changed from chapter-02: a folder that is quantised already.
     source = hub.resolve(options.model)
-    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))

@@ -1,5 +1,4 @@
-"""What a run does outside its loop: beginning or going on, saving a step, writing the result,
-stopping early."""
+"""What a run does outside its loop: its folder, saving a step, writing the result, stopping."""
 
 import math
 import os
@@ -17,20 +16,16 @@ from common.ranks import is_main, say, stop_ranks
 
 
 def open_run(chapter, options, model, optimizer, data, total_steps, names=None, **more):
-    """Make the run's folder, or go on in that of --resume with its last whole checkpoint. Gives the
-    folder, the loop's state (`more` is what a loop keeps beside the usual), that checkpoint or
-    None, and the run's Metrics. `names` as for `save_step`. Collective."""
-    saved = None
+    """A new run's folder, or that of --resume; the loop's state, with `more` than the usual in it;
+    the last whole checkpoint, or None; Metrics. `names` as for `save_step`. Collective."""
     state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
              "eval_loss": None, **more}
+    run = Path(options.resume or new_run_folder(f"chapter-{chapter}", options.out))
+    saved = latest(run)
+    if saved is not None:
+        state = load_state(saved, model, optimizer, names)
     if options.resume:
-        run = Path(options.resume)
-        saved = latest(run)
-        if saved is not None:
-            state = load_state(saved, model, optimizer, names)
         say(f"resuming {run} after step {state['step']}")
-    else:
-        run = new_run_folder(f"chapter-{chapter}", options.out)
     save_options(options, chapter, run, data)
     metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
     return run, state, saved, metrics

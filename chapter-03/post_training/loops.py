@@ -8,7 +8,6 @@ from common import hub, runs, weights
 from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.errors import UserError, located
-from common.files.checkpoint import verify
 from common.options import parse
 from common.ranks import say, start_ranks, stop_ranks, world_size
 import lora
@@ -35,7 +34,6 @@ def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
     torch.manual_seed(options.seed)
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
     source = hub.resolve(options.model)
-    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))

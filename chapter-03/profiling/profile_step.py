@@ -22,7 +22,7 @@ import buckets
 import operators
 from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
-from common.files.checkpoint import new_run_folder, verify
+from common.files.checkpoint import new_run_folder
 from common.memory import keep_freed, readable_bytes, to_device
 from common.options import option, parse, settle
 from common.ranks import world_size
@@ -43,7 +43,6 @@ class ProfileOptions(Options):
 def set_up(options, fused=True):
     """(model, optimizer, adapter, data) as in train.py, but random weights drawn on the device."""
     source, device = hub.resolve(options.model), torch.device(options.device)
-    verify(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(weights.read_config(source), options))
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
