@@ -219,17 +219,15 @@ def main(argv=None):
                              memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds))
 
             # --- evaluate --- Copied from chapter-01/train.py
-            improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 eval_loss = evaluate(model, data.held_out, options)
-                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
+                runs.note_loss(state, step, eval_loss)
                 metrics.log_eval(step, eval_loss=eval_loss)
-                improved = runs.improves(state, step, eval_loss)
 
             # --- checkpoint --- Changed from chapter-01: `names`.
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or (improved and options.keep_best) or stop:
+            if due or stop or (options.keep_best and state["best_step"] == step):
                 saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)

@@ -102,6 +102,27 @@ def evaluate(model, dataset, options, shape):
     return total / max(1, targets)
 
 
+def save_result(run, model, adapter, options, config_json, data):
+    """Write `final/`: a model if all of it was trained or moved, else an adapter."""
+    dtype = getattr(torch, options.dtype)
+    if options.method == "delta-lora":
+        merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
+    if options.method in ("full", "delta-lora"):
+        runs.save_model(run / "final", model, config_json, data, dtype)
+    else:
+        runs.save_files(run / "final", lambda folder: save_adapter(
+            model, adapter, folder, options.model, lora, metadata=mark(options)), data)
+
+
+def finish(run, options, data, metrics, script="generate.py"):
+    """Say what was written and how to ask it; gives the exit code."""
+    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
+    say(runs.wrote(kind, run / "final", data.chat is not None, script))
+    metrics.close()
+    stop_ranks()
+    return 0
+
+
 def main(argv=None):
     # --- options --- Changed from chapter-02: methods that need a dense base.
     options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
@@ -217,39 +238,27 @@ def main(argv=None):
                              memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds))
 
             # --- evaluate --- Changed from chapter-02: static shapes.
-            improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 eval_loss = evaluate(model, data.held_out, options, shape)
-                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
+                runs.note_loss(state, step, eval_loss)
                 metrics.log_eval(step, eval_loss=eval_loss)
-                improved = runs.improves(state, step, eval_loss)
 
             # --- checkpoint --- Copied from chapter-02/train.py
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or (improved and options.keep_best) or stop:
+            if due or stop or (options.keep_best and state["best_step"] == step):
                 saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 
         # --- result --- Changed from chapter-02: says on which base the adapter was trained.
-        if options.method == "delta-lora":
-            merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
-        if options.method in ("full", "delta-lora"):
-            runs.save_model(run / "final", model, config_json, data, dtype)
-        else:
-            runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, lora, metadata=mark(options)), data)
+        save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
 
-    # --- after --- Copied from chapter-02/train.py
+    # --- after --- Changed from chapter-02: a function, as the loops of post_training/ end so too.
     prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
-    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(runs.wrote(kind, run / "final", data.chat is not None))
-    metrics.close()
-    stop_ranks()
-    return 0
+    return finish(run, options, data, metrics)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,11 @@ def open_run(chapter, options, model, optimizer, data, total_steps, names=None, 
     return run, state, saved, metrics
 
 
-def improves(state, step, value):
-    """Whether an evaluation's `value`, the lower the better, is the best so far; notes it."""
-    better = value < (math.inf if state["best_loss"] is None else state["best_loss"])
-    if better:
-        state["best_loss"], state["best_step"] = value, step
-    return better
+def note_loss(state, step, loss):
+    """Note an evaluation's loss, or what else is better the lower, and whether it is the best."""
+    state["eval_loss"] = loss if math.isfinite(loss) else None  # JSON has no NaN
+    if loss < (math.inf if state["best_loss"] is None else state["best_loss"]):
+        state["best_loss"], state["best_step"] = loss, step
 
 
 def save_step(run, model, optimizer, state, options, metrics, names=None):

@@ -1,19 +1,17 @@
-"""What the three loops here have in common, before and after their steps. It is chapter 3's."""
+"""What the three loops here have in common before their steps. It is chapter 3's."""
 
 from dataclasses import fields
 
 import torch
 
 from common import hub, runs, weights
-from common.adapters.merging import merge_into
-from common.adapters.peft import save_adapter
 from common.errors import UserError, located
 from common.options import parse
-from common.ranks import say, start_ranks, stop_ranks, world_size
+from common.ranks import start_ranks, world_size
 import lora
 from lora import AdapterConfig, optimizer_groups, state_names
 from modeling_llama import LlamaConfig
-from quantized_model import build, check_base, check_options, mark
+from quantized_model import build, check_base, check_options
 
 
 def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
@@ -55,24 +53,3 @@ def open_run(chapter, options, model, adapter, data, total_steps, columns, **sta
         chapter, options, model, optimizer, data, total_steps, names, **state)
     metrics.columns = columns
     return optimizer, names, run, state, saved, metrics
-
-
-def save_result(run, model, adapter, options, config_json, data):
-    """Write `final/`: a model if all of it was trained or moved, else an adapter."""
-    dtype = getattr(torch, options.dtype)
-    if options.method == "delta-lora":
-        merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
-    if options.method in ("full", "delta-lora"):
-        runs.save_model(run / "final", model, config_json, data, dtype)
-    else:
-        runs.save_files(run / "final", lambda folder: save_adapter(
-            model, adapter, folder, options.model, lora, metadata=mark(options)), data)
-
-
-def finish(run, options, data, metrics):
-    """Say what was written and how to ask it; gives the exit code."""
-    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(runs.wrote(kind, run / "final", data.chat is not None, "../generate.py"))
-    metrics.close()
-    stop_ranks()
-    return 0
