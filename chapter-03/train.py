@@ -33,8 +33,7 @@ from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from quantized_model import build, check_base, check_options, mark
 
 CHAPTER = "03"
-# What `auto` sets for the embedded model and data; and for everything else. A learning rate
-# depends on the method: VeRA's two vectors per layer want a far higher one than whole matrices.
+# What `auto` sets, as in chapter 2.
 TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}, "warmup": 20,
         "steps": 220, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
         "eval_every": 50, "save_every": 100}
@@ -198,7 +197,6 @@ def main(argv=None):
 
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
-    model.train()
     with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()

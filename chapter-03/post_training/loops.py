@@ -42,9 +42,8 @@ def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
 
 
 def open_run(chapter, options, model, adapter, data, total_steps, columns, **state):
-    """(AdamW, the names of what a checkpoint has to hold, the run's folder, its state, the
-    checkpoint that it goes on from or None, its Metrics). `state` is what a loop keeps beside the
-    usual, `columns` the screen's."""
+    """AdamW, the names of what a checkpoint has to hold, and what `runs.open_run` gives. `state` is
+    what a loop keeps beside the usual, `columns` the screen's."""
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
                                   fused=torch.device(options.device).type != "mps")

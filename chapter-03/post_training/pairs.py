@@ -63,7 +63,7 @@ class PairRecords(Records):
 def members(value, where, ignored):
     """The two records of a pair, chosen first: {"messages": [...], "tools"?}, of which only the
     last turn is trained. Refused for a pair that can be left out, UserError for no pair."""
-    value = present(value, "a pair", where)
+    value = present(value, "a pair", where) if isinstance(value, dict) else {}
     answers = [value.get(name) for name in ("chosen", "rejected")]
     if answers == [None, None] and "instruction" in value and isinstance(value.get("output"), list):
         answers = value["output"]

@@ -46,9 +46,8 @@ def set_up(options, fused=True):
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(weights.read_config(source), options))
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
-    if options.batch_tokens is None:
-        shapes = build(config, options, adapter)
-        predict.fit_batch(options, shapes, shapes.chunk)
+    shapes = build(config, options, adapter)
+    predict.fit_batch(options, shapes, shapes.chunk)
     torch.manual_seed(options.seed)
     model = build(config, options, adapter, device, source, draw_on=device).train()
     settle(options, config, total_steps=1000)
