@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.files.config import model_fields, read_fields, read_windows
+from common.files.config import model_fields, read_fields, read_windows, refuse_family
 
 # What a family fixes, by its model_type: config.json need not say it, and must not deny it.
 # (`attention_bias` is more than `qkv_bias`: it gives o_proj a bias too.)
@@ -135,7 +135,7 @@ class LlamaConfig:
         a field that is missing, has a wrong type, or asks for what this file does not compute."""
         family = config.get("model_type")
         if family not in FAMILIES:
-            raise ValueError(f"model_type={family!r} is none of {', '.join(FAMILIES)}")
+            refuse_family(config, FAMILIES)
         for name, value in FAMILIES[family].items():
             if config.get(name) not in (value, None):
                 raise ValueError(f"{name}={config[name]!r} is not supported here in a {family}")

@@ -10,6 +10,9 @@ from pathlib import Path
 from common.errors import UserError, one_line
 from common.files.json_files import read_json
 
+# The worked changes that add other families, by model_type.
+_CHANGES = {"smollm3": "model_family", "gemma3_text": "gemma3", "phi3": "phi3",
+            "qwen3_moe": "qwen3_moe", "qwen3_5": "qwen3_5", "qwen3_5_text": "qwen3_5"}
 # What an absent key means by model_type, as in transformers. Without an entry there are as many
 # key/value heads as heads, and head_dim is hidden_size / num_attention_heads.
 _FAMILIES = {
@@ -109,6 +112,18 @@ def read_fields(cls, config, where=""):
                              f"{field.type.__name__} below {limit}")
         values[field.name] = value
     return values
+
+
+def refuse_family(config, known):
+    """Raise ValueError for a model_type that is none of `known`, and say why, or what adds it."""
+    family, why = config.get("model_type"), ""
+    if family in _CHANGES:
+        why = f"; tests/extensions/{_CHANGES[family]}.diff adds it (README.md, Extending)"
+    elif "vision_config" in config:
+        why = ": it has a vision tower (vision_config), and what is trained here is text"
+    elif config.get("attn_logit_softcapping"):
+        why = ": attn_logit_softcapping is not supported, as PyTorch's attention does not compute it"
+    raise ValueError(f"model_type={family!r} is none of {', '.join(known)}{why}")
 
 
 def model_fields(cls, config, not_supported):

@@ -14,6 +14,7 @@ from common import hub, weights
 from common.asking.generation import generate
 from common.asking.kv_cache import KVCache
 from common.errors import UserError
+from common.files import config as config_file
 
 llama = load("chapter-02/modeling_llama.py")
 qwen3 = load("chapter-01/modeling_qwen3.py")
@@ -288,6 +289,24 @@ def test_an_adapter_on_the_head_is_used():
 def test_config_refuses_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         llama.LlamaConfig.from_dict({**SMALL, **change})
+
+
+@pytest.mark.parametrize("config, said", [
+    ({"model_type": "gemma3_text"}, "tests/extensions/gemma3.diff adds it"),
+    ({"model_type": "qwen3_5", "vision_config": {}}, "tests/extensions/qwen3_5.diff adds it"),
+    ({"model_type": "gemma3", "vision_config": {}}, "vision_config"),
+    ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ({"model_type": "mamba"}, "qwen3$")])
+def test_another_family_is_refused_with_what_can_be_done(config, said):
+    with pytest.raises(ValueError, match=f"^model_type='{config['model_type']}' is none .*{said}"):
+        llama.LlamaConfig.from_dict(config)
+
+
+def test_the_changes_that_are_named_exist():
+    for change in {*config_file._CHANGES.values()}:
+        diff = (ROOT / "tests" / "extensions" / f"{change}.diff").read_text("utf-8")
+        for family, own in config_file._CHANGES.items():
+            assert own != change or f'"{family}"' in diff
 
 
 @pytest.mark.parametrize("chapter", ["chapter-01", "chapter-02"])
