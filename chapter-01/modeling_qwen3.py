@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
 from common.files.config import model_fields
+from common.files.positions import read_windows
 
 # Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no such argument.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -62,7 +63,9 @@ class Qwen3Config:
     def from_dict(cls, config):
         """Take the fields from `config`, as `common.weights.read_config` gives it. ValueError names
         a field that is missing, has a wrong type, or asks for what this file does not compute."""
-        return cls(**model_fields(cls, config, NOT_SUPPORTED))
+        values = model_fields(cls, config, NOT_SUPPORTED)
+        read_windows(config)  # only to refuse layer_types that are not full_attention
+        return cls(**values)
 
 
 class Linear(nn.Linear):
@@ -127,6 +130,8 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
 
 class Attention(nn.Module):
     """Grouped-query attention, with Qwen3's RMSNorm on every query and key before the rotation."""
+
+    window = None  # for common/predict.py: a token sees all that is before it
 
     def __init__(self, config):
         super().__init__()

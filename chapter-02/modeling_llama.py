@@ -1,4 +1,4 @@
-"""One decoder for Llama 3.x, Qwen3 and Qwen2.5, on packed sequences, in plain PyTorch.
+"""One decoder for Llama 3.x, Mistral, Qwen3 and Qwen2.5, on packed sequences, in plain PyTorch.
 
 Shapes, here and in every chapter:
 
@@ -7,13 +7,13 @@ Shapes, here and in every chapter:
     H  query heads      K  key/value heads               d  head size (head_dim)
     V  vocabulary size
 
-The families differ in five fields of the config (llama_config.py) and in nothing else; no code here
-asks for a family's name. Also new since chapter 1 is the cache of keys and values
+The families differ in a few fields of the config (llama_config.py) and in nothing else; no code
+here asks for a family's name. Also new since chapter 1 is the cache of keys and values
 (common/asking/kv_cache.py), with which a new token is computed without the document before it.
 
-Sources: Llama 3 (arXiv 2407.21783); Qwen2.5 (2412.15115); Qwen3 (2505.09388)."""
+Sources: Llama 3 (arXiv 2407.21783); Mistral 7B (2310.06825); Qwen2.5 (2412.15115); Qwen3
+(2505.09388)."""
 
-import math
 from inspect import signature
 
 import torch
@@ -59,20 +59,18 @@ def rotary_tables(position_ids, config):
     """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d) (RoFormer,
     3.2.2), in float32: in bfloat16 the angle of position 4095 would be off by over four radians.
 
-    Llama 3.1 was trained on short documents first, then on longer ones, with slow pairs slowed down
-    further, by `factor`: those that make fewer than `low_freq_factor` turns within the original
-    length. Pairs that make more than `high_freq_factor` turns tell near positions apart and stay as
-    they are; between the two the speed is blended."""
+    A model that was trained on short documents first, then on longer ones, may have pairs that turn
+    slower, down to 1/factor of their speed: which ones depends on the kind of its `rope_scaling`
+    (common/files/positions.py)."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
     periods = config.rope_theta ** (exponents / config.head_dim)  # (d/2,) tokens per radian
-    scaling = config.rope_scaling
+    size, scaling = 1.0, config.rope_scaling
     if scaling is not None:
-        turns = scaling.original_max_position_embeddings / (2 * math.pi * periods)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        kept = scaling.kept(periods, config.rope_theta)
         periods = periods / (kept + (1 - kept) / scaling.factor)
+        size = scaling.attention_factor
     angles = position_ids.float()[:, None] / periods  # (T, d/2)
-    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+    return size * angles.cos()[:, None, :], size * angles.sin()[:, None, :]
 
 
 # Copied from chapter-01/modeling_qwen3.py
@@ -82,43 +80,50 @@ def apply_rotary(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-# Copied from chapter-01/modeling_qwen3.py
-def varlen_attention(q, k, v, cu_seqlens, max_seqlen):
-    """Causal softmax(q kᵀ / √d) v within each document: (T, H, d).
+# Changed from chapter-01: the window.
+def varlen_attention(q, k, v, cu_seqlens, max_seqlen, window=None):
+    """Causal softmax(q kᵀ / √d) v within each document: (T, H, d). With a `window` a token sees no
+    more tokens than that, the last of which is itself.
 
-    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). No mask is
-    made: document n is the tokens cu_seqlens[n] to cu_seqlens[n+1]. On CUDA in 16 bits this is one
-    call of PyTorch's FlashAttention for packed sequences. Elsewhere the documents are computed one
-    after another; `split` and not slices, whose backward fills a whole pack with zeros, for each.
+    q is (T, H, d); k and v are (T, K, d), query head h using key/value head h // (H/K). Document n
+    is the tokens cu_seqlens[n] to cu_seqlens[n+1]. On CUDA in 16 bits this is one call of PyTorch's
+    FlashAttention for packed sequences. Elsewhere the documents are computed one after another;
+    `split` and not slices, whose backward fills a whole pack with zeros, for each.
     """
     if q.is_cuda and q.dtype != torch.float32:
-        # window (-1, 0): everything to the left, nothing to the right, which is causal.
+        # (left, 0): so many tokens to the left (-1: all), none to the right, which is causal.
+        left = -1 if window is None else window - 1
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-                           window_size=(-1, 0), **GROUPED)
+                           window_size=(left, 0), **GROUPED)
     if q.is_cuda:  # CUDA's float32 kernel wants as many key/value heads as query heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     lengths = cu_seqlens.diff().tolist()
     outputs = []
     for document in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
         q_n, k_n, v_n = (x.transpose(0, 1)[None] for x in document)  # (1, heads, tokens, d)
-        output = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True, enable_gqa=True)
+        tokens, seen = q_n.shape[2], None
+        if window is not None and window < tokens:
+            seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
+            seen = seen.tril().triu(1 - window)
+        output = F.scaled_dot_product_attention(
+            q_n, k_n, v_n, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-# Changed from chapter-01: bias and QK norm where the config has them; the cache.
+# Changed from chapter-01: biases, QK norm and a window where the config has them; the cache.
 class Attention(nn.Module):
     """Grouped-query attention."""
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, config.windows[index]
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.attention_bias)
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -133,21 +138,22 @@ class Attention(nn.Module):
         if cache is not None:
             cache.store(self, k, v)
         if cache is None or cache.first_pass:
-            output = varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+            output = varlen_attention(q, k, v, cu_seqlens, max_seqlen, self.window)
         else:
-            output = cache.attention(self, q)
+            output = cache.attention(self, q, self.window)
         return self.o_proj(output.flatten(-2))  # (T, H·d) -> (T, D)
 
 
-# Copied from chapter-01/modeling_qwen3.py
+# Changed from chapter-01: biases where the config has them.
 class MLP(nn.Module):
     """down(silu(gate(x)) ⊙ up(x)), the SwiGLU feed-forward."""
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(D, F, bias=bias)
+        self.up_proj = Linear(D, F, bias=bias)
+        self.down_proj = Linear(F, D, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -157,10 +163,10 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -178,7 +184,8 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids, cu_seqlens, max_seqlen, position_ids, dtype, cache=None):

@@ -27,12 +27,12 @@ STEP = 32  # keys begin at a multiple: a CPU's library generates code for each s
 
 @torch.library.custom_op("bareloop::block_attention", mutates_args=())
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                    cu_seqlens: torch.Tensor) -> torch.Tensor:
+                    cu_seqlens: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """Causal softmax(q kᵀ / √d) v within each document: (T, H, d), as in `varlen_attention`.
     Autograd, the compiler and selective checkpointing see one operator and do not look inside."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):
+    for first, end, begin, mask in _blocks(cu_seqlens, window, q.dtype):
         q_b, k_b, v_b = (_by_head(x, K) for x in (q[first:end], k[begin:end], v[begin:end]))
         p = _probabilities(q_b, k_b, mask, d**-0.5)
         output[first:end] = _by_token(torch.bmm(p, v_b), G)
@@ -42,13 +42,13 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 @torch.library.custom_op("bareloop::block_attention_backward", mutates_args=())
 def block_attention_backward(
         gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cu_seqlens: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, each of its shape."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
     sum_dtype = torch.promote_types(k.dtype, torch.float32)  # gradients of keys sum over blocks
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.zeros(k.shape, dtype=sum_dtype, device=k.device) for _ in "kv")
-    for first, end, begin, mask in _blocks(cu_seqlens, q.dtype):
+    for first, end, begin, mask in _blocks(cu_seqlens, window, q.dtype):
         q_b, gradient_b = (_by_head(x[first:end], K) for x in (q, gradient))
         k_b, v_b = (_by_head(x[begin:end], K) for x in (k, v))
         p = _probabilities(q_b, k_b, mask, d**-0.5)
@@ -60,10 +60,12 @@ def block_attention_backward(
     return grad_q.mul_(d**-0.5), grad_k.mul_(d**-0.5).to(k.dtype), grad_v.to(v.dtype)
 
 
-def _blocks(cu_seqlens, dtype):
+def _blocks(cu_seqlens, window, dtype):
     """(first query, end, first key, mask of 0 and -inf (queries, keys)) of each block."""
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())  # (T,) of each token's document
     positions = torch.arange(len(starts), device=starts.device)
+    if window is not None:  # the first that a token sees begins no earlier than the window
+        starts = torch.maximum(starts, positions - (window - 1))
     for number, begin in enumerate((starts[::BLOCK] // STEP * STEP).tolist()):
         first, end = number * BLOCK, min(number * BLOCK + BLOCK, len(starts))
         keys, own = positions[begin:end], slice(first, end)
@@ -92,9 +94,15 @@ def _by_token(x, G):
 
 # --- what autograd and the compiler need to know of the operators ---
 
-block_attention.register_fake(lambda q, k, v, cu_seqlens: q.new_empty(q.shape))
+def _keep_inputs(ctx, inputs, output):
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+block_attention.register_fake(lambda q, k, v, cu_seqlens, window=None: q.new_empty(q.shape))
 block_attention_backward.register_fake(
-    lambda gradient, q, k, v, cu_seqlens: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+    lambda gradient, q, k, v, cu_seqlens, window: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 block_attention.register_autograd(
-    lambda ctx, gradient: (*block_attention_backward(gradient, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    lambda ctx, gradient: (
+        *block_attention_backward(gradient, *ctx.saved_tensors, ctx.window), None, None),
+    setup_context=_keep_inputs)

@@ -48,21 +48,23 @@ def parameters(model):
     return counts
 
 
-def mean_attended(lengths):
-    """Σl²/Σl: the mean length of a token's document, averaged over tokens; S in the formulas."""
+def mean_attended(lengths, window=None):
+    """Σl²/Σl: the mean length of a token's document, averaged over tokens; S in the formulas. Half
+    of it is what a token sees in causal attention; with a `window` so many tokens at most."""
     lengths = np.asarray(lengths, dtype=np.float64)  # squares overflow int32 from 46,341 tokens on
-    return float((lengths**2).sum() / lengths.sum())
+    seen = lengths if window is None else np.minimum(lengths, window)
+    return float((seen * (2 * lengths - seen)).sum() / lengths.sum())
 
 
-def flops_per_token(model, attended):
-    """FLOPs of one token of a training step: dict with matrices, head, attention, total, full.
-    `attended` is `mean_attended`. In `total` a token looks at half of its document on average, as
+def flops_per_token(model, lengths):
+    """FLOPs of one token of a training step: dict with matrices, head, attention, total, full. Its
+    documents have these `lengths`. In `total` a token looks at half of its document on average, as
     in causal attention; in `full`, as others count, at all of it. Recomputation is left out."""
     config = model.config
     matrices = sum(cost.flops() for layer in model.model.layers for cost in layer_costs(layer))
     head = linear_cost(model.lm_head or model.model.embed_tokens).flops()
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    attention *= attended
+    attended = sum(mean_attended(lengths, layer.self_attn.window) for layer in model.model.layers)
+    attention = 6 * config.num_attention_heads * config.head_dim * attended
     total = matrices + head + attention
     return {"matrices": matrices, "head": head, "attention": attention, "total": total,
             "full": total + attention}
@@ -126,7 +128,7 @@ def costs(model, lengths, options, chunk=None):
         varlen_kernel=device.type == "cuda" and dtype != torch.float32)
     peak = peak_flops(device, dtype)
     return Prediction(sizes, parameters=parameters(model), tokens=tokens,
-                      flops=flops_per_token(model, mean_attended(lengths)),
+                      flops=flops_per_token(model, lengths),
                       peak_flops=None if peak is None else peak * world_size())
 
 

@@ -169,13 +169,29 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
     attention = checks.modeling.Attention
     real = attention.attend
 
-    def one_document(q, k, v, cu_seqlens, max_seqlen):
-        return real(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q))
+    def one_document(q, k, v, cu_seqlens, max_seqlen, window):
+        return real(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q), window)
 
     monkeypatch.setattr(attention, "attend", staticmethod(one_document))
     (_, error, limit), *_ = checks.models(torch.device("cpu"), torch.float32)
     # Alone, documents are packs of one, which this leaves right.
     assert error > 10 * limit
+
+
+def test_a_window_off_by_one_is_seen(monkeypatch):
+    """Or one that a kernel left out: a layer of the checks' model has a window."""
+    checks = load("tests/bench/gpu_checks.py")
+    attention = checks.modeling.Attention
+    real, calls = attention.attend, []
+
+    def wider(q, k, v, cu_seqlens, max_seqlen, window):
+        calls.append(window)  # of a pack alone, as the reference is: left as it is
+        wrong = window is not None and len(cu_seqlens) > 2
+        return real(q, k, v, cu_seqlens, max_seqlen, window + 1 if wrong else window)
+
+    monkeypatch.setattr(attention, "attend", staticmethod(wider))
+    (_, error, limit), *_ = checks.models(torch.device("cpu"), torch.float32)
+    assert error > 10 * limit and set(calls) == {None, 40}
 
 
 def test_a_nan_in_a_later_pack_is_seen(monkeypatch):

@@ -68,7 +68,7 @@ def padded(examples):
              F.pad(labels, (0, longest - len(ids)), value=IGNORE)) for ids, labels in examples]
 
 
-def sliced_attention(q, k, v, cu_seqlens, max_seqlen):
+def sliced_attention(q, k, v, cu_seqlens, max_seqlen, window=None):
     """Attention document by document, on slices: each backward fills a whole pack with zeros."""
     if q.is_cuda and q.dtype == torch.float32:  # see `varlen_attention` of chapter 1
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

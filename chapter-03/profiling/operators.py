@@ -50,7 +50,7 @@ def attention(model, pack):
 
     def forward():
         return model.model.layers[0].self_attn.attend(
-            q, k, v, pack["cu_seqlens"], pack["max_seqlen"])
+            q, k, v, pack["cu_seqlens"], pack["max_seqlen"], config.windows[0])
 
     output = forward()
     grad = torch.ones_like(output)
@@ -155,7 +155,8 @@ def record(model, pack, compiled=False):
     model.loss = functools.partial(chunked_cross_entropy,
                                    softmax=softmax_at_once_ if compile_loss else None)
     for layer in model.model.layers:
-        layer.self_attn.attend = lambda q, k, v, ends, longest: block_attention(q, k, v, ends)
+        layer.self_attn.attend = lambda q, k, v, ends, longest, window: block_attention(
+            q, k, v, ends, window)
     with fake, Recorder() as recorder:
         total = loss_of(model, pack)
         with region("backward"):

@@ -26,7 +26,7 @@ class KVCache:
         self.where = rows.repeat_interleave(cu_seqlens.diff()), position_ids  # row, column
         if not self.first_pass:
             columns = torch.arange(self.length, device=position_ids.device)
-            self.visible = columns <= position_ids[:, None, None, None]  # (N, 1, 1, C)
+            self.ages = position_ids[:, None, None, None] - columns  # (N, 1, 1, C), 0: the new one
 
     def store(self, layer, k, v):
         """Keep this pass's keys and values (T, K, d) of an attention layer."""
@@ -38,13 +38,15 @@ class KVCache:
         keys, values = self.layers[layer]
         keys[row, :, column], values[row, :, column] = k, v
 
-    def attention(self, layer, q):
-        """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row."""
+    def attention(self, layer, q, window=None):
+        """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row, or, if
+        there is a window, with the last so many of it, the new token included."""
         keys, values = (x[:, :, : self.length] for x in self.layers[layer])
+        visible = (self.ages >= 0) & (self.ages < (window or self.room))
         # (N, K, H/K, d): the query heads that share a key/value head take the place of tokens.
         # Never is_causal here: it would align the first query with the first key.
         q = q.unflatten(1, (keys.shape[1], -1))
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.visible).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).flatten(1, 2)
 
     def keep(self, rows):
         """Go on with these documents only, `rows` being their row numbers in the new order."""

@@ -39,8 +39,8 @@ def read_config(path):
         raise UserError(f"{file}: model_type={config['model_type']!r} is not text")
     config["rope_theta"], config["rope_scaling"] = _rope(config, file)
     family = _FAMILIES.get(config.get("model_type"), {})
-    if "max_position_embeddings" in family:
-        config.setdefault("max_position_embeddings", family["max_position_embeddings"])
+    for key in family.keys() - {"num_key_value_heads", "head_dim"}:
+        config.setdefault(key, family[key])
     if type(width) is type(heads) is int and heads > 0:
         groups = config.setdefault(
             "num_key_value_heads", min(heads, family.get("num_key_value_heads", heads)))
@@ -113,8 +113,8 @@ def read_fields(cls, config, where=""):
 
 def model_fields(cls, config, not_supported):
     """`read_fields` of a decoder's config, after refusing what its file does not compute:
-    quantised weights, attention that is not full, and each field of `not_supported` that has
-    another value than the neutral ones given there. Raises ValueError with the field's name."""
+    quantised weights, and each field of `not_supported` that has another value than the neutral
+    ones given there. Raises ValueError with the field's name."""
     if config.get("quantization_config") is not None:
         raise ValueError("quantization_config is there, so the weights are quantised: give the"
                          " original model, or, if this is bitsandbytes NF4 (4 bits), train it"
@@ -123,9 +123,6 @@ def model_fields(cls, config, not_supported):
         if config.get(name, neutral[0]) not in neutral:
             raise ValueError(f"{name}={config[name]!r} is not supported here")
     values = read_fields(cls, config)
-    full = ["full_attention"] * values["num_hidden_layers"]
-    if config.get("layer_types") not in (None, full):
-        raise ValueError("layer_types other than full_attention are not supported here")
     if values["num_attention_heads"] % values["num_key_value_heads"]:
         raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
     if values["head_dim"] % 2:

@@ -59,7 +59,8 @@ def stepper(tokens, documents, vocabulary, layers):
     model = modeling.LlamaForCausalLM(modeling.LlamaConfig(
         vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=2**16,
-        qk_norm=True, qkv_bias=False, rope_theta=1e6, tie_word_embeddings=True))
+        qk_norm=True, qkv_bias=False, rope_theta=1e6, windows=(None,) * layers,
+        tie_word_embeddings=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(0, vocabulary, (documents, tokens // documents))
     pack = packing.packed_sequence_collate_fn([(row, row) for row in ids])

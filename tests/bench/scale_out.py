@@ -88,7 +88,8 @@ def cpu_model(layers):
     return modeling.LlamaForCausalLM(modeling.LlamaConfig(
         vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=2048,
-        qk_norm=True, qkv_bias=False, rope_theta=1e6, tie_word_embeddings=True))
+        qk_norm=True, qkv_bias=False, rope_theta=1e6, windows=(None,) * layers,
+        tie_word_embeddings=True))
 
 
 def measure(layers, tokens, steps, device, sharded):

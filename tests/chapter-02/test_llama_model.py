@@ -11,6 +11,7 @@ from helpers import GOLDENS, ROOT, load
 from safetensors.torch import load_file
 
 from common import hub, weights
+from common.asking.generation import generate
 from common.asking.kv_cache import KVCache
 from common.errors import UserError
 
@@ -25,6 +26,8 @@ SMALL = dict(
 )
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=2.0,
+            beta_slow=0.5)
 
 
 def small_model(seed=0, **changes):
@@ -56,6 +59,23 @@ def test_logits_and_gradients_equal_transformers(name):
     model = llama.LlamaForCausalLM(config)
     weights.load_weights(model, folder)
     assert_equals_golden(model, packing.packed_sequence_collate_fn, golden)
+
+
+MORE = ["mistral_window", "qwen2_window", "qwen3_window", "llama_yarn", "llama_linear"]
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_windows_scalings_and_biases_equal_transformers(name):
+    """Logits and gradients; and what it generates, of unequal prompts, through the cache."""
+    folder = GOLDENS / "families" / name
+    golden = load_file(folder.with_suffix(".safetensors"))
+    config = llama.LlamaConfig.from_dict(weights.read_config(folder))
+    assert any(config.windows) == name.endswith("window")
+    model = llama.LlamaForCausalLM(config)
+    weights.load_weights(model, folder)
+    assert_equals_golden(model, packing.packed_sequence_collate_fn, golden)
+    prompts = [ids.tolist() for ids in golden["input_ids"].split(golden["lengths"].tolist())]
+    assert generate(model, prompts, 8) == golden["generated"].tolist()
 
 
 def test_on_qwen3_it_is_chapter_1_to_the_bit():
@@ -105,11 +125,56 @@ def test_llama3_scaling_equals_the_definition_by_cases(scaling):
     assert cos.dtype == torch.float32
 
 
+@pytest.mark.parametrize("chapter", ["chapter-02", "chapter-03"])
+@pytest.mark.parametrize("window, told", [(None, (-1, 0)), (5, (4, 0)), (1, (0, 0))])
+def test_the_kernel_is_told_of_the_window(chapter, window, told, monkeypatch):
+    """FlashAttention counts the tokens to the left, without the one itself; -1 is all of them."""
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    calls = []
+    model_file = load(f"{chapter}/modeling_llama.py")
+    monkeypatch.setattr(model_file, "varlen_attn", lambda *_, **words: calls.append(words))
+    q = torch.zeros(4, 2, 8, dtype=torch.bfloat16).as_subclass(OnCuda)
+    model_file.varlen_attention(q, q, q, torch.tensor([0, 4]).int(), 4, window)
+    assert calls[0]["window_size"] == told
+
+
+@pytest.mark.parametrize("scaling, theta, head_dim", [
+    (YARN, 100.0, 8), ({**YARN, "attention_factor": 1.5}, 100.0, 8),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 1e6, 128),
+    ({"rope_type": "linear", "factor": 4.0}, 1e4, 16)])
+def test_yarn_and_linear_scaling_equal_their_definitions(scaling, theta, head_dim):
+    """YaRN, equations 17 to 22, in plain numbers: a pair's share by where it lies between two."""
+    config = llama.LlamaConfig.from_dict(
+        {**SMALL, "head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling})
+    positions = torch.tensor([0, 1, 2, 63, 300])
+    cos, sin = llama.rotary_tables(positions, config)
+    size, shares = 1.0, [0.0] * (head_dim // 2)
+    if scaling["rope_type"] == "yarn":
+        size = scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1)
+        length = scaling["original_max_position_embeddings"]
+        fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+        turns = [length / (2 * math.pi * theta ** (2 * i / head_dim)) for i in range(head_dim)]
+        first = max([i for i in range(head_dim) if turns[i] >= fast], default=0)
+        last = min([i for i in range(head_dim) if turns[i] <= slow], default=head_dim - 1)
+        shares = [min(max((last - i) / (last - first), 0), 1) for i in range(head_dim // 2)]
+        assert 1.0 in shares and 0.0 in shares and any(0 < share < 1 for share in shares)
+    for i, share in enumerate(shares):
+        frequency = theta ** (-2 * i / head_dim) * (share + (1 - share) / scaling["factor"])
+        angle = positions.double() * frequency
+        torch.testing.assert_close(cos[:, 0, i].double(), size * angle.cos(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(sin[:, 0, i].double(), size * angle.sin(), rtol=0, atol=1e-4)
+
+
 # --- the cache ---
 
 FAMILIES = [dict(model_type="llama", rope_scaling=LLAMA3), dict(model_type="qwen2"),
             dict(model_type="qwen3", tie_word_embeddings=False, num_key_value_heads=1),
-            dict(model_type="mistral", sliding_window=None, num_key_value_heads=4)]
+            dict(model_type="mistral", sliding_window=None, num_key_value_heads=4),
+            dict(model_type="mistral", sliding_window=5),
+            dict(model_type="qwen2", use_sliding_window=True, sliding_window=3,
+                 max_window_layers=1)]
 
 
 def test_a_cached_pass_equals_the_whole_pass():
@@ -194,17 +259,27 @@ def test_an_adapter_on_the_head_is_used():
 
 
 @pytest.mark.parametrize("change", [
-    {"model_type": "gemma"}, {"model_type": None}, {"hidden_act": "gelu"}, {"mlp_bias": True},
-    {"attention_bias": True}, {"attention_bias": True, "model_type": "qwen2"},
-    {"attention_bias": True, "model_type": "qwen3"}, {"attention_dropout": 0.1},
-    {"use_sliding_window": True, "model_type": "qwen2"}, {"pretraining_tp": 2},
-    {"sliding_window": 4096, "model_type": "mistral"}, {"partial_rotary_factor": 0.5},
-    {"layer_types": ["full_attention", "sliding_attention"], "model_type": "qwen3"},
+    {"model_type": "gemma"}, {"model_type": None}, {"hidden_act": "gelu"}, {"mlp_bias": "yes"},
+    *({"mlp_bias": True, "model_type": family} for family in ("mistral", "qwen2", "qwen3")),
+    *({"attention_bias": True, "model_type": family} for family in ("mistral", "qwen2")),
+    {"attention_bias": 1}, {"attention_dropout": 0.1}, {"qk_norm": True}, {"pretraining_tp": 2},
+    {"use_sliding_window": True}, {"use_sliding_window": False, "model_type": "mistral"},
+    *({"sliding_window": window, "model_type": "mistral"} for window in (0, -1, 4.5, "8", True)),
+    {"max_window_layers": None, "model_type": "qwen2", "use_sliding_window": True},
+    {"partial_rotary_factor": 0.5},
+    *({"layer_types": kinds, "model_type": "qwen3"} for kinds in (
+        ["full_attention", "sliding_attention"], ["full_attention"], "full_attention", 2)),
+    *({"layer_types": kinds, "model_type": "qwen3", "use_sliding_window": True} for kinds in (
+        ["sliding_attention"], ["full_attention", "linear_attention"])),
+    {"layer_types": ["full_attention", "sliding_attention"], "model_type": "mistral"},
     {"head_dim": 15}, {"num_attention_heads": 3}, {"hidden_size": "32"}, {"vocab_size": 0},
     {"num_hidden_layers": None}, {"tie_word_embeddings": 1}, {"rope_theta": None},
     {"quantization_config": {"load_in_4bit": True}},
     *({"rope_scaling": {"rope_type": kind, "factor": 4.0}}
-      for kind in ("linear", "dynamic", "yarn", "longrope", "su", None)),
+      for kind in ("dynamic", "yarn", "longrope", "su", None)),
+    {"rope_scaling": {"rope_type": "linear"}},
+    *({"rope_scaling": {**YARN, key: value}} for key, value in (
+        ("factor", None), ("beta_fast", 0.5), ("mscale", 1.0), ("truncate", False))),
     {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     *({"rope_scaling": {**LLAMA3, key: value}} for key, value in (
         ("factor", None), ("factor", "8"), ("low_freq_factor", 0.0), ("high_freq_factor", 1.0),
@@ -228,11 +303,58 @@ def test_a_quantised_checkpoint_is_sent_to_chapter_3(chapter, quantization, tmp_
         train.main(["--model", str(tmp_path), "--data", "tiny", "--dry-run", "--device", "cpu"])
 
 
-def test_a_mistral_config_without_its_window_is_refused():
-    """Mistral's default is a window of 4096 tokens, so that silence means one."""
-    with pytest.raises(ValueError, match="sliding_window"):
-        llama.LlamaConfig.from_dict({**SMALL, "model_type": "mistral"})
-    llama.LlamaConfig.from_dict({**SMALL, "model_type": "mistral", "sliding_window": None})
+@pytest.mark.parametrize("fields, windows", [
+    ({}, (None, None)), ({"sliding_window": 8}, (None, None)),
+    ({"model_type": "mistral"}, (4096, 4096)),  # silence means a window there
+    ({"model_type": "mistral", "sliding_window": 8}, (8, 8)),
+    ({"model_type": "mistral", "sliding_window": None}, (None, None)),
+    ({"model_type": "qwen2", "sliding_window": 8}, (None, None)),
+    ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, (None, None)),
+    ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True,
+      "max_window_layers": 1}, (None, 8)),
+    ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True,
+      "layer_types": ["sliding_attention", "full_attention"]}, (8, None)),
+])
+def test_windows_are_those_of_transformers(fields, windows):
+    """As its configuration classes read the same fields."""
+    assert llama.LlamaConfig.from_dict({**SMALL, **fields}).windows == windows
+
+
+def attention_by_definition(q, k, v, lengths, window):
+    """In float64, a query at a time: (T, H, d)."""
+    q, k, v = q.double(), k.double(), v.double()
+    outputs, start = [], 0
+    for length in lengths:
+        for t in range(start, start + length):
+            first = start if window is None else max(start, t - window + 1)
+            heads = []
+            for h in range(q.shape[1]):
+                g = h // (q.shape[1] // k.shape[1])
+                scores = k[first:t + 1, g] @ q[t, h] / q.shape[2] ** 0.5
+                heads.append(scores.softmax(0) @ v[first:t + 1, g])
+            outputs.append(torch.stack(heads))
+        start += length
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("chapter", ["chapter-02", "chapter-03"])
+@pytest.mark.parametrize("window", [None, 1, 5, 130, 300])
+def test_a_token_sees_its_window_and_no_more(chapter, window):
+    """Forward and backward, documents shorter and longer than it, over the blocks of chapter 3."""
+    model_file = load(f"{chapter}/modeling_llama.py")
+    lengths = [3, 150, 1, 140]
+    ends = torch.tensor([0, 3, 153, 154, 294], dtype=torch.int32)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(294, heads, 4, requires_grad=True) for heads in (4, 2, 2))
+    gradient = torch.randn(294, 4, 4)
+    results = []
+    for attend in (lambda: model_file.varlen_attention(q, k, v, ends, 150, window),
+                   lambda: attention_by_definition(q, k, v, lengths, window)):
+        output = attend()
+        results.append((output.detach(), *torch.autograd.grad(
+            output, (q, k, v), gradient.to(output.dtype))))
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours.double(), expected.double(), rtol=0, atol=2e-5)
 
 
 def test_values_that_leave_a_feature_out_are_accepted():

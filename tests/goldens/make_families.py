@@ -28,13 +28,14 @@ YARN = dict(  # of four pairs, one is kept, one is blended, and two are slowed d
     beta_fast=2.0, beta_slow=0.5)
 LINEAR = dict(rope_type="linear", rope_theta=100.0, factor=4.0)
 FOUR = SIZES | dict(num_hidden_layers=4)
+WIDE = SIZES | dict(hidden_size=32)  # so that each matrix is some blocks of NF4
 GEMMA = FOUR | dict(
     head_dim=8, sliding_window=4, query_pre_attn_scalar=12,
     layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
     rope_parameters={
         "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
         "full_attention": dict(rope_type="linear", rope_theta=1000000.0, factor=8.0)})
-PHI = SIZES | dict(pad_token_id=0, original_max_position_embeddings=64, hidden_size=32)
+PHI = WIDE | dict(pad_token_id=0, original_max_position_embeddings=64)
 LONG = dict(  # no document comes to 24 tokens, so `long_factor` is not used
     rope_type="longrope", rope_theta=100.0, partial_rotary_factor=0.75,
     short_factor=[1.0, 1.25, 2.5], long_factor=[1.5, 3.0, 8.0])
@@ -50,10 +51,10 @@ LONGER = (*LENGTHS, 70)  # tokens: more than a chunk of the recurrence
 
 MODELS = {  # name: (config, dtype of the saved weights, lengths of the documents)
     "mistral_window": (t.MistralConfig(
-        **SIZES, rope_parameters=THETA, sliding_window=4, tie_word_embeddings=False),
+        **WIDE, rope_parameters=THETA, sliding_window=4, tie_word_embeddings=False),
         torch.float32, LENGTHS),
     "qwen2_window": (t.Qwen2Config(
-        **SIZES, rope_parameters=THETA, use_sliding_window=True, sliding_window=5,
+        **WIDE, rope_parameters=THETA, use_sliding_window=True, sliding_window=5,
         max_window_layers=1, tie_word_embeddings=True), torch.float32, LENGTHS),
     "qwen3_window": (t.Qwen3Config(
         **SIZES, head_dim=8, rope_parameters=YARN, use_sliding_window=True, sliding_window=3,
@@ -63,7 +64,7 @@ MODELS = {  # name: (config, dtype of the saved weights, lengths of the document
         **SIZES, head_dim=8, rope_parameters=YARN, attention_bias=True,
         tie_word_embeddings=True), torch.float32, LENGTHS),
     "llama_linear": (t.LlamaConfig(
-        **SIZES, rope_parameters=LINEAR, attention_bias=True, mlp_bias=True,
+        **WIDE, rope_parameters=LINEAR, attention_bias=True, mlp_bias=True,
         tie_word_embeddings=False), torch.float32, LENGTHS),
     "gemma3_tied": (t.Gemma3TextConfig(**GEMMA, tie_word_embeddings=True), torch.float32, LENGTHS),
     "gemma3_untied": (t.Gemma3TextConfig(
