@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-from common.files.config import model_fields
-from common.files.positions import read_windows
+from common.files.config import model_fields, read_windows
 
 # Newer versions of varlen_attn want grouped heads announced; PyTorch 2.11's has no such argument.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}

@@ -42,7 +42,8 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 @torch.library.custom_op("bareloop::block_attention_backward", mutates_args=())
 def block_attention_backward(
         gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        cu_seqlens: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cu_seqlens: torch.Tensor,
+        window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, each of its shape."""
     (_, K, d), G = k.shape, q.shape[1] // k.shape[1]
     sum_dtype = torch.promote_types(k.dtype, torch.float32)  # gradients of keys sum over blocks
@@ -99,7 +100,8 @@ def _keep_inputs(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-block_attention.register_fake(lambda q, k, v, cu_seqlens, window=None: q.new_empty(q.shape))
+block_attention.register_fake(
+    lambda q, k, v, cu_seqlens, window=None: q.new_empty(q.shape))
 block_attention_backward.register_fake(
     lambda gradient, q, k, v, cu_seqlens, window: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 block_attention.register_autograd(

@@ -67,7 +67,7 @@ def rotary_tables(position_ids, config):
 
     A model that was trained on short documents first, then on longer ones, may have pairs that turn
     slower, down to 1/factor of their speed: which ones depends on the kind of its `rope_scaling`
-    (common/files/positions.py)."""
+    (llama_config.py)."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
     periods = config.rope_theta ** (exponents / config.head_dim)  # (d/2,) tokens per radian
     size, scaling = 1.0, config.rope_scaling

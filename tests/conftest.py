@@ -77,6 +77,35 @@ def fake_cuda_runs(request):
         process.communicate()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def family_runs(request):
+    """A function that gives (exit code, output) of a family's check: see family_runs.py.
+
+    One process runs those that are wanted, one after another, from the first test on.
+    """
+    names = [item.callspec.params["name"] for item in request.session.items
+             if item.path.name == "test_families.py" and hasattr(item, "callspec")]
+    if not names:
+        yield None
+        return
+    script = Path(__file__).parent / "family_runs.py"
+    process = subprocess.Popen(["nice", sys.executable, script, *names], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    found = {}
+
+    def result(name):
+        while name not in found:
+            line = process.stdout.readline()
+            assert line.startswith("{"), f"family_runs.py has failed: {line}{process.stdout.read()}"
+            said = json.loads(line)
+            found[said["name"]] = said["code"], said["said"]
+        return found[name]
+
+    yield result
+    process.kill()
+    process.communicate()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def give_memory_back():
     """Training keeps what it frees, and a fork takes 40 ms for each GB that this process has."""

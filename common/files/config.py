@@ -128,3 +128,23 @@ def model_fields(cls, config, not_supported):
     if values["head_dim"] % 2:
         raise ValueError("head_dim is odd, and rotary embedding turns pairs")
     return values
+
+
+def read_windows(config):
+    """How many tokens a token of each layer sees, itself included, and None for all of them: a
+    tuple. ValueError if config.json contradicts itself."""
+    layers, window = config["num_hidden_layers"], config.get("sliding_window", 4096)
+    if not config.get("use_sliding_window"):
+        window = None
+    elif window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"sliding_window={window!r} is not a positive int")
+    first = layers if window is None else config.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"max_window_layers={first!r} is not an int")
+    kinds = config.get("layer_types") or [
+        "full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    known = {"full_attention": None} if window is None else {
+        "full_attention": None, "sliding_attention": window}
+    if not isinstance(kinds, list) or len(kinds) != layers or not known.keys() >= set(kinds):
+        raise ValueError(f"layer_types={kinds!r} is not {' or '.join(known)} for each layer")
+    return tuple(known[kind] for kind in kinds)

@@ -96,9 +96,16 @@ def main(names):
             continue
         generator = torch.Generator().manual_seed(seed)
         model = make_models.make_model(config, dtype, generator)
+        if name.startswith("gemma3"):  # norms multiply by 1 + w
+            for parameter_name, parameter in model.named_parameters():
+                if "norm" in parameter_name:
+                    parameter.data -= 1
         model.save_pretrained(FOLDER / name)
         (FOLDER / name / "generation_config.json").unlink(missing_ok=True)
-        model = model.float()
+        # As it loads: some constants, such as a scale of embeddings, are rounded to the dtype that
+        # a model is made in, and stay so.
+        model = t.AutoModelForCausalLM.from_pretrained(
+            FOLDER / name, dtype=torch.float32, attn_implementation="eager").train()
         tensors = answers(model, generator, lengths)
         model.eval()
         tensors["generated"] = torch.stack([
