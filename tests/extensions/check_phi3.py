@@ -164,6 +164,7 @@ def test_what_is_not_said_is_as_in_transformers(tmp_path):
     ({"rope_scaling": {**LONG, "short_factor": [1.0, 1.0, "2"]}}, "3 positive numbers"),
     ({"rope_scaling": {**LONG, "short_factor": [1.0, 1.0, 0.0]}}, "3 positive numbers"),
     ({"original_max_position_embeddings": 0.5}, "original_max_position_embeddings=0.5"),
+    ({"original_max_position_embeddings": 1}, "only longrope is"),
 ], ids=str)
 def test_what_is_not_computed_is_refused_by_name(changes, named):
     with pytest.raises(ValueError) as caught:
