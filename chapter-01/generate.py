@@ -15,7 +15,6 @@ from common import hub, weights
 from common.asking import terminal
 from common.data.chat import Chat
 from common.errors import located, run_main
-from common.files.checkpoint import verify
 from common.options import choose_device, choose_dtype
 from modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 from packing import packed_sequence_collate_fn
@@ -58,7 +57,6 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
 def main(argv=None):
     options = terminal.read_options(__doc__, argv, adapters=False)
     folder = hub.resolve(options.model)
-    verify(folder)
     chat = Chat.load(folder)
     device = choose_device(options.device)
     with located(folder / "config.json"):

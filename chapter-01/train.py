@@ -18,10 +18,7 @@ import torch.nn.functional as F
 
 from common import guard, hub, memory, predict, prepare, runs, weights
 from common.errors import located, run_main
-from common.files.checkpoint import latest, new_run_folder, verify
-from common.files.state import load_state
-from common.metrics import Metrics
-from common.options import TrainOptions, parse, save_options, settle
+from common.options import TrainOptions, parse, settle
 from common.ranks import (
     all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 from generate import generate
@@ -78,7 +75,6 @@ def main(argv=None):
 
     # --- model files and data ---
     source = hub.resolve(options.model)
-    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = Qwen3Config.from_dict(config_json)
@@ -120,19 +116,8 @@ def main(argv=None):
     )
 
     # --- run folder, resume ---
-    saved = None  # the last whole checkpoint
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
-             "eval_loss": None}
-    if options.resume:
-        run = Path(options.resume)
-        saved = latest(run)
-        if saved is not None:
-            state = load_state(saved, model, optimizer)
-        say(f"resuming {run} after step {state['step']}")
-    else:
-        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
-    save_options(options, CHAPTER, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    run, state, saved, metrics = runs.open_run(  # saved: the last whole checkpoint, or None
+        CHAPTER, options, model, optimizer, data, total_steps)
 
     # --- before ---
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
@@ -143,7 +128,6 @@ def main(argv=None):
     # --- loop ---
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
-    model.train()
     with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
@@ -186,22 +170,16 @@ def main(argv=None):
                              memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds))
 
             # --- evaluate ---
-            improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 eval_loss = evaluate(model, data.held_out, options)
-                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
+                runs.note_loss(state, step, eval_loss)
                 metrics.log_eval(step, eval_loss=eval_loss)
-                best = math.inf if state["best_loss"] is None else state["best_loss"]
-                improved = eval_loss < best
-                if improved:
-                    state["best_loss"], state["best_step"] = eval_loss, step
 
             # --- checkpoint ---
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options)
+            if due or stop or (options.keep_best and state["best_step"] == step):
+                saved = runs.save_step(run, model, optimizer, state, options, metrics)
             if stop:
                 return runs.stopped(run, state, signals)
 

@@ -18,7 +18,6 @@ from common import hub, weights
 from common.adapters import peft
 from common.asking import terminal
 from common.errors import located, run_main
-from common.files.checkpoint import verify
 import lora
 from modeling_llama import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +26,6 @@ def load_model(name, device, dtype, adapter=None):
     """(model, its folder), the weights in `dtype`, ready to be asked. Without a `name` it is the
     model that the adapter in folder `adapter` was trained on."""
     folder = hub.resolve(name or peft.base_model_name(adapter))
-    verify(folder)
     if adapter and "nf4" in peft.metadata(adapter).get("trained_on", ""):
         print(f"warning: {adapter} was fitted to a four-bit base, rounding errors included, and"
               " this base does not have them: python chapter-03/generate.py asks it as it was"

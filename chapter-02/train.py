@@ -23,10 +23,8 @@ from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.asking.generation import generate
 from common.errors import UserError, located, run_main
-from common.files.checkpoint import MARK, latest, new_run_folder, verify
-from common.files.state import load_state
-from common.metrics import Metrics
-from common.options import TrainOptions, option, parse, save_options, settle
+from common.files.checkpoint import MARK
+from common.options import TrainOptions, option, parse, settle
 from common.ranks import (
     all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 import lora
@@ -131,7 +129,6 @@ def main(argv=None):
 
     # --- model files and data --- Changed from chapter-01: Llama; skills not seen before.
     source = hub.resolve(options.model)
-    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(config_json)
@@ -165,19 +162,8 @@ def main(argv=None):
     names = state_names(model)  # what training can change: all that a checkpoint has to hold
 
     # --- run folder, resume --- Changed from chapter-01: `names`.
-    saved = None  # the last whole checkpoint
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
-             "eval_loss": None}
-    if options.resume:
-        run = Path(options.resume)
-        saved = latest(run)
-        if saved is not None:
-            state = load_state(saved, model, optimizer, names)
-        say(f"resuming {run} after step {state['step']}")
-    else:
-        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
-    save_options(options, CHAPTER, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    run, state, saved, metrics = runs.open_run(  # saved: the last whole checkpoint, or None
+        CHAPTER, options, model, optimizer, data, total_steps, names)
 
     # --- before --- Copied from chapter-01/train.py
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
@@ -188,7 +174,6 @@ def main(argv=None):
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
-    model.train()
     with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
@@ -233,22 +218,16 @@ def main(argv=None):
                              memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds))
 
             # --- evaluate --- Copied from chapter-01/train.py
-            improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 eval_loss = evaluate(model, data.held_out, options)
-                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
+                runs.note_loss(state, step, eval_loss)
                 metrics.log_eval(step, eval_loss=eval_loss)
-                best = math.inf if state["best_loss"] is None else state["best_loss"]
-                improved = eval_loss < best
-                if improved:
-                    state["best_loss"], state["best_step"] = eval_loss, step
 
             # --- checkpoint --- Changed from chapter-01: `names`.
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options, names)
+            if due or stop or (options.keep_best and state["best_step"] == step):
+                saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 

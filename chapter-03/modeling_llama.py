@@ -192,7 +192,7 @@ def forward_checkpointed(layer, *inputs):
 
 def is_expensive(context, operator, *args, **kwargs):
     """Whether PyTorch's `operator` is a matrix product or attention."""
-    return bool(re.search(r"mm_?$|att", str(operator.overloadpacket)))
+    return bool(re.search(r"mm_?$|att(n|ention)", str(operator.overloadpacket)))
 
 
 # Copied from chapter-02/modeling_llama.py

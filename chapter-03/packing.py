@@ -36,35 +36,18 @@ class StaticShape:
 
 # Changed from chapter-01: static shapes; the positions of the targets.
 def packed_sequence_collate_fn(examples, shape=None):
-    """Join documents into one pack.
+    """Join documents into one pack, as in chapter 1, with one more entry:
 
-    `examples` is a list of (input_ids, labels), two (length,) int64 tensors each; labels[t] is
-    token t itself where it is trained on and -100 where it is not. Returns a dict:
-
-        input_ids     (T,) int64    the documents' tokens, end to end
-        labels        (T,) int64    the target *of* each position: labels[t] is token t+1, so the
-                                    shift is done here, inside each document, and the last
-                                    position of a document has no target (-100)
-        position_ids  (T,) int64    0, 1, 2, ... from each document's beginning
-        cu_seqlens    (N+1,) int32  the running sum of lengths: document n is the tokens
-                                    cu_seqlens[n] to cu_seqlens[n+1]
-        max_seqlen    int           the longest document
         labelled      (L,) int64    the positions that have a target: the loss looks at no others,
                                     and finding them on a GPU would mean waiting for it (if you
                                     change the labels of a pack, change this too)
 
-    Three documents of 2, 1 and 3 tokens, all trained on:
-
-        input_ids     7  8 | 5 | 9  4  6        cu_seqlens  0 2 3 6
-        labels        8  . | . | 4  6  .        max_seqlen  3
-        position_ids  0  1 | 0 | 0  1  2        labelled    0 3 4
-
-    With a `StaticShape` the pack has exactly its T, N and max_seqlen. The same documents for
-    StaticShape(tokens=8, documents=5, max_seqlen=4); the last of the five has no tokens:
+    With a `StaticShape` the pack has exactly its T, N and max_seqlen. Three documents of 2, 1 and 3
+    tokens for StaticShape(tokens=8, documents=5, max_seqlen=4), whose last one has no tokens:
 
         input_ids     7  8 | 5 | 9  4  6 | 0  0  cu_seqlens  0 2 3 6 8 8
         labels        8  . | . | 4  6  . | .  .  max_seqlen  4
-        position_ids  0  1 | 0 | 0  1  2 | 0  1"""
+        position_ids  0  1 | 0 | 0  1  2 | 0  1  labelled    0 3 4"""
     examples = list(examples)
     if shape is not None:
         missing = shape.tokens - sum(len(input_ids) for input_ids, _ in examples)

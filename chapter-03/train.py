@@ -22,10 +22,7 @@ from common.adapters.merging import merge_into
 from common.adapters.peft import save_adapter
 from common.asking.generation import generate
 from common.errors import UserError, located, run_main
-from common.files.checkpoint import latest, new_run_folder, verify
-from common.files.state import load_state
-from common.metrics import Metrics
-from common.options import TrainOptions, option, parse, save_options, settle
+from common.options import TrainOptions, option, parse, settle
 from common.ranks import (
     all_sum, any_rank, full_tensor, say, shard, start_ranks, stop_ranks, this_rank, world_size)
 from compiling import compile_model
@@ -36,8 +33,7 @@ from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from quantized_model import build, check_base, check_options, mark
 
 CHAPTER = "03"
-# What `auto` sets for the embedded model and data; and for everything else. A learning rate
-# depends on the method: VeRA's two vectors per layer want a far higher one than whole matrices.
+# What `auto` sets, as in chapter 2.
 TINY = {"lr": {"full": 1e-3, "vera": 3e-2, "lora+": 1e-3, "default": 5e-3}, "warmup": 20,
         "steps": 220, "batch_tokens": 1024, "dtype": "float32", "rank": 8, "alpha": 16.0,
         "eval_every": 50, "save_every": 100}
@@ -105,6 +101,27 @@ def evaluate(model, dataset, options, shape):
     return total / max(1, targets)
 
 
+def save_result(run, model, adapter, options, config_json, data):
+    """Write `final/`: a model if all of it was trained or moved, else an adapter."""
+    dtype = getattr(torch, options.dtype)
+    if options.method == "delta-lora":
+        merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
+    if options.method in ("full", "delta-lora"):
+        runs.save_model(run / "final", model, config_json, data, dtype)
+    else:
+        runs.save_files(run / "final", lambda folder: save_adapter(
+            model, adapter, folder, options.model, lora, metadata=mark(options)), data)
+
+
+def finish(run, options, data, metrics, script="generate.py"):
+    """Say what was written and how to ask it; gives the exit code."""
+    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
+    say(runs.wrote(kind, run / "final", data.chat is not None, script))
+    metrics.close()
+    stop_ranks()
+    return 0
+
+
 def main(argv=None):
     # --- options --- Changed from chapter-02: methods that need a dense base.
     options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
@@ -117,7 +134,6 @@ def main(argv=None):
 
     # --- model files and data --- Changed from chapter-02: a folder that is quantised already.
     source = hub.resolve(options.model)
-    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))
@@ -151,19 +167,8 @@ def main(argv=None):
     names = state_names(model)  # what training can change: all that a checkpoint has to hold
 
     # --- run folder, resume --- Copied from chapter-02/train.py
-    saved = None  # the last whole checkpoint
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
-             "eval_loss": None}
-    if options.resume:
-        run = Path(options.resume)
-        saved = latest(run)
-        if saved is not None:
-            state = load_state(saved, model, optimizer, names)
-        say(f"resuming {run} after step {state['step']}")
-    else:
-        run = new_run_folder(f"chapter-{CHAPTER}", options.out)
-    save_options(options, CHAPTER, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    run, state, saved, metrics = runs.open_run(  # saved: the last whole checkpoint, or None
+        CHAPTER, options, model, optimizer, data, total_steps, names)
 
     # --- before --- Copied from chapter-02/train.py
     if saved is None:  # the beginning, also of a run that was stopped before its first checkpoint
@@ -192,7 +197,6 @@ def main(argv=None):
 
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
-    model.train()
     with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
@@ -232,43 +236,27 @@ def main(argv=None):
                              memory.peak_memory_bytes(device), predicted.mfu(tokens / seconds))
 
             # --- evaluate --- Changed from chapter-02: static shapes.
-            improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 eval_loss = evaluate(model, data.held_out, options, shape)
-                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
+                runs.note_loss(state, step, eval_loss)
                 metrics.log_eval(step, eval_loss=eval_loss)
-                best = math.inf if state["best_loss"] is None else state["best_loss"]
-                improved = eval_loss < best
-                if improved:
-                    state["best_loss"], state["best_step"] = eval_loss, step
 
             # --- checkpoint --- Copied from chapter-02/train.py
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options, names)
+            if due or stop or (options.keep_best and state["best_step"] == step):
+                saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 
         # --- result --- Changed from chapter-02: says on which base the adapter was trained.
-        if options.method == "delta-lora":
-            merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
-        if options.method in ("full", "delta-lora"):
-            runs.save_model(run / "final", model, config_json, data, dtype)
-        else:
-            runs.save_files(run / "final", lambda folder: save_adapter(
-                model, adapter, folder, options.model, lora, metadata=mark(options)), data)
+        save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
 
-    # --- after --- Copied from chapter-02/train.py
+    # --- after --- Changed from chapter-02: a function, as the loops of post_training/ end so too.
     prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
-    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(runs.wrote(kind, run / "final", data.chat is not None))
-    metrics.close()
-    stop_ranks()
-    return 0
+    return finish(run, options, data, metrics)
 
 
 if __name__ == "__main__":

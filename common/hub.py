@@ -12,6 +12,7 @@ from huggingface_hub import constants, errors
 
 from common.data import readers, splits
 from common.errors import UserError, nearest, one_line
+from common.files.checkpoint import verify
 
 COMMON = Path(__file__).resolve().parent
 ARCHITECTURES = ("qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b")
@@ -23,21 +24,22 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve(name, flag="--model"):
-    """The folder of a model: `tiny`, one of ARCHITECTURES (config.json only, for `--init random`),
-    a folder, or a Hub id (`owner/name`), downloaded or cached. Else UserError, naming `flag`."""
+    """The folder of a model, whose files are verified: `tiny`, one of ARCHITECTURES (a config.json,
+    for --init random), a folder, or a Hub id, downloaded or cached. Else UserError, by `flag`."""
     text = str(name)
-    if text in ("tiny", *ARCHITECTURES):
-        return COMMON / "tiny" if text == "tiny" else COMMON / "architectures" / text
     path = Path(os.path.expanduser(text))
-    if os.path.isdir(path):
-        return path
-    if os.path.exists(path):
+    if text in ("tiny", *ARCHITECTURES):
+        path = COMMON / "tiny" if text == "tiny" else COMMON / "architectures" / text
+    elif os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path} is a file: give the folder that holds the model")
-    if not _HUB_ID.fullmatch(text):
+    elif not os.path.isdir(path) and not _HUB_ID.fullmatch(text):
         near = _similar(path, ("tiny", *ARCHITECTURES))
         raise UserError(f"{flag} {text}: no such folder{near}; a model on the Hub is owner/name")
-    with _plain_words(text, "model"):
-        return Path(huggingface_hub.snapshot_download(text, allow_patterns=PATTERNS))
+    elif not os.path.isdir(path):
+        with _plain_words(text, "model"):
+            path = Path(huggingface_hub.snapshot_download(text, allow_patterns=PATTERNS))
+    verify(path)
+    return path
 
 
 def resolve_data(name, flag="--data"):

@@ -37,9 +37,7 @@ def peak_memory_bytes(device):
 
 
 def readable_bytes(count):
-    """1536 -> "1.5 KiB"; None -> "-"."""
-    if count is None:
-        return "-"
+    """1536 -> "1.5 KiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -188,9 +188,8 @@ def say_what_differs(chat, records):
 
 def ask(data, model, generate, metrics, step, eval_loss=None):
     """Print the model's greedy answers to the first questions of each quiz, before training (step
-    0) or after it; leaves it in eval mode. If they are scored, `metrics` gets `eval_loss` and, as
-    exact_match_<quiz>, the share of all that are the expected tokens, and stop where these do."""
-    model.eval()
+    0) or after it. If they are scored, `metrics` gets `eval_loss` and, as exact_match_<quiz>, the
+    share of all that are the expected tokens, and stop where these do."""
     scores = {}
     for name, quiz in data.quizzes.items():
         longest = 1 + max(len(one.expected) for one in quiz) if data.scored else 64

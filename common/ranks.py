@@ -67,10 +67,9 @@ def shard(model, device, dtype):
     (FSDP2, Zhao et al. 2023, arXiv:2304.11277); alone, do nothing. Call it between adapters and
     optimizer. Then only the model's own forward sees whole parameters: elsewhere use `full_tensor`.
 
-    Each decoder layer, then what remains (embeddings, last norm, head), is one group: gathered in
-    `dtype` (None: as they are) when its forward or backward begins. Parameters keep their own dtype
-    between steps, gradients arrive in float32, summed. Buffers (an NF4 base) are not sharded: rows
-    would cut across quantisation blocks. All ranks begin from rank 0's values."""
+    A layer is gathered in `dtype` (None: as it is) when its forward or backward begins. Gradients
+    arrive in float32, summed. Buffers (an NF4 base) are not sharded: rows would cut across
+    quantisation blocks. All ranks begin from rank 0's values."""
     if world_size() == 1:
         return
     with _plain_words("handing out rank 0's weights"), torch.no_grad():

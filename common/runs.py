@@ -1,5 +1,6 @@
-"""What a run does outside its loop: saving a step, writing the result, stopping early."""
+"""What a run does outside its loop: its folder, saving a step, writing the result, stopping."""
 
+import math
 import os
 import shlex
 import signal
@@ -7,14 +8,40 @@ import sys
 from pathlib import Path
 
 from common import weights
-from common.files.checkpoint import MARK, commit, prune, step_folder
-from common.files.state import save_state
+from common.files.checkpoint import MARK, commit, latest, new_run_folder, prune, step_folder
+from common.files.state import load_state, save_state
+from common.metrics import Metrics
+from common.options import save_options
 from common.ranks import is_main, say, stop_ranks
 
 
-def save_step(run, model, optimizer, state, options, names=None):
+def open_run(chapter, options, model, optimizer, data, total_steps, names=None, **more):
+    """A new run's folder, or that of --resume; the loop's state, with `more` than the usual in it;
+    the last whole checkpoint, or None; Metrics. `names` as for `save_step`. Collective."""
+    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
+             "eval_loss": None, **more}
+    run = Path(options.resume or new_run_folder(f"chapter-{chapter}", options.out))
+    saved = latest(run)
+    if saved is not None:
+        state = load_state(saved, model, optimizer, names)
+    if options.resume:
+        say(f"resuming {run} after step {state['step']}")
+    save_options(options, chapter, run, data)
+    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    return run, state, saved, metrics
+
+
+def note_loss(state, step, loss):
+    """Note an evaluation's loss, or what else is better the lower, and whether it is the best."""
+    state["eval_loss"] = loss if math.isfinite(loss) else None  # JSON has no NaN
+    if loss < (math.inf if state["best_loss"] is None else state["best_loss"]):
+        state["best_loss"], state["best_step"] = loss, step
+
+
+def save_step(run, model, optimizer, state, options, metrics, names=None):
     """Commit `step-N/`, N being state["step"], with everything that --resume needs; prune older
     ones. `names` are the parameters to save (default: all). Gives the folder. Collective."""
+    metrics.sync()
     saved = [p for n, p in model.named_parameters() if names is None or n in names]
     needed = sum(p.numel() * (12 if p.requires_grad else 4) for p in saved)  # with two moments
     folder = step_folder(run, state["step"])

@@ -67,7 +67,8 @@ def large(name, **changes):
     """A random model of this family, large enough that its own tensors are what needs memory."""
     torch.manual_seed(0)
     return llama.LlamaForCausalLM(config_of(
-        name, hidden_size=128, intermediate_size=192, vocab_size=256, **changes))
+        name, hidden_size=128, intermediate_size=192, moe_intermediate_size=96, vocab_size=256,
+        **changes))
 
 
 def logits_and_gradients_are_transformers(name, folder):
@@ -78,7 +79,8 @@ def logits_and_gradients_are_transformers(name, folder):
     lengths = golden["lengths"].tolist()
     pack = packing.packed_sequence_collate_fn(list(zip(
         golden["input_ids"].split(lengths), golden["labels"].split(lengths))))
-    loss = model(**pack) / (pack["labels"] >= 0).sum()
+    # In training a family may add to its loss, which transformers' alone does not.
+    loss = model.eval()(**pack) / (pack["labels"] >= 0).sum()
     assert abs(loss - golden["loss"]) <= 1e-6
     loss.backward()
     for parameter_name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ from helpers import ROOT, load
 sys.path.append(str(ROOT / "tests" / "long"))
 import flip
 
-from common import weights
+from common import hub, weights
 from common.adapters import peft
 from common.files import checkpoint
 from common.files.checkpoint import CheckpointError, verify
@@ -71,8 +71,7 @@ def test_the_functions_notice_without_the_scripts(folders):
 
 def test_the_test_notices_a_loader_that_does_not_look(folders, monkeypatch):
     """If `verify` believed every folder, the trials above would fail."""
-    scripts = "chapter-01/generate.py", "chapter-01/train.py", "chapter-02/generate.py"
-    for module in (checkpoint, weights, peft, *map(load, scripts)):
+    for module in (checkpoint, hub, weights, peft):
         monkeypatch.setattr(module, "verify", lambda folder: {"files": {}})
     with pytest.raises(AssertionError):
         flip.trials(folders, 40, seed=5)

@@ -1,24 +1,17 @@
-"""What the three loops here have in common, before and after their steps. It is chapter 3's."""
+"""What the three loops here have in common before their steps. It is chapter 3's."""
 
-import math
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 
 from common import hub, runs, weights
-from common.adapters.merging import merge_into
-from common.adapters.peft import save_adapter
 from common.errors import UserError, located
-from common.files.checkpoint import latest, new_run_folder, verify
-from common.files.state import load_state
-from common.metrics import Metrics
-from common.options import parse, save_options
-from common.ranks import say, start_ranks, stop_ranks, world_size
+from common.options import parse
+from common.ranks import start_ranks, world_size
 import lora
 from lora import AdapterConfig, optimizer_groups, state_names
 from modeling_llama import LlamaConfig
-from quantized_model import build, check_base, check_options, mark
+from quantized_model import build, check_base, check_options
 
 
 def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
@@ -39,7 +32,6 @@ def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
     torch.manual_seed(options.seed)
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
     source = hub.resolve(options.model)
-    verify(source)
     config_json = weights.read_config(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(config_json, options))
@@ -50,53 +42,13 @@ def begin(options_class, chapter, text, tiny, real, argv, one_process=False):
 
 
 def open_run(chapter, options, model, adapter, data, total_steps, columns, **state):
-    """(AdamW, the names of what a checkpoint has to hold, the run's folder, its state, the
-    checkpoint that it goes on from or None, its Metrics). `state` is what a loop keeps beside the
-    usual, `columns` the screen's."""
+    """AdamW, the names of what a checkpoint has to hold, and what `runs.open_run` gives. `state` is
+    what a loop keeps beside the usual, `columns` the screen's."""
     groups = optimizer_groups(model, adapter, options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95),
                                   fused=torch.device(options.device).type != "mps")
-    names, saved = state_names(model), None
-    state = {"step": 0, "next_pack": 0, "tokens": 0, "best_loss": None, "best_step": None,
-             "eval_loss": None, **state}
-    if options.resume:
-        run = Path(options.resume)
-        saved = latest(run)
-        if saved is not None:
-            state = load_state(saved, model, optimizer, names)
-        say(f"resuming {run} after step {state['step']}")
-    else:
-        run = new_run_folder(f"chapter-{chapter}", options.out)
-    save_options(options, chapter, run, data)
-    metrics = Metrics(run, total_steps, options.tensorboard, options.log_every, state["step"])
+    names = state_names(model)
+    run, state, saved, metrics = runs.open_run(
+        chapter, options, model, optimizer, data, total_steps, names, **state)
     metrics.columns = columns
     return optimizer, names, run, state, saved, metrics
-
-
-def improves(state, step, value):
-    """Whether an evaluation's `value`, the lower the better, is the best so far; notes it."""
-    better = value < (math.inf if state["best_loss"] is None else state["best_loss"])
-    if better:
-        state["best_loss"], state["best_step"] = value, step
-    return better
-
-
-def save_result(run, model, adapter, options, config_json, data):
-    """Write `final/`: a model if all of it was trained or moved, else an adapter."""
-    dtype = getattr(torch, options.dtype)
-    if options.method == "delta-lora":
-        merge_into(model, dtype, lora)  # W itself has moved: an adapter would not hold it all
-    if options.method in ("full", "delta-lora"):
-        runs.save_model(run / "final", model, config_json, data, dtype)
-    else:
-        runs.save_files(run / "final", lambda folder: save_adapter(
-            model, adapter, folder, options.model, lora, metadata=mark(options)), data)
-
-
-def finish(run, options, data, metrics):
-    """Say what was written and how to ask it; gives the exit code."""
-    kind = "model" if options.method in ("full", "delta-lora") else "adapter"
-    say(runs.wrote(kind, run / "final", data.chat is not None, "../generate.py"))
-    metrics.close()
-    stop_ranks()
-    return 0

@@ -21,7 +21,7 @@ from torch.distributed import ReduceOp
 
 from common.asking.generation import generate
 from common.data.encode import DOCUMENT, Encoded, show_example
-from common.data.formats import FORMATS, convert, quoted
+from common.data.formats import FORMATS, convert, present, quoted
 from common.data.readers import Records
 from common.data.template import Refused
 from common.errors import UserError, listed, printable
@@ -63,8 +63,7 @@ class PairRecords(Records):
 def members(value, where, ignored):
     """The two records of a pair, chosen first: {"messages": [...], "tools"?}, of which only the
     last turn is trained. Refused for a pair that can be left out, UserError for no pair."""
-    value = {key: one for key, one in value.items() if one is not None and one == one} if (
-        isinstance(value, dict)) else {}  # null, and NaN, which is pandas' null, count as absent
+    value = present(value, "a pair", where) if isinstance(value, dict) else {}
     answers = [value.get(name) for name in ("chosen", "rejected")]
     if answers == [None, None] and "instruction" in value and isinstance(value.get("output"), list):
         answers = value["output"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.data.chat import NOT_ASKED, fixed_date
-from common.data.formats import FORMATS, convert
+from common.data.formats import FORMATS, convert, present
 from common.data.readers import Records
 from common.data.template import Refused
 from common.errors import UserError
@@ -41,10 +41,8 @@ class Problems(Records):
     @staticmethod
     def convert(value, where, ignored, rendered=False):
         """As `formats.convert`; a text and a rendered conversation are refused."""
-        example = value
-        if isinstance(value, dict):  # null, and NaN, which is pandas' null, count as absent
-            value = {key: one for key, one in value.items() if one is not None and one == one}
-        if isinstance(value, dict) and not any(value.keys() >= {*keys} for keys in FORMATS):
+        example, value = value, present(value, "an example", where)
+        if not any(value.keys() >= {*keys} for keys in FORMATS):
             if isinstance(value.get("question"), str):
                 answer = str(value.get("answer", NO_ANSWER))
                 value = {"prompt": value["question"] + MARK * ("####" in answer),

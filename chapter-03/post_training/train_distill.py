@@ -25,7 +25,7 @@ from common.options import option, settle
 from common.ranks import any_rank, say
 from common.tiny import skills
 from distill import chunked_divergence
-from loops import begin, finish, improves, open_run, save_result
+from loops import begin, open_run
 from lora import after_step, before_step
 from loss import chunked_cross_entropy
 from nf4 import weights_kept
@@ -37,7 +37,7 @@ from rollout import rollout
 from batches import add_rollout, document, keeps_weights, packed
 from teacher import add_teacher, lesson, load_teacher, teacher_shapes
 import train
-from train import evaluate, learning_rate
+from train import evaluate, finish, learning_rate, save_result
 
 CHAPTER = "03-distill"
 TINY = {**train.TINY, "steps": 200, "kd": 0.0, "beta": 1.0, "on_policy": 0.3, "max_new_tokens": 24}
@@ -131,7 +131,6 @@ def main(argv=None):
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
-    model.train()
     with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
@@ -185,31 +184,28 @@ def main(argv=None):
                              divergence=divergence / taught if taught else None)
 
             # --- evaluate --- Changed from chapter-03: by the cross-entropy.
-            improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 model.loss = chunked_cross_entropy
                 eval_loss = evaluate(model, data.held_out, options, None)
-                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
+                runs.note_loss(state, step, eval_loss)
                 metrics.log_eval(step, eval_loss=eval_loss)
-                improved = improves(state, step, eval_loss)
 
             # --- checkpoint --- Copied from chapter-03/train.py
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options, names)
+            if due or stop or (options.keep_best and state["best_step"] == step):
+                saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 
-        # --- result --- Changed from chapter-03: in loops.py.
+        # --- result --- Copied from chapter-03/train.py
         save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
 
     # --- after --- Changed from chapter-03: where generate.py is.
     prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
-    return finish(run, options, data, metrics)
+    return finish(run, options, data, metrics, "../generate.py")
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ from common.metrics import COLUMNS
 from common.options import option, settle
 from common.ranks import all_sum, any_rank, full_tensor, say, shard, this_rank, world_size
 from logprobs import chunked_log_probs
-from loops import begin, finish, improves, open_run, save_result
+from loops import begin, open_run
 from lora import after_step, before_step
 from packing import PackSampler
 from pairs import PairRecords, Pairs, tiny_pairs
 from preference import LOSSES, NO_REFERENCE, READ_BY, SCORES, collate_pairs
 from quantized_model import build
 from reference import add_reference, copy_bytes, frozen_copy, scored
-from train import Options as LoopOptions, learning_rate
+from train import Options as LoopOptions, finish, learning_rate, save_result
 
 CHAPTER = "03-dpo"
 # The learning rates are a fifth and a tenth of chapter 3's, for every weight (full) even less.
@@ -152,7 +152,6 @@ def main(argv=None):
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
-    model.train()
     with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
@@ -196,36 +195,32 @@ def main(argv=None):
                              pairs=count, **dict(zip(SCORES[1:], scores)))
 
             # --- evaluate --- Changed from chapter-03: is the chosen answer still as likely?
-            improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 scores = evaluate(model, reference, data.held_out, options)
-                eval_loss = scores["loss"]
-                state["eval_loss"] = eval_loss if math.isfinite(eval_loss) else None
+                runs.note_loss(state, step, scores["loss"])
                 shown = {name: scores[name] for name in SHOWN}
-                metrics.log_eval(step, eval_loss=eval_loss, **shown)
+                metrics.log_eval(step, eval_loss=scores["loss"], **shown)
                 before = state["logp_chosen"]
                 if step == total_steps and before and scores["logp_chosen"] < before:
                     say("note: the chosen answers have become less likely than before (log p was "
                         f"{before:.2f}), which no margin shows; a larger --nll holds them up")
-                improved = improves(state, step, eval_loss)
 
             # --- checkpoint --- Copied from chapter-03/train.py
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options, names)
+            if due or stop or (options.keep_best and state["best_step"] == step):
+                saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 
-        # --- result --- Changed from chapter-03: in loops.py.
+        # --- result --- Copied from chapter-03/train.py
         save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
 
     # --- after --- Changed from chapter-03: where generate.py is.
     prepare.ask(data, model, generate, metrics, total_steps, state["eval_loss"])
-    return finish(run, options, data, metrics)
+    return finish(run, options, data, metrics, "../generate.py")
 
 
 if __name__ == "__main__":

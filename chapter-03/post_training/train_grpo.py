@@ -25,7 +25,7 @@ from common.options import option, settle
 from common.ranks import any_rank, say
 from grpo import live_groups, make_packs, policy_loss
 from logprobs import chunked_log_probs
-from loops import begin, finish, improves, open_run, save_result
+from loops import begin, open_run
 from lora import after_step, before_step
 from nf4 import weights_kept
 from packing import PackSampler
@@ -35,7 +35,7 @@ from reference import add_reference, copy_bytes, frozen_copy, reference_log_prob
 from rewards import check_answers, judge, load_reward
 from rollout import Answer, rollout
 from batches import add_rollout, keeps_weights
-from train import Options as LoopOptions, learning_rate
+from train import Options as LoopOptions, finish, learning_rate, save_result
 
 CHAPTER = "03-grpo"
 TINY = {"lr": {"full": 2e-4, "vera": 2e-2, "lora+": 1e-3, "default": 4e-3}, "warmup": 5,
@@ -180,7 +180,6 @@ def main(argv=None):
     # --- loop --- Copied from chapter-01/train.py
     nonfinite = guard.NonFinite()
     memory.keep_freed(device)
-    model.train()
     with guard.caught_signals() as signals, guard.memory_advice(options, predicted):
         for step in range(state["step"] + 1, total_steps + 1):
             started = time.perf_counter()
@@ -249,22 +248,20 @@ def main(argv=None):
                         "rewards": rewards[group], "expected": asked[n].record["expected"]})
 
             # --- evaluate --- Changed from chapter-03: by the reward.
-            improved = False
             if options.eval_every and (step % options.eval_every == 0 or step == total_steps):
                 found = evaluate(model, held_out, judges, data.chat, options, room)
                 metrics.log_eval(step, eval_loss=None, **found)
-                improved = improves(state, step, -found["eval_reward"])
+                runs.note_loss(state, step, -found["eval_reward"])
 
             # --- checkpoint --- Copied from chapter-03/train.py
             stop = any_rank(signals.requested)
             due = options.save_every and (step % options.save_every == 0 or step == total_steps)
-            if due or (improved and options.keep_best) or stop:
-                metrics.sync()
-                saved = runs.save_step(run, model, optimizer, state, options, names)
+            if due or stop or (options.keep_best and state["best_step"] == step):
+                saved = runs.save_step(run, model, optimizer, state, options, metrics, names)
             if stop:
                 return runs.stopped(run, state, signals)
 
-        # --- result --- Changed from chapter-03: in loops.py.
+        # --- result --- Copied from chapter-03/train.py
         save_result(run, model, adapter, options, config_json, data)
         if any_rank(signals.requested):  # one that came during the saving
             return runs.stopped(run, state, signals)
@@ -272,7 +269,7 @@ def main(argv=None):
     # --- after --- Changed from chapter-03: where generate.py is.
     if data.scored:
         prepare.ask(data, model, generate, metrics, total_steps)
-    return finish(run, options, data, metrics)
+    return finish(run, options, data, metrics, "../generate.py")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import buckets
 import operators
 from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
-from common.files.checkpoint import new_run_folder, verify
+from common.files.checkpoint import new_run_folder
 from common.memory import keep_freed, readable_bytes, to_device
 from common.options import option, parse, settle
 from common.ranks import world_size
@@ -43,13 +43,11 @@ class ProfileOptions(Options):
 def set_up(options, fused=True):
     """(model, optimizer, adapter, data) as in train.py, but random weights drawn on the device."""
     source, device = hub.resolve(options.model), torch.device(options.device)
-    verify(source)
     with located(source / "config.json"):
         config = LlamaConfig.from_dict(check_base(weights.read_config(source), options))
     adapter = AdapterConfig(**{f.name: getattr(options, f.name) for f in fields(AdapterConfig)})
-    if options.batch_tokens is None:
-        shapes = build(config, options, adapter)
-        predict.fit_batch(options, shapes, shapes.chunk)
+    shapes = build(config, options, adapter)
+    predict.fit_batch(options, shapes, shapes.chunk)
     torch.manual_seed(options.seed)
     model = build(config, options, adapter, device, source, draw_on=device).train()
     settle(options, config, total_steps=1000)

@@ -65,8 +65,7 @@ def select_targets(model, target_modules):
         "q_proj,v_proj", or a list        those whose dotted name is that or ends with ".q_proj"
         r".*layers\\.[01]\\..*(q|v)_proj"   a regular expression for the whole dotted name
 
-    Raises UserError if the expression, or one of the names, matches nothing; for an embedding, or
-    an output head that is tied to one; and if the model has adapters already."""
+    UserError for what fits nothing, an embedding or a tied head, and if adapters are there."""
     linear = linear_layers(model)
     last = {name: name.rpartition(".")[2] for name in linear}
     if "base" in last.values():

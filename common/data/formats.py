@@ -35,7 +35,7 @@ def convert(value, where, ignored, rendered=False):
     Messages are as OpenAI has them, but the arguments of calls are objects, and "train": False
     marks what is not to be trained on. Unused keys are added to the dict `ignored`, with the place.
     Raises Refused for an example that can be left out, UserError for what a file must not hold."""
-    value = _present(value, "an example", where)  # what is read is taken out
+    value = present(value, "an example", where)  # what is read is taken out
     keys = next((keys for keys in FORMATS if value.keys() >= {*keys}), None)
     if keys is None:
         raise UserError(f"{where}: {_no_format(value)}")
@@ -144,7 +144,7 @@ def _conversation(value, key, where, ignored):
 
 def _message(turn, where, ignored):
     """A turn in either spelling, {"role", "content", ...} or {"from", "value"}, as the former."""
-    turn = _present(turn, "a turn", where)
+    turn = present(turn, "a turn", where)
     weights = [key for key in WEIGHTS if key in turn]
     trains = _trains(turn, "a turn", where)
     name = turn.pop("role", turn.pop("from", None))
@@ -231,7 +231,7 @@ def _must_be(kind, value, what, where):
     return value
 
 
-def _present(value, what, where):
+def present(value, what, where):
     """An object without the keys whose value is null, or NaN, which is pandas' null."""
     return {key: one for key, one in _must_be(dict, value, what, where).items()
             if one is not None and one == one}

@@ -4,9 +4,7 @@ The names are paths below the data set, with "/". Files of one split share a lab
 
     data/train_sft-00000-of-00003-a1b2.parquet    train_sft
     main/train-00000-of-00001.parquet             main/train
-    train/0000.parquet                            train
     train-1.jsonl                                 train
-    alpaca_data_cleaned.json                      alpaca_data_cleaned
     data/part-0.jsonl                             default (nothing in its name says more)"""
 
 import re
@@ -36,7 +34,8 @@ def choose(names, part, place, flag, page=None):
     subfolders count only if it has no files itself. Raises UserError unless one thing is meant."""
     if part in names:
         return [part]
-    data = sorted(filter(is_data, names))
+    data = sorted(name for name in names if readers.suffix(name) and "/." not in f"/{name}"
+                  and name.split("/")[-1].lower() not in NOT_DATA)
     groups = _groups([name for name in data if part or page or "/" not in name] or data)
     if not groups:
         raise UserError(f"{page or place} holds no file that can be read; {readers.KINDS}")
@@ -50,12 +49,6 @@ def choose(names, part, place, flag, page=None):
         count = f"{len(files)} of {total} file{'s' * (total > 1)}"
         say(f"{flag.lstrip('-')}: {place}: {listed(labels)}, {count}{there}")
     return files
-
-
-def is_data(name):
-    """Whether a file of a data set holds examples, judging by its name."""
-    hidden = "/." in f"/{name}"
-    return bool(readers.suffix(name)) and not hidden and name.split("/")[-1].lower() not in NOT_DATA
 
 
 def label(name):

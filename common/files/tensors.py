@@ -110,11 +110,10 @@ def open_file(file):
 
 
 def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, stem="model"):
-    """Write an iterator of (name, tensor) into folder `path`, made if it is not there: one file
-    `<stem>.safetensors` or, past `max_shard_bytes`, `<stem>-00001-of-0000N.safetensors` and so on
-    with an index, as in transformers, in place of an earlier save's. `metadata` (a dict of texts)
-    goes into the headers. One shard at a time is in memory. The same tensors give the same bytes.
-    Collective: the iterator may gather; rank 0 writes, and if it fails, all raise."""
+    """Write an iterator of (name, tensor) into a folder: one file `<stem>.safetensors` or, past
+    `max_shard_bytes`, `<stem>-00001-of-0000N.safetensors` and so on with an index; `metadata`, a
+    dict of texts, into the headers. One shard at a time is in memory. The same tensors give the
+    same bytes. Collective: the iterator may gather; rank 0 writes, and if it fails, all raise."""
     tensors = iter(tensors)
 
     def write():

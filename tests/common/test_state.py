@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.files import checkpoint, state
 from common.files.checkpoint import CheckpointError, commit, verify
 from common.files.state import load_state, save_state
+from common.metrics import Metrics
 from common.options import TrainOptions
 
 
@@ -188,7 +189,7 @@ def test_the_space_that_a_step_asks_for_is_about_what_it_writes(tmp_path, monkey
     monkeypatch.setattr(runs, "commit", lambda folder, write, extra, needed: (
         asked.append(needed), commit(folder, write, extra, needed)))
     folder = runs.save_step(tmp_path, model, optimizer, {"step": 1, "best_step": None},
-                            TrainOptions())
+                            TrainOptions(), Metrics(tmp_path, total_steps=1))
     written = sum(path.stat().st_size for path in folder.iterdir())
     assert written - 2**20 <= asked[0] <= 1.1 * written
 

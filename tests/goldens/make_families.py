@@ -9,6 +9,12 @@ make_models.py; the others are for the worked changes in tests/extensions/. Fold
 as in make_models.py, and each file has also
 
     generated   (N, 8) int64: what `generate` goes on with, greedily, after each document alone
+
+and those of Qwen3-MoE, whose experts' gradients have the names of the files, also
+
+    aux_loss    float32: how unevenly all tokens of all documents and layers use the experts,
+                without its coefficient; not part of `loss`
+    aux_grad.<parameter>    float32: its gradient, for the routers
 """
 
 import json
@@ -20,6 +26,7 @@ import torch
 import transformers as t
 from make_models import LENGTHS, SIZES, THETA, answers
 from safetensors.torch import save_file
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 FOLDER = Path(__file__).parent / "families"
 NEW = 8  # tokens generated
@@ -41,7 +48,7 @@ LONG = dict(  # no document comes to 24 tokens, so `long_factor` is not used
     short_factor=[1.0, 1.25, 2.5], long_factor=[1.5, 3.0, 8.0])
 MOE = SIZES | dict(
     head_dim=8, rope_parameters=THETA, num_experts=6, num_experts_per_tok=2,
-    moe_intermediate_size=20, router_aux_loss_coef=0.01)
+    moe_intermediate_size=16, router_aux_loss_coef=0.01)
 QWEN35 = FOUR | dict(
     head_dim=16, linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=12,
     linear_num_key_heads=2, linear_num_value_heads=8, max_position_embeddings=128,
@@ -89,6 +96,32 @@ MODELS = {  # name: (config, dtype of the saved weights, lengths of the document
 }
 
 
+def by_expert(tensors):
+    """The gradients of stacked experts as those of the matrices that are in the files."""
+    for name, tensor in tensors.items():
+        owner, _, stack = name.rpartition(".")
+        if not owner.endswith("mlp.experts"):
+            yield name, tensor
+            continue
+        names = ("gate_proj", "up_proj") if stack == "gate_up_proj" else (stack,)
+        for expert, matrices in enumerate(tensor):
+            for matrix, part in zip(names, matrices.chunk(len(names))):
+                yield f"{owner}.{expert}.{matrix}.weight", part.clone()
+
+
+def balance(model, documents):
+    """Each document is run alone; then what its tokens were given counts with all the others'."""
+    model.zero_grad()
+    logits = [model(ids[None], output_router_logits=True).router_logits for ids in documents]
+    loss = load_balancing_loss_func(
+        tuple(torch.cat(layer) for layer in zip(*logits)), model.config.num_experts,
+        model.config.num_experts_per_tok)
+    loss.backward()
+    gradients = {f"aux_grad.{name}": parameter.grad for name, parameter in model.named_parameters()
+                 if name.endswith("mlp.gate.weight")}
+    return gradients | {"aux_loss": loss.detach()}
+
+
 def main(names):
     FOLDER.mkdir(exist_ok=True)
     for seed, (name, (config, dtype, lengths)) in enumerate(MODELS.items()):
@@ -107,6 +140,9 @@ def main(names):
         model = t.AutoModelForCausalLM.from_pretrained(
             FOLDER / name, dtype=torch.float32, attn_implementation="eager").train()
         tensors = answers(model, generator, lengths)
+        if config.model_type == "qwen3_moe":
+            tensors = dict(by_expert(tensors))
+            tensors |= balance(model, tensors["input_ids"].split(lengths))
         model.eval()
         tensors["generated"] = torch.stack([
             model.generate(ids[None], do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW,

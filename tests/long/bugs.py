@@ -72,8 +72,8 @@ BUGS = [
         (CH1, "lr = learning_rate(step, total_steps, options)",
          "lr = learning_rate(step - began, total_steps, options)")]),
     (13, "the data begin anew", [
-        (CH1, "state = load_state(saved, model, optimizer)",
-         'state = load_state(saved, model, optimizer) | {"next_pack": 0}')]),
+        ("common/runs.py", "state = load_state(saved, model, optimizer, names)",
+         'state = load_state(saved, model, optimizer, names) | {"next_pack": 0}')]),
     (14, "rows are cut rounding down", [
         ("common/ranks.py", "rows = tensor.chunk(mesh.size())",
          "rows = tensor.split(max(1, len(tensor) // mesh.size()))"),
@@ -86,8 +86,7 @@ BUGS = [
     (15, "the moments are zeros", [
         ("common/files/state.py", "copy_into(kept, tensor)", "pass")]),
     (16, "the right place in another shuffle", [
-        (CH1, "state = load_state(saved, model, optimizer)",
-         "state = load_state(saved, model, optimizer)\n            sampler.seed += 1")]),
+        (CH1, "    # --- before ---\n", '    sampler.seed += bool(state["step"])\n    # --- before ---\n')]),
     (17, "another number of ranks drops the moments", [
         ("common/files/state.py", "copy_into(kept, tensor)",
          "copy_into(kept, tensor * (world_size() == 2))")]),
@@ -103,8 +102,8 @@ BUGS = [
          "        os.rename(folder, f\"{folder}{OLD}\")\n    os.rename(tmp, folder)\n", ""),
         ("common/files/checkpoint.py", "        if not verify(folder):\n", "        if False:\n")]),
     (18, "the last evaluation is forgotten on a resume", [
-        (CH1, "state = load_state(saved, model, optimizer)",
-         'state = load_state(saved, model, optimizer) | {"eval_loss": None}')],
+        ("common/runs.py", "state = load_state(saved, model, optimizer, names)",
+         'state = load_state(saved, model, optimizer, names) | {"eval_loss": None}')],
      "test_kill.py::test_a_run_killed_after_its_last_checkpoint_logs_what_it_would_have[01]"),
     (19, "half a checkpoint stays behind", [
         ("common/files/checkpoint.py", "            shutil.rmtree(tmp, ignore_errors=True)\n", "")]),
