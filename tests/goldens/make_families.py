@@ -43,6 +43,9 @@ GEMMA = FOUR | dict(
         "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
         "full_attention": dict(rope_type="linear", rope_theta=1000000.0, factor=8.0)})
 PHI = WIDE | dict(pad_token_id=0, original_max_position_embeddings=64)
+LONG = dict(  # no document comes to 24 tokens, so `long_factor` is not used
+    rope_type="longrope", rope_theta=100.0, partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.25, 2.5], long_factor=[1.5, 3.0, 8.0])
 MOE = SIZES | dict(
     head_dim=8, rope_parameters=THETA, num_experts=6, num_experts_per_tok=2,
     moe_intermediate_size=16, router_aux_loss_coef=0.01)
@@ -87,6 +90,9 @@ MODELS = {  # name: (config, dtype of the saved weights, lengths of the document
         **QWEN35, tie_word_embeddings=True), torch.float32, LONGER),
     "qwen3_5_untied": (t.Qwen3_5TextConfig(
         **QWEN35, tie_word_embeddings=False), torch.bfloat16, LONGER),
+    "phi3_longrope": (t.Phi3Config(
+        **PHI | dict(original_max_position_embeddings=24), rope_parameters=LONG, sliding_window=9,
+        tie_word_embeddings=True), torch.float32, LENGTHS),
 }
 
 
