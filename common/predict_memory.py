@@ -55,7 +55,8 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
     the rows of the chunked loss, None for the plain one; `checkpointing` is "none", "selective" or
     "full". `ranks` share the parameters (FSDP2: a rough figure, as gathered weights are not freed
     at once). `varlen_kernel` (CUDA, 16 bits): attention is one kernel for all documents, not a call
-    for each, and a norm is one kernel. `compiled`: layers are, bar attention. AdamW is fused."""
+    for each, and a norm is one kernel. `compiled`: layers are, bar attention. AdamW is fused. Not
+    counted: what chapter 2 keeps on a CPU for a window, c times a document's length squared."""
     c, layers = dtype.itemsize, model.model.layers
     embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
     V, D = embedding.shape
