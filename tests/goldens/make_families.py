@@ -49,7 +49,8 @@ LONG = dict(  # no document comes to 24 tokens, so `long_factor` is not used
 MOE = SIZES | dict(
     head_dim=8, rope_parameters=THETA, num_experts=6, num_experts_per_tok=2,
     moe_intermediate_size=16, router_aux_loss_coef=0.01)
-QWEN35 = FOUR | dict(
+QWEN35 = FOUR | dict(  # that epsilon: a norm follows the recurrence, whose first tokens give little
+    rms_norm_eps=0.05,
     head_dim=16, linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=12,
     linear_num_key_heads=2, linear_num_value_heads=8, max_position_embeddings=128,
     rope_parameters=THETA | dict(
@@ -93,6 +94,10 @@ MODELS = {  # name: (config, dtype of the saved weights, lengths of the document
     "phi3_longrope": (t.Phi3Config(
         **PHI | dict(original_max_position_embeddings=24), rope_parameters=LONG, sliding_window=9,
         tie_word_embeddings=True), torch.float32, LENGTHS),
+    "qwen3_5_vision": (t.Qwen3_5Config(
+        text_config=QWEN35, tie_word_embeddings=False, vision_config=dict(
+            depth=1, hidden_size=8, intermediate_size=8, num_heads=2, patch_size=2,
+            out_hidden_size=24, num_position_embeddings=4)), torch.bfloat16, LENGTHS),
 }
 
 
@@ -122,23 +127,37 @@ def balance(model, documents):
     return gradients | {"aux_loss": loss.detach()}
 
 
+def soften(model):
+    """Keep rounding and logits small, as make_model does, where a norm is 1 + w and would be 2."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name and "linear_attn" not in name and "visual" not in name:
+            parameter.data -= 1.5 if name.endswith("model.norm.weight") else 1
+        if "embed_tokens" in name:
+            parameter.data *= 2
+
+
 def main(names):
     FOLDER.mkdir(exist_ok=True)
     for seed, (name, (config, dtype, lengths)) in enumerate(MODELS.items()):
         if names and name not in names:
             continue
         generator = torch.Generator().manual_seed(seed)
-        model = make_models.make_model(config, dtype, generator)
+        kind = t.AutoModelForImageTextToText if "vision" in name else t.AutoModelForCausalLM
+        model = make_models.make_model(config, dtype, generator, kind)
         if name.startswith("gemma3"):  # norms multiply by 1 + w
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name:
                     parameter.data -= 1
+        if name.startswith("qwen3_5"):
+            soften(model)
         model.save_pretrained(FOLDER / name)
         (FOLDER / name / "generation_config.json").unlink(missing_ok=True)
         # As it loads: some constants, such as a scale of embeddings, are rounded to the dtype that
         # a model is made in, and stay so.
-        model = t.AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             FOLDER / name, dtype=torch.float32, attn_implementation="eager").train()
+        if "vision" in name:
+            model.requires_grad_(False).lm_head.requires_grad_()  # the others' gradients say it all
         tensors = answers(model, generator, lengths)
         if config.model_type == "qwen3_moe":
             tensors = dict(by_expert(tensors))
@@ -148,6 +167,7 @@ def main(names):
             model.generate(ids[None], do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW,
                            eos_token_id=None, pad_token_id=0)[0, len(ids):]
             for ids in tensors["input_ids"].split(lengths)])
+        tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
         save_file(tensors, FOLDER / f"{name}.safetensors", {"format": "pt"})
         print(name, sum(parameter.numel() for parameter in model.parameters()))
     versions = {"torch": torch.__version__, "transformers": t.__version__}

@@ -72,7 +72,7 @@ def main():
     (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
-def make_model(config, dtype, generator):
+def make_model(config, dtype, generator, kind=transformers.AutoModelForCausalLM):
     """A model without a parameter that would hide a mistake, as biases of 0 and norms of 1 do.
 
     The logits are of order 1, so that float32 rounding, which differs between thread counts and
@@ -80,7 +80,7 @@ def make_model(config, dtype, generator):
     """
     config.dtype = dtype
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = kind.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
