@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.files.config import model_fields, read_fields, read_windows, refuse_family
+from common.files.config import model_fields, read_fields, read_windows
 
 # What a family fixes, by its model_type: config.json need not say it, and must not deny it.
 # (`attention_bias` is more than `qkv_bias`: it gives o_proj a bias too.)
@@ -20,6 +20,12 @@ FAMILIES = {
     "qwen2": {"qk_norm": False, "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
     "qwen3": {"qk_norm": True, "mlp_bias": False},
 }
+# Of other families, or of such that have these fields.
+REASONS = {
+    **dict.fromkeys(("smollm3", "gemma3_text", "phi3", "qwen3_moe", "qwen3_5", "qwen3_5_text"),
+                    "; a change in tests/extensions/ adds it (README.md, Extending)"),
+    "vision_config": "; its vision tower (vision_config) sees images, and text is trained here",
+    "attn_logit_softcapping": "; PyTorch's attention has no attn_logit_softcapping"}
 # Fields of config.json that change the maths and that this file does not implement, each with
 # the values that leave it out.
 NOT_SUPPORTED = {
@@ -134,7 +140,9 @@ class LlamaConfig:
         a field that is missing, has a wrong type, or asks for what this file does not compute."""
         family = config.get("model_type")
         if family not in FAMILIES:
-            refuse_family(config, FAMILIES)
+            why = [REASONS[key] for key in REASONS if key == family or config.get(key)][:1]
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"model_type={family!r} is none of {known}{''.join(why)}")
         for name, value in FAMILIES[family].items():
             if config.get(name) not in (value, None):
                 raise ValueError(f"{name}={config[name]!r} is not supported here in a {family}")

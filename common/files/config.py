@@ -10,9 +10,6 @@ from pathlib import Path
 from common.errors import UserError, one_line
 from common.files.json_files import read_json
 
-# The worked changes that add other families, by model_type.
-_CHANGES = {"smollm3": "model_family", "gemma3_text": "gemma3", "phi3": "phi3",
-            "qwen3_moe": "qwen3_moe", "qwen3_5": "qwen3_5", "qwen3_5_text": "qwen3_5"}
 # What an absent key means by model_type, as in transformers. Without an entry there are as many
 # key/value heads as heads, and head_dim is hidden_size / num_attention_heads.
 _FAMILIES = {
@@ -114,18 +111,6 @@ def read_fields(cls, config, where=""):
     return values
 
 
-def refuse_family(config, known):
-    """Raise ValueError for a model_type that is none of `known`, and say why, or what adds it."""
-    family, why = config.get("model_type"), ""
-    if family in _CHANGES:
-        why = f"; tests/extensions/{_CHANGES[family]}.diff adds it (README.md, Extending)"
-    elif "vision_config" in config:
-        why = ": it has a vision tower (vision_config), and what is trained here is text"
-    elif config.get("attn_logit_softcapping"):
-        why = ": attn_logit_softcapping is not supported, as PyTorch's attention does not compute it"
-    raise ValueError(f"model_type={family!r} is none of {', '.join(known)}{why}")
-
-
 def model_fields(cls, config, not_supported):
     """`read_fields` of a decoder's config, after refusing what its file does not compute:
     quantised weights, and each field of `not_supported` that has another value than the neutral
@@ -149,17 +134,14 @@ def read_windows(config):
     """How many tokens a token of each layer sees, itself included, and None for all of them: a
     tuple. ValueError if config.json contradicts itself."""
     layers, window = config["num_hidden_layers"], config.get("sliding_window", 4096)
-    if not config.get("use_sliding_window"):
-        window = None
-    elif window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"sliding_window={window!r} is not a positive int")
-    first = layers if window is None else config.get("max_window_layers", 28)
-    if type(first) is not int:
-        raise ValueError(f"max_window_layers={first!r} is not an int")
+    window, first = (window if config.get("use_sliding_window") else None), layers
+    if window is not None:
+        first = config.get("max_window_layers", 28)
+        if type(window) is not int or type(first) is not int or window < 1:
+            raise ValueError(f"sliding_window={window!r}, max_window_layers={first!r}: not numbers")
     kinds = config.get("layer_types") or [
         "full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    known = {"full_attention": None} if window is None else {
-        "full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != layers or not known.keys() >= set(kinds):
+    known = ["full_attention", "sliding_attention"][:1 if window is None else 2]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
         raise ValueError(f"layer_types={kinds!r} is not {' or '.join(known)} for each layer")
-    return tuple(known[kind] for kind in kinds)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
