@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks, ours and transformers' PyTorch path: time of a forward and backward.
+"""The gated delta rule in chunks, ours and transformers' PyTorch path: forward and backward.
 
     pip install transformers                    (it may be missing: then ours alone is timed)
     OMP_NUM_THREADS=1 python tests/bench/deltanet.py --out deltanet.json
@@ -13,6 +13,7 @@ outputs and gradients are compared. Memory is the peak of live bytes that a step
 """
 
 import argparse
+import importlib.util
 import shutil
 import statistics
 import sys
@@ -28,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
 from diffs import apply_diff
 from helpers import ROOT, load
 from live_memory import LivePeak
-from report import conditions, importable, show_conditions, table, write
+from report import conditions, show_conditions, table, write
 
 TOLERANCE = 1e-5  # relative, of the norms of differences
 
@@ -86,10 +87,10 @@ def step(run, inputs, gradient, wanted):
     return [o.detach(), *torch.autograd.grad(o, wanted, gradient)]
 
 
-def measure(name, lengths, peer, options):
+def measure(name, lengths, mine, peer, options):
     """Rows of figures: seconds of each contestant, and its bytes; the worst difference from ours."""
     inputs, gradient, begun = random_inputs(lengths, options.heads, options.size)
-    rows = {"ours": ours(delta_attention(), begun)}
+    rows = {"ours": ours(mine, begun)}
     if peer is not None:
         rows["transformers, one by one"] = theirs(peer, lengths, False)
         if len(lengths) > 1:
@@ -113,7 +114,7 @@ def measure(name, lengths, peer, options):
     for row in rows:
         with LivePeak() as live:
             step(rows[row], inputs, gradient, wanted[row])
-        ratios = [theirs / mine for theirs, mine in zip(seconds[row], seconds["ours"])]
+        ratios = [a / b for a, b in zip(seconds[row], seconds["ours"])]
         figures["rows"][row] = {
             "seconds": seconds[row], "median": statistics.median(seconds[row]),
             "over_ours": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
@@ -132,7 +133,7 @@ def main():
     found = conditions()
     show_conditions(found)
     peer = None
-    if importable("transformers"):
+    if importlib.util.find_spec("transformers"):
         from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
         peer = torch_chunk_gated_delta_rule
     lengths, generator = [], torch.Generator().manual_seed(0)
@@ -140,7 +141,8 @@ def main():
         length = int(20 * 50 ** torch.rand((), generator=generator).item())
         lengths.append(min(length, options.tokens - sum(lengths)))
     packs = {"one document": [options.tokens], "many documents": lengths}
-    results = [measure(name, each, peer, options) for name, each in packs.items()]
+    mine = delta_attention()
+    results = [measure(name, each, mine, peer, options) for name, each in packs.items()]
     print(f"\n{options.heads[0]} key heads, {options.heads[1]} value heads of {options.size}, float32,"
           f" {options.tokens} tokens; worst relative difference "
           f"{max(each['worst_difference'] for each in results):.1e}\n")
