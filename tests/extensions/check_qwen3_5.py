@@ -254,6 +254,7 @@ def test_nine_billion_parameters(tmp_path):
     ({"attn_output_gate": False}, "attn_output_gate"), ({"hidden_act": "gelu"}, "hidden_act"),
     ({"layer_types": 32 * ["sliding_attention"]}, "layer_types"),
     ({"layer_types": 31 * ["linear_attention"] + ["x"]}, "layer_types"),
+    ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types"),
     ({"linear_num_value_heads": 24}, "linear_num_value_heads"),
     ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim"),
     ({"model_type": "qwen3_5_moe_text"}, "qwen3_5_moe_text")])
