@@ -249,11 +249,12 @@ def test_nine_billion_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7, "factor": 4.0}}, "yarn"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}}, "yarn"),
     ({"rope_parameters": NINE_B["rope_parameters"] | {"low_freq_factor": 1.0}}, "low_freq_factor"),
     ({"attn_output_gate": False}, "attn_output_gate"), ({"hidden_act": "gelu"}, "hidden_act"),
     ({"layer_types": 32 * ["sliding_attention"]}, "layer_types"),
     ({"layer_types": 31 * ["linear_attention"] + ["x"]}, "layer_types"),
+    ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types"),
     ({"linear_num_value_heads": 24}, "linear_num_value_heads"),
     ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim"),
     ({"model_type": "qwen3_5_moe_text"}, "qwen3_5_moe_text")])
@@ -276,7 +277,9 @@ def test_a_multimodal_folder_is_its_text_model(tmp_path, capsys):
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["model_type"] == "qwen3_5_text" and "vision_config" not in config
     assert config["architectures"] == ["Qwen3_5ForCausalLM"]
-    text = json.loads((VISION / "config.json").read_text())["text_config"]
+    whole = json.loads((VISION / "config.json").read_text())
+    text = whole["text_config"]
+    assert read(tmp_path, whole | {"tie_word_embeddings": True})["tie_word_embeddings"] is True
     assert {key: config[key] for key in text if key != "dtype"} == {
         key: text[key] for key in text if key != "dtype"}
     assert config["tie_word_embeddings"] is False
