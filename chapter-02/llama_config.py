@@ -11,6 +11,12 @@ import torch
 
 from common.files.config import model_fields, read_fields, read_windows
 
+# Why other families are refused, by model_type or by a field of their config.json.
+REASONS = {
+    **dict.fromkeys(("smollm3", "gemma3_text", "phi3", "qwen3_moe", "qwen3_5", "qwen3_5_text"),
+                    "; a change in tests/extensions/ adds it (README.md, Extending)"),
+    "vision_config": "; its vision tower (vision_config) sees images, and text is trained here",
+    "attn_logit_softcapping": "; PyTorch's attention has no attn_logit_softcapping"}
 # What a family fixes, by its model_type: config.json need not say it, and must not deny it.
 # (`attention_bias` is more than `qkv_bias`: it gives o_proj a bias too.)
 FAMILIES = {
@@ -20,12 +26,6 @@ FAMILIES = {
     "qwen2": {"qk_norm": False, "qkv_bias": True, "attention_bias": False, "mlp_bias": False},
     "qwen3": {"qk_norm": True, "mlp_bias": False},
 }
-# Of other families, or of such that have these fields.
-REASONS = {
-    **dict.fromkeys(("smollm3", "gemma3_text", "phi3", "qwen3_moe", "qwen3_5", "qwen3_5_text"),
-                    "; a change in tests/extensions/ adds it (README.md, Extending)"),
-    "vision_config": "; its vision tower (vision_config) sees images, and text is trained here",
-    "attn_logit_softcapping": "; PyTorch's attention has no attn_logit_softcapping"}
 # Fields of config.json that change the maths and that this file does not implement, each with
 # the values that leave it out.
 NOT_SUPPORTED = {
