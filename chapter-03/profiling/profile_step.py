@@ -10,7 +10,7 @@ It takes the options of train.py, and profiles a step on the first pack of that 
 import json
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
@@ -24,7 +24,7 @@ from common import hub, predict, prepare, weights
 from common.errors import UserError, located, run_main
 from common.files.checkpoint import new_run_folder
 from common.memory import keep_freed, readable_bytes, to_device
-from common.options import option, parse, settle
+from common.options import parse, settle
 from common.ranks import world_size
 from compiling import compile_model
 from lora import AdapterConfig, after_step, before_step, optimizer_groups
@@ -32,12 +32,6 @@ from modeling_llama import LlamaConfig
 from packing import PackSampler, StaticShape, packed_sequence_collate_fn
 from quantized_model import build, check_base, check_options
 from train import CHAPTER, REAL, TINY, Options
-
-
-@dataclass
-class ProfileOptions(Options):
-    """The options of train.py, and one more."""
-    snapshot: bool = option(False, "on CUDA: write snapshot.pickle, a record of every allocation")
 
 
 def set_up(options, fused=True):
@@ -94,7 +88,7 @@ def show(title, columns, rows, total, form):
 
 def main(argv=None):
     # --- what a run would have ---
-    options = parse(ProfileOptions, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
+    options = parse(Options, CHAPTER, __doc__.split("\n\n")[0], TINY, REAL, argv)
     if options.dry_run or options.resume or world_size() > 1:
         raise UserError("profile_step.py profiles one step on one device: leave out --dry-run, "
                         "--resume and torchrun")
@@ -150,13 +144,6 @@ def main(argv=None):
         "measured": seconds, "predicted_bytes": memory, "measured_bytes": found}, indent=1) + "\n")
     print(f"\n{out / 'trace.json.gz'}: the timeline; open it at https://ui.perfetto.dev or in "
           "Chrome at chrome://tracing\n" + f"{out / 'profile.json'}: the figures above")
-    if options.snapshot and device.type == "cuda":
-        # A pickle, which is not read here. Looking up the names of C++'s frames takes minutes.
-        torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python")
-        step()
-        torch.cuda.memory._dump_snapshot(str(out / "snapshot.pickle"))
-        print(f"{out / 'snapshot.pickle'}: every allocation; drop it on "
-              "https://pytorch.org/memory_viz (nothing is uploaded)")
     return 0
 
 

@@ -26,7 +26,7 @@ class KVCache:
         self.where = rows.repeat_interleave(cu_seqlens.diff()), position_ids  # row, column
         if not self.first_pass:
             columns = torch.arange(self.length, device=position_ids.device)
-            self.ages = position_ids[:, None, None, None] - columns  # (N, 1, 1, C), 0: the new one
+            self.ages = position_ids[:, None, None, None] - columns  # (N, 1, 1, C); 0: new
 
     def store(self, layer, k, v):
         """Keep this pass's keys and values (T, K, d) of an attention layer."""
