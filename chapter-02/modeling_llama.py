@@ -150,10 +150,10 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(D, F, bias=bias)
-        self.up_proj = Linear(D, F, bias=bias)
-        self.down_proj = Linear(F, D, bias=bias)
+        width, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(width, hidden, bias=bias)
+        self.up_proj = Linear(width, hidden, bias=bias)
+        self.down_proj = Linear(hidden, width, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
