@@ -1,8 +1,6 @@
 """The embedded data: small skills over words and numbers, instruction and response, made here from
 a seed. Chapter 1 learns the BASE skills from scratch; the others adapt its model to the NEW ones.
-
-A word to be worked on is in quotation marks, because the tokenizer keeps such a word as single
-letters (see README.md): the model can only reverse what it sees letter by letter."""
+A word to be worked on is in quotation marks: README.md, here, says why."""
 
 import hashlib
 from itertools import cycle, islice
