@@ -81,8 +81,7 @@ SKILLS = {"base": BASE, "new": NEW, "all": {**BASE, **NEW}}
 
 def records(name, split, count, seed=0):
     """`count` records of the skills `name`, "base", "new" or "all", each skill in turn, determined
-    by the seed; a longer list starts with the shorter one. `split` is "train" or "eval"; no prompt
-    is in both. Each is {"messages": [user, assistant], "skill": its name}. Raises ValueError."""
+    by the seed; a longer list starts with the shorter one. `split` is "train" or "eval"."""
     if name not in SKILLS or split not in ("train", "eval"):
         raise ValueError(f"skills: no data {name!r} {split!r}: base, new or all; train or eval")
     random = Random(f"{name} {split} {seed}")
