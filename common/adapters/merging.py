@@ -73,7 +73,7 @@ def merge_into(model, dtype, lora):
 
 def report(dtype, norms, before, after):
     """What a merge lost, from the `norms` of `merge_into` and the sample's logits (T, V) `before`,
-    with the adapter, and `after`. Its errors are those of the realised ΔW relative to ΔW."""
+    with the adapter, and `after`. Errors of the realised ΔW are relative to ΔW's norm, `delta`."""
     def relative(delta, error):
         return (error / delta) ** 0.5 if delta else 0.0
 

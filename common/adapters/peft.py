@@ -124,7 +124,7 @@ def tokenizer_folders(base, adapter=None):
 def load_adapter(model, path, lora):
     """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives the config.
     Strict: tensors that do not fit, copies of the base's embedding and head that are not its own,
-    and options not implemented are errors, after which the model must not be used."""
+    and the options of REFUSED are UserErrors, after which the model must not be used."""
     options, headers, file = _read_options(path), tensor_headers(path, STEM), path / CONFIG
     with located(file, UserError):
         config = _adapter_config(options, model, lora)

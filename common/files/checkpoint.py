@@ -40,8 +40,8 @@ class CheckpointError(UserError):
 
 def commit(folder, write, extra=None, bytes_needed=0):
     """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
-    `extra` (JSON) goes into the manifest. A folder of ours is replaced. UserError, and
-    no change, if it is not ours, or space (`bytes_needed`) is missing. All ranks call `write`."""
+    `extra` (JSON) goes into the manifest. One of ours is replaced. UserError, and no change, if it
+    is not ours, or space (`bytes_needed`) or permission is missing. All ranks call `write`."""
     folder = Path(os.path.abspath(folder))
     tmp = Path(f"{folder}{TMP}")
     try:
