@@ -44,8 +44,7 @@ def resolve(name, flag="--model"):
 
 def resolve_data(name, flag="--data"):
     """The data files, a list of paths, that a name, or each of a list, means: a file, a folder,
-    a data set on the Hub (`owner/name`), or a split or file of one of these (`owner/name:test`; see
-    `splits.choose`). Raises UserError, naming `flag`, if that is nothing, or not clear."""
+    a data set on the Hub, or a split or file of these (`owner/name:test`). Raises UserError."""
     if isinstance(name, (list, tuple)):
         return [path for each in name for path in resolve_data(each, flag)]
     path, part = _local(str(name))

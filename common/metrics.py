@@ -1,7 +1,4 @@
-"""What a run reports: metrics.jsonl for programs, aligned lines for people, TensorBoard if wanted.
-
-A line of metrics.jsonl is one JSON object: a training step has the keys in `FIELDS`, an evaluation
-`step`, `eval_loss` and what else was scored. Null: not known or not finite (JSON has no NaN)."""
+"""What a run reports: metrics.jsonl for programs, aligned lines for people, perhaps TensorBoard."""
 
 import json
 import math
@@ -29,8 +26,7 @@ COLUMNS = {  # what the screen shows of a line: (title, width, how it is written
 
 class Metrics:
     """The main rank's reports of a run, to the file `name` of `run_folder` and to the screen. On a
-    resume, lines after `start_step` are first removed: log a step before saving its checkpoint.
-    Raises UserError if it cannot be written, or TensorBoard is wanted and missing."""
+    resume, lines after `start_step` go first: log a step before saving it. Raises UserError."""
 
     def __init__(self, run_folder, total_steps, tensorboard=False, log_every=10, start_step=0,
                  name="metrics.jsonl"):
@@ -92,7 +88,7 @@ class Metrics:
             self.board.close()
 
     def write(self, line, kind="more"):
-        """Write the line, null where not finite, unless it is in the file already; gives it."""
+        """Write the line, null where not finite (JSON has no NaN), unless it is there already."""
         line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in line.items()}
         if (line["step"], *sorted(line)) in self.written:

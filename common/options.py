@@ -1,5 +1,4 @@
-"""The options of a run. What was typed wins over a --config file, that over the run that is
-resumed, and that over the preset. `--batch-tokens` is `batch_tokens` in code and in files."""
+"""A run's options: what was typed wins over --config, that over --resume, that over presets."""
 
 import argparse
 import json
@@ -231,11 +230,10 @@ def _check_lr(options):
 def _summary(options):
     """What was resolved: a line, or with --dry-run every option."""
     if options.dry_run:
-        room = "what the GPU has room for, with more --grad-accum: see below"
-        shown = {**asdict(options), "batch_tokens": options.batch_tokens or room}
-        late = {"lr": "by the model's width: see below", "warmup": "a fifth of the steps, up to 20"}
-        shown |= {name: text for name, text in late.items() if shown[name] is None}
-        return "\n".join(f"{name:<22} {value}" for name, value in shown.items())
+        late = {"batch_tokens": "what the GPU has room for, with more --grad-accum: see below",
+                "lr": "by the model's width: see below", "warmup": "a fifth of the steps, up to 20"}
+        return "\n".join(f"{name:<22} {late.get(name) if value is None else value}"
+                         for name, value in asdict(options).items())
     count, unit = (options.steps, "step") if options.steps else (options.epochs, "epoch")
     packs = (f"up to {options.grad_accum} x {options.batch_tokens} tokens"
              if options.batch_tokens else "packs as large as the GPU has room for")

@@ -1,9 +1,5 @@
-"""What a run will need, worked out before it starts: parameters, FLOPs, memory.
-
-FLOPs: a multiplication and an addition are two. A matrix of P numbers costs each token 2P in the
-forward, 2P for the gradient of its input and 2P for its own gradient, if it is trained: 6P, or 4P
-for a frozen one. Attention in a layer of H heads of size d costs a token 4Hd for every token it
-looks at in the forward, twice that in the backward. (PaLM, arXiv 2204.02311, appendix B.)"""
+"""What a run will need, worked out before it starts: parameters, FLOPs (derived in chapter 1's
+README.md, after PaLM, arXiv 2204.02311, appendix B), memory."""
 
 import re
 from math import prod
@@ -90,7 +86,6 @@ class Prediction(dict):
 
     @property
     def peak(self):
-        """Bytes of all categories together."""
         return sum(self.values())
 
     def mfu(self, tokens_per_second, full=False):
@@ -99,7 +94,6 @@ class Prediction(dict):
         return None if self.peak_flops is None else needed / self.peak_flops
 
     def report(self):
-        """The prediction as text: parameters, FLOPs, memory by category."""
         counts, flops = self.parameters, self.flops
         share = 100 * counts["trainable"] / counts["total"]
         kinds = ", ".join(f"{kind} {_short(counts[kind])}" for kind in SHOWN if counts[kind])
@@ -116,11 +110,10 @@ class Prediction(dict):
 
 
 def costs(model, lengths, options, chunk=None):
-    """The `Prediction` for a step of `model` on documents of these lengths. `options` are the
-    run's: batch_tokens, grad_accum, dtype, device and, in chapter 3, activation_checkpointing and
-    compile (whose packs are padded to batch_tokens). For `model` and `chunk` see `memory`."""
+    """The `Prediction` for a step of `model` on documents of these lengths, `options` being the
+    run's. For `model` and `chunk` see `memory`."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    compiled = getattr(options, "compile", False)
+    compiled = getattr(options, "compile", False)  # packs are then padded to batch_tokens
     tokens = options.batch_tokens if compiled else int(min(options.batch_tokens, np.sum(lengths)))
     sizes = memory(
         model, tokens, dtype, grad_accum=options.grad_accum, chunk=chunk, ranks=world_size(),
@@ -135,7 +128,7 @@ def costs(model, lengths, options, chunk=None):
 def fit_batch(options, model, chunk=None, beside=0, documents=1):
     """Choose --batch-tokens on a GPU if it was not given, and say so: the largest of PACKS whose
     predicted peak and `beside` bytes take at most SHARE of its memory. --grad-accum keeps a step's
-    tokens. `model` needs only shapes. UserError if not even `documents` of the longest fit."""
+    tokens. UserError if not even `documents` of the longest fit."""
     if options.batch_tokens is not None:
         return
     total = torch.cuda.get_device_properties(options.device).total_memory

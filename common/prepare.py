@@ -57,10 +57,9 @@ class Data:
 
 
 def load(options, source, config, skills, reader=Records, finish=lambda encoded: encoded):
-    """The `Data` of this run; `source` is the model's folder, for its tokenizer. `skills` are what
-    --data tiny stands for: "base", "new" (how much of the base is forgotten is then asked too), or
-    a function that gives (records, {name: held-out records}) for a Chat. `reader` reads files;
-    `finish` makes of an `Encoded` what is trained on, or evaluated."""
+    """The `Data` of this run. `skills` are what --data tiny stands for: "base", "new" (how much of
+    the base is forgotten is then asked too), or a function that gives (records, {name: held-out
+    records}) for a Chat. `finish` makes of an `Encoded` what is trained on. Raises UserError."""
     limit = min(options.max_seq_len, options.batch_tokens, config.max_position_embeddings)
     embedded = {"virtual", "tiny"} & {*options.data}
     own = ("eval_data", "columns", "rendered", "chat_template", "strict_template")
@@ -118,9 +117,8 @@ def load(options, source, config, skills, reader=Records, finish=lambda encoded:
 
 
 def questions(chat, documents, records, count, limit):
-    """A `Question` on each of the first `count` documents of an `Encoded`, made from `records`: on
-    a conversation's last trained turn, or a text's first words; none where the template refuses,
-    or the prompt fills `limit`."""
+    """Questions on the first `count` documents of an `Encoded`, made from `records`; none where
+    the template refuses, or the prompt fills `limit`."""
     numbers = documents.documents["record"][:count].tolist()
     wanted = {n: one for n, one in enumerate(islice(records, max(numbers) + 1)) if n in numbers}
     found = []
@@ -131,7 +129,7 @@ def questions(chat, documents, records, count, limit):
 
 
 def _question(chat, record, ids=(), trained=()):
-    """The Question on a record, of which only a text needs its document. Raises Refused."""
+    """On a conversation's last trained turn, or a text's first words. Raises Refused."""
     end = None
     if "messages" in record:
         messages = record["messages"]

@@ -40,8 +40,7 @@ def say(*words):
 
 def start_ranks(device):
     """Join the other ranks, if torchrun started any; gives the torch.device to compute on. A wait
-    for another rank ends with an error after BARELOOP_TIMEOUT_SECONDS (default 1800). UserError if
-    the environment is incomplete or the node lacks GPUs."""
+    for another rank is a UserError after BARELOOP_TIMEOUT_SECONDS (default 1800)."""
     device = torch.device(device)
     if world_size() == 1:
         return device
@@ -67,9 +66,8 @@ def shard(model, device, dtype):
     (FSDP2, Zhao et al. 2023, arXiv:2304.11277); alone, do nothing. Call it between adapters and
     optimizer. Then only the model's own forward sees whole parameters: elsewhere use `full_tensor`.
 
-    A layer is gathered in `dtype` (None: as it is) when its forward or backward begins. Gradients
-    arrive in float32, summed. Buffers (an NF4 base) are not sharded: rows would cut across
-    quantisation blocks. All ranks begin from rank 0's values."""
+    A layer is gathered in `dtype` (None: as it is) when its forward or backward begins. Buffers
+    (an NF4 base) are not sharded: rows would cut across quantisation blocks."""
     if world_size() == 1:
         return
     with _plain_words("handing out rank 0's weights"), torch.no_grad():

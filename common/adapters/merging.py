@@ -57,8 +57,8 @@ def sample(model, adapter, base):
 @torch.no_grad()
 def merge_into(model, dtype, lora):
     """Replace each adapter layer of `model` by its base with the merged weight, in place, and round
-    every parameter to `dtype`, in float32 storage. `lora` is the chapter's lora.py. Returns, by the
-    layer's name, two squared Frobenius norms: of ΔW, and of what the rounding adds to it."""
+    every parameter to `dtype`, in float32 storage. Gives, by the layer's name, two squared norms:
+    of ΔW, and of what the rounding adds to it."""
     norms = {}
     for name, module in list(lora.adapter_modules(model)):
         merged = module.merged()
@@ -73,8 +73,7 @@ def merge_into(model, dtype, lora):
 
 def report(dtype, norms, before, after):
     """What a merge lost, from the `norms` of `merge_into` and the sample's logits (T, V) `before`,
-    with the adapter, and `after`. In the dict, `layers` has by name the error of the realised ΔW
-    relative to ΔW (see `show`), `total` the same over all, `delta` the Frobenius norm of ΔW."""
+    with the adapter, and `after`. Errors of the realised ΔW are relative to ΔW's norm, `delta`."""
     def relative(delta, error):
         return (error / delta) ** 0.5 if delta else 0.0
 

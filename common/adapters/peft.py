@@ -44,10 +44,9 @@ STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "pissa")
 
 
 def save_adapter(model, config, path, base_model_name, lora, metadata=None):
-    """Write the model's adapters, made with AdapterConfig `config`, into folder `path`.
-    `base_model_name` is the folder or Hub id of the model without them, `metadata` for the tensor
-    file's header. PiSSA is written as the LoRA adapter of twice the rank that fits the *original*
-    weights. Collective; rank 0 writes. UserError if the method changes the base weights."""
+    """Write the model's adapters into folder `path`, with the folder or Hub id of the model without
+    them, and `metadata` in the tensor file's header. PiSSA is written as the LoRA adapter of twice
+    the rank that fits the *original* weights. Collective; rank 0 writes. Raises UserError."""
     if config.method in ("full", "delta-lora"):
         raise UserError(f"--method {config.method} changes the base weights, so what it learns is"
                         " not in an adapter: save the whole model, merged")
@@ -124,9 +123,8 @@ def tokenizer_folders(base, adapter=None):
 
 def load_adapter(model, path, lora):
     """Put the adapters of folder `path` into the model, as `apply_adapter` does; gives the config.
-    Strict: raises UserError that names tensors that are missing, unexpected or mis-shaped, and
-    options that change the result and are not implemented. Copies of the base's embedding and head,
-    which PEFT may add, must equal the model's. After an error the model must not be used."""
+    Strict: tensors that do not fit, copies of the base's embedding and head that are not its own,
+    and the options of REFUSED are UserErrors, after which the model must not be used."""
     options, headers, file = _read_options(path), tensor_headers(path, STEM), path / CONFIG
     with located(file, UserError):
         config = _adapter_config(options, model, lora)

@@ -59,13 +59,11 @@ def linear_layers(model):
 
 
 def select_targets(model, target_modules):
-    """The layers to adapt, {dotted name: module}, in the model's order. `target_modules` is one of
+    """The layers to adapt, {dotted name: module}, or UserError. `target_modules` is one of
 
         "all-linear"                      every linear layer of the decoder, not the output head
         "q_proj,v_proj", or a list        those whose dotted name is that or ends with ".q_proj"
-        r".*layers\\.[01]\\..*(q|v)_proj"   a regular expression for the whole dotted name
-
-    UserError for what fits nothing, an embedding or a tied head, and if adapters are there."""
+        r".*layers\\.[01]\\..*(q|v)_proj"   a regular expression for the whole dotted name"""
     linear = linear_layers(model)
     last = {name: name.rpartition(".")[2] for name in linear}
     if "base" in last.values():

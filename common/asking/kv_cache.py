@@ -39,8 +39,8 @@ class KVCache:
         keys[row, :, column], values[row, :, column] = k, v
 
     def attention(self, layer, q, window=None):
-        """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row, or, if
-        there is a window, with the last so many of it, the new token included."""
+        """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row, or,
+        if there is a window, with the last so many of it, the new token included."""
         keys, values = (x[:, :, : self.length] for x in self.layers[layer])
         visible = (self.ages >= 0) & (self.ages < (window or self.room))
         # (N, K, H/K, d): the query heads that share a key/value head take the place of tokens.

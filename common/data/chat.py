@@ -77,15 +77,13 @@ class Chat:
                 file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def render(self, messages, add_generation_prompt=False, **variables):
-        """The conversation, a list of {"role", "content", ...}, as text, equal to transformers'
-        `apply_chat_template(tokenize=False)`. `variables` go to the template (tools,
-        enable_thinking...); without a template the contents are joined. Raises Refused."""
+        """The conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.
+        `variables` go to the template (tools, enable_thinking...). Raises Refused."""
         return parts.take_marks(self._render(
             _plain(messages), add_generation_prompt=add_generation_prompt, **variables))[0]
 
     def encode_messages(self, messages, **variables):
-        """(ids, trained) of a conversation: lists of int and of bool, of equal length. Raises
-        Refused if it cannot be used (control tokens in its text, no trustworthy mask)."""
+        """(ids, trained) of a conversation: lists of int and of bool. Raises Refused."""
         layout = self.layout({**variables, "messages": messages})
         ids, trained = self.finish(layout, self.tokenise([layout.text], layout.whole)[0])
         return ids.tolist(), trained.tolist()
@@ -121,9 +119,7 @@ class Chat:
                     add_special_tokens=whole)
 
     def layout(self, record):
-        """The Layout of a record: {"text"} or {"messages"} with what else the template takes. A
-        template that asks for the date (as Llama 3.2's does) gets a fixed one, so that the same
-        data give the same tokens tomorrow. Raises Refused."""
+        """The Layout of a record, {"text"} or {"messages"} and more. Raises Refused."""
         if "text" in record:
             return self._text(record["text"], record.get("rendered"))
         messages = _plain(record["messages"])
@@ -250,5 +246,5 @@ def _strings(value):
 
 
 def fixed_date(format):
-    """`strftime_now` for the templates of training data."""
+    """`strftime_now` in training, so that the same data give the same tokens tomorrow."""
     return datetime.date(2024, 7, 26).strftime(format)

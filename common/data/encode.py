@@ -31,16 +31,15 @@ IGNORE = -100  # the label of a token that is not trained
 BATCH, CHARACTERS = 1000, 1_000_000  # records, and characters, tokenised at once
 PIECE = 2**16  # characters: a longer text is tokenised in pieces, in parallel
 TOKEN = np.dtype([("id", np.int32), ("trained", bool)])
+# Where it starts, its tokens, the trained ones; its record (skipped ones count); a hash of its ids.
 DOCUMENT = np.dtype([(name, np.int64) for name in (
-    "start", "length", "trained", "record", "digest")])  # see `Encoded`
+    "start", "length", "trained", "record", "digest")])
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # on which tokens and masks depend
 
 
 class Encoded:
     """Documents of token ids. `encoded[i]` is (input_ids, labels), int64, labels not yet shifted.
-    `tokens` is an array of TOKEN, one document after another, and `documents` one of DOCUMENT:
-    where each starts, its length, how many of its tokens are trained, the number of the record that
-    it came from (skipped ones count too), and a hash of its ids. `notes`: what was left out."""
+    `tokens` is an array of TOKEN, one document after another, and `documents` one of DOCUMENT."""
 
     unit = "documents"
 
@@ -76,8 +75,7 @@ def encode(records, chat, max_length, too_long="truncate", vocab_size=None, titl
     A conversation longer than `max_length` tokens is cut, dropped or an error, as `too_long` says.
     A text is cut into documents that each begin with the last token of the one before: so every
     token but the first is predicted once. Records that cannot be used are skipped, counted and
-    named; so is what the template leaves out of the others, or it is an error if `strict`. Raises
-    UserError if a token id is not below `vocab_size`, or nothing is left. Tokens go to `file`."""
+    named, as is what the template leaves out of others (if `strict`, a UserError)."""
     if max_length < 2:
         raise UserError(f"a limit of {max_length} token leaves nothing to predict; 2 at least")
     file = file or tempfile.TemporaryFile()

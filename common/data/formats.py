@@ -1,13 +1,5 @@
-"""One example, in whichever format people have it, as {"messages"} or {"text"}.
-
-    OpenAI             {"messages": [{"role", "content", ...}], "tools"? or "functions"?}
-    ShareGPT           {"conversations": [{"from": "human" | "gpt" | "system" | ..., "value"}]}
-    Alpaca             {"instruction", "input"?, "output", "history"?}
-    prompt/completion  {"prompt", "completion"}, each a text or a list of messages
-    text               {"text"}: all of it is trained
-
-An example with the keys of two formats is read as the first of them in this order. Null counts as
-absent. A key with a meaning is honoured or refused; other keys are noted."""
+"""One example, in any of the formats of common/README.md, as {"messages"} or {"text"}. A key with a
+meaning is honoured or refused; other keys are noted."""
 
 import json
 
@@ -15,7 +7,7 @@ from common.data.template import Refused
 from common.errors import UserError, listed, one_line
 
 FORMATS = (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"),
-           ("text",))
+           ("text",))  # of two that fit, the first counts
 BESIDE = ("system", "tools", "functions", "history")
 OPTIONAL = (*BESIDE, "input")
 WEIGHTS = ("weight", "train", "loss")  # of a turn or of an example: whether it is trained on

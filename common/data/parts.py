@@ -1,7 +1,6 @@
-"""What a conversation says, part by part, and where each part is in its rendered text. Each part (a
-message's words, thoughts, the name or the arguments of a call, a tool's name) is put between marks,
-private-use characters, and rendered, which counts only if removing the marks gives the plain
-rendering. (Rendering growing prefixes fails: Qwen3's template drops thoughts of earlier turns.)"""
+"""What a conversation says, part by part, and where each part is in its rendered text: it is put
+between marks, private-use characters, and rendered, which counts only if removing the marks gives
+the plain text. (Rendering growing prefixes fails: Qwen3's template drops earlier thoughts.)"""
 
 import json
 import re

@@ -37,9 +37,8 @@ def parse_columns(text, formats=FORMATS):
 
 class Records:
     """The records of data files, one at a time, as often as they are iterated over. `columns`
-    renames keys: {"prompt": "question"} reads "question" as the prompt; `rendered`: a "text" is a
-    whole conversation, control tokens included. Paths are checked at once, contents as they are
-    read. `size` and `done` (bytes) tell the progress, `ignored` the unused keys and where first."""
+    is from `parse_columns`. Paths are checked at once, contents as they are read. `size` and `done`
+    (bytes) tell the progress, `ignored` the unused keys and where first."""
 
     formats, convert = FORMATS, staticmethod(convert)  # other records have other ones
     code = __file__  # what is kept of the records depends on it (encode.cached)

@@ -34,9 +34,8 @@ class _Generation(Extension):
 
 
 def compiled(source, where):
-    """A function that gives the text for the variables of a chat template, a dict. UserError,
-    naming `where`, if it does not compile. The function raises Refused if the template fails or
-    objects (`raise_exception`, an unknown role), and UserError for more than LONGEST characters."""
+    """A function that gives the text for the variables of a chat template, a dict, or raises
+    Refused if that fails or objects (an unknown role, say). UserError if it does not compile."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 

@@ -1,5 +1,4 @@
-"""What the model must learn to write, in characters and in tokens: what the assistant writes, from
-the end of its turn's header, where a prompt ends, through the end-of-turn token."""
+"""Where the assistant's turns begin and end in a text, and which tokens are trained."""
 
 import os
 import re
@@ -30,9 +29,8 @@ def any_of(texts):
 
 def learn(render, special, named):
     """(a pattern of what a generation prompt adds, say "<|im_start|>assistant\\n", the tokens that
-    end a turn), learned from three small conversations that the Chat's `render` writes. `special`
-    is a pattern of the tokenizer's special tokens, `named` of these and of the added tokens that
-    the template mentions. What the template refuses or does not show is left empty."""
+    end a turn), learned from three small conversations that the Chat's `render` writes; what it
+    refuses or does not show is left empty. `special` and `named` are patterns of tokens."""
     def tokens(text):
         return special.findall(text) or named.findall(text)[-1:]
 

@@ -1,12 +1,8 @@
 """Folders that appear at once and whole, and in which later damage is noticed.
 
-    python -m common.files.checkpoint verify DIR      check a folder against its manifest
-    python -m common.files.checkpoint seal DIR        write the manifest anew after an edit by hand
-
 `commit` writes `name.bareloop-tmp/`, flushes every file, then manifest.json (the size and SHA-256
 of each, and of itself), renames the folder to `name/` and flushes the parent. A folder that had the
-name is `name.bareloop-old/` for a moment: if the machine stops just then, `recover` puts it back.
-Safetensors have a mark in their headers, should the manifest be lost; others' folders have none."""
+name is `name.bareloop-old/` for a moment: if the machine stops then, `recover` puts it back."""
 
 import argparse
 import contextlib
@@ -31,7 +27,7 @@ from common.memory import readable_bytes
 from common.ranks import is_main, on_all_ranks, on_main, world_size
 
 MANIFEST = "manifest.json"
-MARK = {"format": "pt", "bareloop": MANIFEST}  # metadata for save_tensors(..., metadata=MARK)
+MARK = {"format": "pt", "bareloop": MANIFEST}  # in safetensors, should the manifest be lost
 TMP, OLD = ".bareloop-tmp", ".bareloop-old"  # nobody else's names: what has them may be deleted
 LOADABLE = (".safetensors", ".json", ".jinja")  # loaders read these: none may appear unlisted
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
@@ -44,9 +40,8 @@ class CheckpointError(UserError):
 
 def commit(folder, write, extra=None, bytes_needed=0):
     """Make `folder` appear at once and whole, with the files that `write(temporary folder)` writes.
-    `extra` (JSON) goes into the manifest. A folder of ours is replaced; after an interruption the
-    old or the new one is there. UserError if it is not ours, or space (`bytes_needed`) or
-    permission is missing: then nothing changes. All ranks call `write`; rank 0's files count."""
+    `extra` (JSON) goes into the manifest. One of ours is replaced. UserError, and no change, if it
+    is not ours, or space (`bytes_needed`) or permission is missing. All ranks call `write`."""
     folder = Path(os.path.abspath(folder))
     tmp = Path(f"{folder}{TMP}")
     try:
@@ -94,7 +89,6 @@ def _publish(folder, tmp, extra):
     about = {"world_size": world_size(), "versions": {"torch": str(torch.__version__)}}
     write_whole(tmp / MANIFEST, encoded(files, about | extra))
     _flush_names(tmp)
-    # If the machine stops before the first rename, tmp is rubbish; between the two, see `recover`.
     if folder.exists():
         os.rename(folder, f"{folder}{OLD}")
     os.rename(tmp, folder)
@@ -131,8 +125,7 @@ def seal(folder):
 
 
 def verify(folder):
-    """Check `folder` against its manifest, and give that: `files` (name -> size and sha256),
-    `extra` (world_size, versions, what the commit was given); {} if we did not write the folder. A
+    """Check `folder` against its manifest, and give that, or {} if we did not write the folder. A
     file missing, changed or added is a CheckpointError. First repairs a cut-off replacement."""
     folder = Path(folder)
     try:

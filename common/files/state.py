@@ -5,8 +5,7 @@
     rng.safetensors         the states of PyTorch's random generators, a row for each rank
     state.json              the loop's own state: step, next pack, best loss ...
 
-By name, as an optimizer may list its parameters in another order. Sharded tensors are gathered one
-at a time; on loading each rank takes its own rows, whatever the number of ranks."""
+By name, as an optimizer may list its parameters in another order; whole, whatever the ranks."""
 
 import json
 import sys
@@ -40,9 +39,8 @@ def save_state(folder, model, optimizer, state, names=None):
 
 
 def load_state(folder, model, optimizer, names=None):
-    """Put back what `save_state` wrote, in place, and give its `state`. CheckpointError names what
-    is missing, unexpected, or of another shape or dtype, before anything is changed. `folder` must
-    be verified. Random states of another number of ranks are left out, with a note."""
+    """Put back what `save_state` wrote, in place, and give its `state`. CheckpointError, before
+    anything is changed, if it does not fit. `folder` must be verified."""
     state = read_json(Path(folder) / "state.json")
     stateless = state.pop(STATELESS, None)
     if not isinstance(stateless, list):

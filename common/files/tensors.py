@@ -19,8 +19,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 
 
 def iter_tensors(path, stem="model"):
-    """Every (name, tensor) in folder `path`, on the CPU, from `<stem>.safetensors` or the shards of
-    its index. Raises UserError for files that are missing, broken or not really in the folder."""
+    """Every (name, tensor) of `<stem>.safetensors`, or its shards, on the CPU. Raises UserError."""
     for file in _files(Path(path), stem):
         with open_file(file) as tensors:
             for name in tensors.keys():
@@ -28,7 +27,7 @@ def iter_tensors(path, stem="model"):
 
 
 def tensor_headers(path, stem="model"):
-    """{name: (shape, dtype as safetensors spells it, file)}, reading no tensor. Errors as above."""
+    """{name: (shape, dtype as safetensors spells it, file)}, reading no tensor, or UserError."""
     headers = {}
     for file in _files(Path(path), stem):
         with open_file(file) as tensors:
@@ -112,8 +111,8 @@ def open_file(file):
 def save_tensors(tensors, path, metadata=None, max_shard_bytes=5_000_000_000, stem="model"):
     """Write an iterator of (name, tensor) into a folder: one file `<stem>.safetensors` or, past
     `max_shard_bytes`, `<stem>-00001-of-0000N.safetensors` and so on with an index; `metadata`, a
-    dict of texts, into the headers. One shard at a time is in memory. The same tensors give the
-    same bytes. Collective: the iterator may gather; rank 0 writes, and if it fails, all raise."""
+    dict of texts, into the headers. The same tensors give the same bytes. Collective: the iterator
+    may gather; rank 0 writes, and if it fails, all raise."""
     tensors = iter(tensors)
 
     def write():

@@ -1,8 +1,6 @@
 """The embedded data: small skills over words and numbers, instruction and response, made here from
 a seed. Chapter 1 learns the BASE skills from scratch; the others adapt its model to the NEW ones.
-
-A word to be worked on is in quotation marks, because the tokenizer keeps such a word as single
-letters (see README.md): the model can only reverse what it sees letter by letter."""
+A word to be worked on is in quotation marks: README.md, here, says why."""
 
 import hashlib
 from itertools import cycle, islice
@@ -83,8 +81,7 @@ SKILLS = {"base": BASE, "new": NEW, "all": {**BASE, **NEW}}
 
 def records(name, split, count, seed=0):
     """`count` records of the skills `name`, "base", "new" or "all", each skill in turn, determined
-    by the seed; a longer list starts with the shorter one. `split` is "train" or "eval"; no prompt
-    is in both. Each is {"messages": [user, assistant], "skill": its name}. Raises ValueError."""
+    by the seed; a longer list starts with the shorter one. `split` is "train" or "eval"."""
     if name not in SKILLS or split not in ("train", "eval"):
         raise ValueError(f"skills: no data {name!r} {split!r}: base, new or all; train or eval")
     random = Random(f"{name} {split} {seed}")
