@@ -1,5 +1,12 @@
-"""One example, in any of the formats of common/README.md, as {"messages"} or {"text"}. A key with a
-meaning is honoured or refused; other keys are noted."""
+"""One example, in whichever format people have it, as {"messages"} or {"text"}.
+
+    OpenAI             {"messages": [{"role", "content", ...}], "tools"? or "functions"?}
+    ShareGPT           {"conversations": [{"from": "human" | "gpt" | "system" | ..., "value"}]}
+    Alpaca             {"instruction", "input"?, "output", "history"?}
+    prompt/completion  {"prompt", "completion"}, each a text or a list of messages
+    text               {"text"}: all of it is trained
+
+A key with a meaning is honoured or refused; other keys are noted."""
 
 import json
 

@@ -1,5 +1,8 @@
 """Folders that appear at once and whole, and in which later damage is noticed.
 
+    python -m common.files.checkpoint verify DIR      check a folder against its manifest
+    python -m common.files.checkpoint seal DIR        write the manifest anew after an edit by hand
+
 `commit` writes `name.bareloop-tmp/`, flushes every file, then manifest.json (the size and SHA-256
 of each, and of itself), renames the folder to `name/` and flushes the parent. A folder that had the
 name is `name.bareloop-old/` for a moment: if the machine stops then, `recover` puts it back."""
