@@ -61,8 +61,6 @@ def _rope(config, file):
             continue
         if not isinstance(rope, dict):
             raise UserError(f"{file}: rope_scaling must be null or an object, not {rope!r}")
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise UserError(f"{file}: rope_parameters that differ between layers are not supported")
         scaling = {"rope_type": rope.get("type", "default"), **rope}
         thetas.append(scaling.pop("rope_theta", None))
         scaling.pop("type", None)
