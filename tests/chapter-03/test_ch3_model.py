@@ -48,6 +48,17 @@ def test_logits_are_chapter_2s(changes):
     assert (model(**inputs_of(pack)) - expected).norm() <= 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("operator, expensive", [
+    (torch.ops.aten.mm, True), (torch.ops.aten.addmm_, True), (torch.ops.aten.bmm, True),
+    (torch.ops.bareloop.block_attention, True), (torch.ops.torch_attn._varlen_attn, True),
+    (torch.ops.aten._scaled_dot_product_flash_attention, True),
+    (torch.ops.aten.scatter_, False), (torch.ops.aten.mul, False)], ids=str)
+def test_products_and_attention_are_kept_and_nothing_else(operator, expensive):
+    """By selective checkpointing; "att" is in scatter_, too, which must be computed again."""
+    overload = getattr(operator, operator.overloads()[0])
+    assert llama.is_expensive(None, overload) == expensive
+
+
 def test_fresh_weights_are_chapter_2s_to_the_bit():
     torch.manual_seed(3)
     model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict({**CONFIG, "model_type": "qwen2"}))

@@ -138,6 +138,23 @@ def test_attention_flops_count_pairs_of_tokens():
     assert predict.mean_attended([100_000, 100_000]) == 100_000  # its squares overflow int32
 
 
+@pytest.mark.parametrize("window", [1, 4, 300])
+def test_a_window_is_what_a_token_attends_to(window):
+    """Half of `mean_attended` is what a token sees, within half a token, the diagonal's."""
+    lengths = [3, 40, 9, 300]
+    seen = [min(t + 1, window) for length in lengths for t in range(length)]
+    attended = predict.mean_attended(lengths, window)
+    assert abs(attended / 2 - sum(seen) / len(seen)) <= 0.5
+    model, _ = small(3, torch.float32)
+    whole = predict.flops_per_token(model, lengths)["attention"]
+    for layer in model.model.layers[1:]:  # the first layer keeps its sight
+        layer.self_attn.window = window
+    share = predict.flops_per_token(model, lengths)["attention"] / whole
+    layers = len(model.model.layers)
+    expected = (1 + (layers - 1) * attended / predict.mean_attended(lengths)) / layers
+    assert share == pytest.approx(expected)
+
+
 # --- memory ---
 
 def saved_bytes(layer, x, *rest):
