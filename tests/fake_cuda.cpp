@@ -27,6 +27,7 @@ struct Hooks : at::CUDAHooksInterface {
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
   int getNumGPUs() const override { return 1; }
+  long versionRuntimeCuDNN() const override { return 0; }  // a build with CUDA asks; 0: too old
 };
 
 std::unique_ptr<at::CUDAHooksInterface> make(at::CUDAHooksArgs) { return std::make_unique<Hooks>(); }

@@ -92,7 +92,7 @@ def test_reports_take_these_arguments(gpu, options):
     assert commands[3][2][2:4] == ["--first", "packing"]
     for _, script, arguments in commands:
         module = load(script)
-        kind = module.LadderOptions if "ladder" in script else module.ProfileOptions
+        kind = module.LadderOptions if "ladder" in script else module.Options
         kind(**read_flags(kind, "", arguments))
 
 
