@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from common import predict, weights
 from common.adapters import peft
 from common.asking.generation import generate
+from common.asking.kv_cache import KVCache
 from common.predict_memory import memory
 
 llama = load("chapter-03/modeling_llama.py")
@@ -97,7 +98,6 @@ def generation_is_transformers(name, folder):
 
 def a_cached_pass_is_a_whole_pass(name, folder):
     """The logits of the last token of each document, grown by a token three times."""
-    from common.asking.kv_cache import KVCache
     model, golden = model_of(name)
     documents = documents_of(golden)
     cache = KVCache(len(documents), int(golden["lengths"].max()) + 3)
@@ -220,7 +220,7 @@ def its_memory_is_predicted(name, folder):
 
 
 def it_compiles_and_counts_the_same(name, folder):
-    """--compile: the loss and gradients of the eager model, in bfloat16 and float32."""
+    """--compile: the loss and gradients of the eager model, in float32."""
     modules = {module: load(f"chapter-03/{module}.py") for module in COMPILED}
     before = {module: sys.modules.get(module) for module in modules}
     sys.modules.update(modules)  # the compiler imports what it traces by name

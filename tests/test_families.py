@@ -1,7 +1,7 @@
 """The worked changes that add a family of models: each applied to a copy and checked there.
 
-What is checked is in tests/extensions/check_<family>.py and family_checks.py. The processes begin
-with the first test, on the core that the others leave idle: see `family_runs` in conftest.py.
+What is checked is in tests/extensions/check_<family>.py and family_checks.py. It begins with the
+first test, on the core that the others leave idle: see `family_runs` in conftest.py.
 """
 
 import re

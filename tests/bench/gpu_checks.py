@@ -31,8 +31,8 @@ def small_model():
     model = modeling.LlamaForCausalLM(modeling.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
-        qk_norm=True, qkv_bias=False, rope_theta=1e6, windows=(None, 40, None), tie_word_embeddings=True,
-        initializer_range=0.05))
+        qk_norm=True, qkv_bias=False, rope_theta=1e6, windows=(None, 40, None),
+        tie_word_embeddings=True, initializer_range=0.05))
     return model
 
 

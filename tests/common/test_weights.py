@@ -188,7 +188,8 @@ def test_byte_order_marks_are_passed_over(tmp_path):
     ({"rope_scaling": ROPE | {"factor": "8"}}, ["factor", "'8'"]),
     ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, ["rope_theta", "1000000.0"]),
     ({"rope_scaling": ROPE, "rope_parameters": ROPE | {"factor": 4.0}}, ["RoPE scaling"]),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope_scaling", "full_attention"]),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+     ["rope_scaling", "full_attention"]),
     ({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4, "head_dim": None},
      ["head_dim", "65"]),
 ])

@@ -86,7 +86,8 @@ BUGS = [
     (15, "the moments are zeros", [
         ("common/files/state.py", "copy_into(kept, tensor)", "pass")]),
     (16, "the right place in another shuffle", [
-        (CH1, "    # --- before ---\n", '    sampler.seed += bool(state["step"])\n    # --- before ---\n')]),
+        (CH1, "    # --- before ---\n",
+         '    sampler.seed += bool(state["step"])\n    # --- before ---\n')]),
     (17, "another number of ranks drops the moments", [
         ("common/files/state.py", "copy_into(kept, tensor)",
          "copy_into(kept, tensor * (world_size() == 2))")]),
