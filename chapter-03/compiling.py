@@ -16,8 +16,8 @@ def compile_model(model, backend="inductor"):
     """Compile the model's layers, in place; gives the model. Call it last: after weights, adapters,
     checkpointing. Raises UserError if nothing can be compiled, as without a C++ compiler.
 
-    One graph, made at the first step, serves all layers, except that the first layer above a frozen
-    embedding has its own; evaluation has another. They fit packs of the same T, N and max_seqlen
+    One graph, made at the first step, serves all layers with the same window, except that the first
+    layer above a frozen embedding has its own; evaluation has another. They fit packs of the same T, N and max_seqlen
     (`packing.StaticShape`). On CUDA the softmax of the loss is compiled too, for any number of
     tokens (and once more for a single one); embedding and generation are not."""
     device = next(model.parameters()).device
