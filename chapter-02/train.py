@@ -1,4 +1,4 @@
-"""Fine-tune Llama, Qwen3 or Qwen2.5: one of the LoRA family, or every weight (--method full).
+"""Fine-tune Llama, Mistral or Qwen: one of the LoRA family, or every weight (--method full).
 
     python chapter-02/train.py                                  the embedded tiny model, new skills
     python chapter-02/train.py --model Qwen/Qwen3-0.6B --data my.jsonl --method dora --rank 8

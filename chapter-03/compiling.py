@@ -17,9 +17,9 @@ def compile_model(model, backend="inductor"):
     checkpointing. Raises UserError if nothing can be compiled, as without a C++ compiler.
 
     One graph, made at the first step, serves all layers with the same window, except that the first
-    layer above a frozen embedding has its own; evaluation has another. They fit packs of the same T, N and max_seqlen
-    (`packing.StaticShape`). On CUDA the softmax of the loss is compiled too, for any number of
-    tokens (and once more for a single one); embedding and generation are not."""
+    layer above a frozen embedding has its own; evaluation has another. They fit packs of the same
+    T, N and max_seqlen (`packing.StaticShape`). On CUDA the softmax of the loss is compiled too,
+    for any number of tokens (and once more for a single one); embedding and generation are not."""
     device = next(model.parameters()).device
     try:
         torch.compile(torch.exp, backend=backend)(torch.ones(8, device=device))

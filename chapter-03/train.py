@@ -1,4 +1,4 @@
-"""Fine-tune Llama, Qwen3 or Qwen2.5 beside a base of four bits (QLoRA), or as chapter 2 does.
+"""Fine-tune Llama, Mistral or Qwen beside a base of four bits (QLoRA), or as chapter 2 does.
 
     python chapter-03/train.py                                  the embedded tiny model, new skills
     python chapter-03/train.py --model Qwen/Qwen3-8B --data my.jsonl --double-quant --compile
