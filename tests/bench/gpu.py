@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import gpu_families
 import gpu_pieces
 import gpu_runs
 import gpu_targets
@@ -109,7 +110,8 @@ PARTS = {"attention": checks(first_checks), "speed": gpu_targets.speed,
          "chapter-1": single(gpu_targets.chapter_1), "peers": gpu_targets.peers,
          "8b": single(gpu_targets.eight_billion), "loss": single(gpu_targets.loss_cost),
          "loading": single(gpu_targets.loading), "shapes": single(gpu_targets.shapes),
-         "checks": checks(other_checks), "runs": gpu_runs.runs, "pieces": gpu_pieces.pieces,
+         "checks": checks(other_checks), "families": gpu_families.families,
+         "runs": gpu_runs.runs, "pieces": gpu_pieces.pieces,
          **{name: run_report(name) for name in (
              "profile", "profile-lora", "profile-qlora", "ladder")}}
 

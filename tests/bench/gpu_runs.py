@@ -14,6 +14,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1])]
 from helpers import ROOT
 
+# (name, folder of generate.py, training script) of what the embedded model goes through.
+SMALL = [*((f"chapter {n}", f"chapter-0{n}", "train.py") for n in "123"),
+         *((name, "chapter-03", f"post_training/train_{name}.py")
+           for name in ("dpo", "grpo", "distill"))]
 # (chapter, options) of runs at full size.
 LARGE = (("1", ()), ("2", ()), ("3", ("--compile",)),
          ("3", ("--compile", "--method", "full", "--quantize", "none")))
@@ -22,7 +26,7 @@ LARGE = (("1", ()), ("2", ()), ("3", ("--compile",)),
 def runs(options, figures):
     """A list of generators of rows, of which one may fail without the others."""
     large = [through(*one, options, figures) for one in LARGE if options.size == "full"]
-    return [*(run_resume_ask(chapter, options, figures) for chapter in "123"), *large]
+    return [*(run_resume_ask(*one, options, figures) for one in SMALL), *large]
 
 
 def call(what, script, arguments, options, figures):
@@ -36,18 +40,17 @@ def call(what, script, arguments, options, figures):
     return what, f"exit code {done.returncode}", "exit code 0", "ok" if good else "WRONG"
 
 
-def run_resume_ask(chapter, options, figures):
-    """The embedded model: four steps and two checkpoints, two steps more, an answer."""
-    folder, name = f"chapter-0{chapter}", f"chapter {chapter}, embedded model"
+def run_resume_ask(name, folder, script, options, figures):
+    """The embedded model: two steps and two checkpoints, a step more, an answer."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch, "run")
-        train = ["--steps", 4, "--schedule", "constant", "--save-every", 2, "--eval-every", 2]
-        yield call(f"{name}: train.py", f"{folder}/train.py",
-                   ["--model", "tiny", "--out", run, *train], options, figures)
-        yield call(f"{name}: train.py --resume", f"{folder}/train.py",
-                   ["--resume", run, "--steps", 6], options, figures)
-        trained = "--model" if chapter == "1" else "--adapter"
-        yield call(f"{name}: generate.py", f"{folder}/generate.py",
+        yield call(f"{name}, embedded model: {script}", f"{folder}/{script}", [
+            "--model", "tiny", "--out", run, "--steps", 2, "--schedule", "constant",
+            "--save-every", 1, "--eval-every", 1], options, figures)
+        yield call(f"{name}, embedded model: {script} --resume", f"{folder}/{script}",
+                   ["--resume", run, "--steps", 3], options, figures)
+        trained = "--model" if folder == "chapter-01" else "--adapter"
+        yield call(f"{name}, embedded model: generate.py", f"{folder}/generate.py",
                    [trained, run / "final", "--prompt", "What is 2 + 7?"], options, figures)
 
 
