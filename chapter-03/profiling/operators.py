@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import re
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from attention import block_attention
 from buckets import BUCKETS, bucket, duration, loss_of, open_regions, region
 from loss import chunked_cross_entropy, softmax_at_once_
+
+from common.predict import mean_attended
 
 # AdamW's bytes for each trained parameter. Fused it reads p, g, m, v and writes p, m, v. Otherwise
 # it is one operator after another: p - lr·wd·p 8 bytes, m + (1-β₁)(g-m) 12, β₂v 8, + (1-β₂)g² 12,
@@ -41,8 +44,8 @@ def ceilings(device, dtype):
             2 * size / duration(lambda: target.copy_(source), device))
 
 
-def attention(model, pack):
-    """(forward, backward) seconds of attention in one layer of the model."""
+def attention(model, pack, window):
+    """(forward, backward) seconds of attention in one layer of the model, if it has this window."""
     config, labels = model.config, pack["labels"]
     q, k, v = (torch.randn(len(labels), heads, config.head_dim, device=labels.device)
                .to(model.compute_dtype).requires_grad_()
@@ -50,7 +53,7 @@ def attention(model, pack):
 
     def forward():
         return model.model.layers[0].self_attn.attend(
-            q, k, v, pack["cu_seqlens"], pack["max_seqlen"], config.windows[0])
+            q, k, v, pack["cu_seqlens"], pack["max_seqlen"], window)
 
     output = forward()
     grad = torch.ones_like(output)
@@ -192,8 +195,10 @@ def predict(model, pack, compiled=False, fused_optimizer=True):
     config, device = model.config, pack["labels"].device
     ops = record(model, pack, compiled)
     width = config.num_attention_heads * config.head_dim
-    pairs = pack["cu_seqlens"].diff().double().square().sum().item() / 2  # the causal half
-    forward, backward = attention(model, pack)
+    lengths = pack["cu_seqlens"].diff().tolist()  # below, means over layers, whose windows differ
+    pairs = fmean(mean_attended(lengths, window) for window in config.windows) * sum(lengths) / 2
+    times = {window: attention(model, pack, window) for window in set(config.windows)}
+    forward, backward = map(fmean, zip(*(times[window] for window in config.windows)))
     peak, bandwidth = ceilings(device, model.compute_dtype)
     roofline, own = collections.Counter(), collections.Counter()
     for op in ops:

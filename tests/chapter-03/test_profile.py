@@ -153,6 +153,19 @@ def test_recorded_products_have_the_models_flops(method, checkpointing):
     assert calls.count("bareloop::block_attention_backward") == 3
 
 
+def test_attention_is_predicted_by_the_window_of_each_layer(monkeypatch):
+    seconds = {None: (1.0, 10.0), 7: (0.1, 2.0)}
+    monkeypatch.setattr(operators, "attention", lambda model, pack, window: seconds[window])
+    monkeypatch.setattr(operators, "ceilings", lambda device, dtype: (1e9, 1e9))
+    lengths, kinds = [50, 20, 3], ["sliding_attention", "full_attention", "sliding_attention"]
+    model = build("dense", use_sliding_window=True, sliding_window=7, layer_types=kinds)
+    roofline, alone = operators.predict(model, pack_of(lengths))["attention"]
+    assert alone == pytest.approx(1 + 10 + 2 * (0.1 + 2))
+    # Seven products, of which predict.py does not count the scores that the backward makes again.
+    counted = predict.flops_per_token(model, lengths)["attention"] * sum(lengths)
+    assert roofline == pytest.approx(counted * 7 / 6 / 1e9)
+
+
 def test_recording_computes_nothing_and_leaves_no_trace():
     model, pack = build("nf4", "lora"), pack_of([50, 20])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
