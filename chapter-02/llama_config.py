@@ -85,7 +85,7 @@ class YarnScaling:
         first = max(math.floor(pairs * math.log(length / self.beta_fast, theta)), 0)
         last = min(math.ceil(pairs * math.log(length / self.beta_slow, theta)), 2 * pairs - 1)
         numbers = torch.arange(pairs, device=periods.device)
-        return 1 - ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)
+        return 1 - ((numbers - first) / (last - first or 0.001)).clamp(0, 1)
 
 
 SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}

@@ -62,6 +62,10 @@ def _rope(config, file):
         if not isinstance(rope, dict):
             raise UserError(f"{file}: rope_scaling must be null or an object, not {rope!r}")
         scaling = {"rope_type": rope.get("type", "default"), **rope}
+        again = {**config, "rope_type": rope.get("type")}  # where a file may say it once more
+        for key in scaling.keys() & {"rope_type", "original_max_position_embeddings"}:
+            if again.get(key) not in (None, scaling[key]):
+                scalings.append({**scaling, key: again[key]})
         thetas.append(scaling.pop("rope_theta", None))
         scaling.pop("type", None)
         if scaling.get("partial_rotary_factor") == 1:
@@ -117,7 +121,7 @@ def model_fields(cls, config, not_supported):
         raise ValueError("quantization_config is there, so the weights are quantised: give the"
                          " original model, or, if this is bitsandbytes NF4 (4 bits), train it"
                          " with chapter-03/train.py and ask it with chapter-03/generate.py")
-    for name, neutral in not_supported.items():
+    for name, neutral in {**not_supported, "is_causal": (True,)}.items():
         if config.get(name, neutral[0]) not in neutral:
             raise ValueError(f"{name}={config[name]!r} is not supported here")
     values = read_fields(cls, config)

@@ -168,6 +168,14 @@ def test_yarn_and_linear_scaling_equal_their_definitions(scaling, theta, head_di
         torch.testing.assert_close(sin[:, 0, i].double(), size * angle.sin(), rtol=0, atol=1e-4)
 
 
+def test_yarn_without_any_slow_pair_is_as_in_transformers():
+    """The range of the blend ends before it begins; 5.23 and 4.57 then slow all pairs down."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    periods = 10.0 ** (torch.arange(8) / 8)
+    config = llama.LlamaConfig.from_dict({**SMALL, "rope_scaling": scaling})
+    assert config.rope_scaling.kept(periods, 10.0).tolist() == [0.0] * 8
+
+
 # --- the cache ---
 
 FAMILIES = [dict(model_type="llama", rope_scaling=LLAMA3), dict(model_type="qwen2"),
@@ -263,6 +271,7 @@ def test_an_adapter_on_the_head_is_used():
     {"model_type": "gemma"}, {"model_type": None}, {"hidden_act": "gelu"}, {"mlp_bias": "yes"},
     *({"mlp_bias": True, "model_type": family} for family in ("mistral", "qwen2", "qwen3")),
     *({"attention_bias": True, "model_type": family} for family in ("mistral", "qwen2")),
+    {"is_causal": False}, {"is_causal": None},
     {"attention_bias": 1}, {"attention_dropout": 0.1}, {"qk_norm": True}, {"pretraining_tp": 2},
     {"use_sliding_window": True}, {"use_sliding_window": False, "model_type": "mistral"},
     *({"sliding_window": window, "model_type": "mistral"} for window in (0, -1, 4.5, "8", True)),

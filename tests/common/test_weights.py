@@ -108,6 +108,26 @@ def test_read_config_knows_both_dialects(tmp_path, given, theta, scaling):
     assert "rope_parameters" not in config and config["other"] == [1]
 
 
+@pytest.mark.parametrize("given, twice", [
+    ({"rope_scaling": {**ROPE, "type": "linear"}}, "linear"),
+    ({"rope_parameters": {"rope_type": "default", "type": "linear", "rope_theta": 1e4}}, "linear"),
+    ({"rope_scaling": {**ROPE, "original_max_position_embeddings": 16},
+      "original_max_position_embeddings": 32}, "'original_max_position_embeddings': 32"),
+    ({"rope_parameters": ROPE, "rope_scaling": {**ROPE, "factor": 3.5}}, "3.5")])
+def test_a_scaling_that_is_given_twice_must_be_one(tmp_path, given, twice):
+    """transformers 4 and 5 do not take the same one of the two."""
+    with refused("two different values of RoPE scaling", twice):
+        config_of(tmp_path, {"model_type": "llama", **given})
+
+
+def test_a_scaling_may_be_given_twice_alike(tmp_path):
+    scaling = {**ROPE, "original_max_position_embeddings": 16}
+    config = config_of(tmp_path, {
+        "rope_scaling": {**scaling, "type": ROPE["rope_type"]}, "rope_parameters": scaling,
+        "original_max_position_embeddings": 16})
+    assert config["rope_scaling"] == scaling
+
+
 @pytest.mark.parametrize("given, head_dim", [
     ({"model_type": "qwen3"}, 128),
     ({"model_type": "qwen3", "head_dim": 64}, 64),
