@@ -69,6 +69,8 @@ def rates_of(method, options):
     with contextlib.redirect_stdout(None):
         usual = parse(train.Options, train.CHAPTER, "", train.TINY, train.REAL,
                       ["--method", method, *options.extra])
+        if usual.dry_run or usual.resume:
+            raise UserError("after `--`: compare.py needs whole runs, so no --dry-run or --resume")
         settle(usual, train.LlamaConfig.from_dict(read_config(hub.resolve(usual.model))), 0)
     return [float(f"{usual.lr * factor:.2g}") for factor in options.factors]
 

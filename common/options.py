@@ -21,6 +21,9 @@ GPU_MODEL, GPU_DATA = "Qwen/Qwen3-0.6B", "yahma/alpaca-cleaned"
 # Options that do not alter the resulting weights. (Ranks times --grad-accum does: `_resumed`.)
 HARMLESS = ("eval_data", "out", "dry_run", "eval_every", "save_every", "keep", "keep_best",
             "log_every", "tensorboard", "ranks", "grad_accum")
+# What another option has decided; if that one changes on --resume, it decides again.
+DECIDED = {"epochs": ("steps",), "loss": ("beta", "label_smoothing", "gamma"),
+           "epsilon": ("epsilon_high",)}
 
 
 def option(default, text, choices=None, least=None):
@@ -33,8 +36,10 @@ def option(default, text, choices=None, least=None):
 class TrainOptions:
     """The options of every chapter's train.py; `parse` gives each that a run needs a value."""
 
-    # Not options: the data that auto takes on a GPU (None: tiny, as elsewhere); for `settle`.
+    # Not options: the data that auto takes on a GPU (None: tiny, as elsewhere); for `settle`;
+    # which options may name files.
     gpu_data, method, lr_at_4096 = GPU_DATA, "full", None
+    files = ("model", "data", "eval_data", "chat_template")
     model: str = option("auto", "auto, tiny, a built-in architecture, a folder, or a Hub id")
     init: str = option(None, "weights to start from", choices=("pretrained", "random"))
     data: list = option(("auto",), "auto, tiny, virtual (random tokens, for throughput), files, "
@@ -63,7 +68,7 @@ class TrainOptions:
     too_long: str = option("truncate", "what to do with a longer document",
                            choices=("truncate", "drop", "error"))
     lr: float = option(None, "highest learning rate (default: by the model's width)", least=0)
-    min_lr: float = option(0.0, "learning rate at the end of the schedule", least=0)
+    min_lr: float = option(0.0, "learning rate at the schedule's end (default: 0)", least=0)
     warmup: int = option(None, "steps over which the learning rate rises linearly", least=0)
     schedule: str = option("cosine", "learning rate after the warm-up; wsd stays constant, then "
                            "falls linearly over the last fifth",
@@ -107,7 +112,7 @@ def read_flags(options_class, description, argv):
         text, choices = one.metadata["text"], one.metadata["choices"]
         if choices:
             text += f" [{' | '.join(choices)}]"
-        if one.default not in (None, False) and "default" not in text:
+        if str(one.default) not in ("None", "False") and "default" not in text:
             text += f" (default: {one.default})"
         if one.type is bool:
             how = {"action": argparse.BooleanOptionalAction if one.default else "store_true"}
@@ -120,9 +125,10 @@ def read_flags(options_class, description, argv):
     typed = vars(parser.parse_args(argv))
     for one in fields(options_class):
         least, value = one.metadata["least"], typed.get(one.name)
-        if None not in (least, value) and not least <= value < math.inf:
+        least = -2**63 if least is None else least
+        if isinstance(value, (int, float)) and not least <= value < 2**63:
             parser.error(f"{_flag(one.name)}: {value}: the least is {least}, and it must be a "
-                         "finite number")
+                         "finite number below 2^63")
     return typed
 
 
@@ -184,10 +190,9 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     if (path := given.get("config")) is not None:
         given = _read_values(options_class, path, read_json(path)) | given
     # Absolute paths: a run may be resumed from another folder.
-    for name in given.keys() & {"model", "eval_data", "chat_template"}:
-        given[name] = hub.whole_name(given[name])
-    if "data" in given:
-        given["data"] = [hub.whole_name(one) for one in given["data"]]
+    for name in given.keys() & {*options_class.files}:
+        given[name] = ([*map(hub.whole_name, given[name])] if name == "data" else
+                       hub.whole_name(given[name]))
     if "resume" in given:
         return _resumed(options_class, chapter, given)
     options = options_class(**given)
@@ -201,7 +206,7 @@ def parse(options_class, chapter, description, tiny, real, argv=None):
     if options.steps is None and options.epochs is None:
         options.epochs = 1
     options.dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
-    _check_lr(options)
+    _check(options)
     say(_summary(options))
     return options
 
@@ -212,7 +217,7 @@ def settle(options, config, total_steps):
     if options.lr is None:
         options.lr = float(f"{options.lr_at_4096 * 4096 / config.hidden_size:.2g}")
         say(f"lr {options.lr:g}, for a width of {config.hidden_size}; --lr sets it")
-        _check_lr(options)
+        _check(options)
     if options.warmup is None:
         options.warmup = min(20, total_steps // 5)
     if total_steps < options.warmup:
@@ -222,9 +227,16 @@ def settle(options, config, total_steps):
         say(f"note: W does not move in the first {options.delta_start} steps; see --delta-start")
 
 
-def _check_lr(options):
+def _check(options):
+    """Raise UserError for options that contradict each other."""
     if options.lr is not None and options.lr < options.min_lr:
         raise UserError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}")
+    if options.keep_best and options.eval_every == 0:
+        raise UserError("--keep-best needs evaluations: --eval-every must not be 0")
+    if options.init == "random" and options.method not in ("full", "delta-lora") and (
+            options.data != ["virtual"] and not options.dry_run):
+        raise UserError(f"--init random: only the adapter of --method {options.method} would be "
+                        "saved, and not the random weights that it fits; say --method full")
 
 
 def _summary(options):
@@ -284,8 +296,10 @@ def save_options(options, chapter, run, data):
 def _resumed(options_class, chapter, given):
     """The options of the run in --resume DIR, overridden by what was typed now. What affects the
     resulting weights needs --allow-changes; more --steps under --schedule constant do not."""
-    run = Path(given["resume"])
+    run, out = Path(given["resume"]), given.pop("out", given["resume"])
     path = run / "train_config.json"
+    if os.path.abspath(out) != os.path.abspath(run):
+        raise UserError(f"--resume {run} goes on in that folder: leave out --out {out}")
     if not os.path.isfile(path):
         raise UserError(f"{run}: no train_config.json, so this is not the folder of a run")
     record = read_json(path)
@@ -297,6 +311,9 @@ def _resumed(options_class, chapter, given):
         raise UserError(f"{path}: options or world_size is missing")
     saved = _read_values(options_class, path, saved)
     old = options_class(**saved)
+    for name in DECIDED.keys() & given.keys():
+        if given[name] != saved.get(name):
+            saved |= dict.fromkeys(DECIDED[name])
     options = options_class(**{**saved, "dry_run": False, "allow_changes": False, **given})
 
     def compared(one, its_ranks):
@@ -308,10 +325,11 @@ def _resumed(options_class, chapter, given):
     for name in changed:
         say(f"changed since the run began: {name} {before[name]!r} -> {after[name]!r}")
     altering = [name for name in changed if name not in HARMLESS]
-    if options.schedule == "constant" and old.steps and options.steps > old.steps:
+    if options.schedule == "constant" and old.steps and (options.steps or 0) > old.steps:
         altering.remove("steps")
     if altering and not options.allow_changes:
         raise UserError(f"--resume {run}: changing {', '.join(altering)} alters the result: leave"
                         " it as it was, or say --allow-changes if that is intended")
+    _check(options)
     options.device = choose_device(options.device).type
     return options

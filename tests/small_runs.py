@@ -15,7 +15,7 @@ import torch
 from faults import Faults, forked
 from helpers import ROOT, load
 
-from common import prepare
+from common import prepare, weights
 from common.files import checkpoint
 from common.files.checkpoint import verify
 
@@ -34,17 +34,22 @@ def script_of(chapter):
 
 
 def write_inputs(folder, steps=STEPS, documents=24):
-    """A model folder without weights and a data file, in `folder`; gives the options of a run."""
+    """A model folder and a data file, in `folder`; gives the options of a run."""
     model, data = folder / "model", folder / "data.jsonl"
     model.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(ROOT / "common/tiny" / name, model / name)
+    qwen3 = load("chapter-01/modeling_qwen3.py")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = qwen3.Qwen3ForCausalLM(qwen3.Qwen3Config.from_dict(CONFIG))
+    weights.save_weights(made, CONFIG, model, torch.float32)
     (model / "config.json").write_text(json.dumps(CONFIG))
     with open(data, "w") as file:
         for i in range(documents):
             record = {"prompt": f"Repeat {i}.", "completion": "ab " * (1 + i % 5)}
             file.write(json.dumps(record) + "\n")
-    return ["--model", str(model), "--init", "random", "--data", str(data), "--device", "cpu",
+    return ["--model", str(model), "--init", "pretrained", "--data", str(data), "--device", "cpu",
             "--dtype", "float32", "--batch-tokens", "64", "--lr", "1e-2", "--warmup", "2",
             "--steps", str(steps), "--save-every", str(EVERY), "--eval-every", str(EVERY)]
 

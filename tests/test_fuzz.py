@@ -217,6 +217,7 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path, kind, capfd):
     PAYLOADS.clear()
     model, run = tmp_path / "model", tmp_path / "run"
     small_runs.write_inputs(tmp_path)
+    (model / "model.safetensors").unlink()
     for folder, names in (
             (model, ("pytorch_model.bin", "model.bin", "model.pt", "adapter_model.bin")),
             (model, ("model.safetensors", "adapter_model.safetensors"))):

@@ -23,10 +23,7 @@ def options(tmp_path_factory):
         texts = "ab " * (12 + i % 7), "cd"
         rows.append(dict(zip(("prompt", "completion"), texts if i % 2 else texts[::-1])))
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    qwen3 = load("chapter-01/modeling_qwen3.py")
-    model = qwen3.Qwen3ForCausalLM(qwen3.Qwen3Config.from_dict(small_runs.CONFIG))
-    save_weights(model, small_runs.CONFIG, folder / "model", torch.float32)
-    return [*options, "--init", "pretrained", "--warmup", "0", "--steps", "4", "--save-every", "2",
+    return [*options, "--warmup", "0", "--steps", "4", "--save-every", "2",
             "--keep", "9", "--eval-every", "4"]
 
 

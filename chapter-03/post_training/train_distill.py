@@ -7,6 +7,7 @@
 New in chapter 3's loop are the teacher's pass, the divergence, and answers of the student's own."""
 
 import math
+import random
 import sys
 import time
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Options(train.Options):
     """Chapter 3's options, and those of the teacher, the divergence and the rollouts."""
 
     gpu_data = None  # not an option: auto is tiny on a GPU too
+    files = (*train.Options.files, "teacher", "prompts")
     teacher: str = option("self", "who teaches: self (this model before training), or a folder or "
                           "Hub id with the same tokenizer")
     kd: float = option(None, "λ, the teacher's share in the loss of a document of --data; the rest "
@@ -140,7 +142,8 @@ def main(argv=None):
             documents = [n for index in range(packs_per_step)
                          for n in sampler.pack(state["next_pack"] + index)]
             state["next_pack"] += packs_per_step
-            own = round(options.on_policy * len(documents))
+            share = options.on_policy * len(documents)  # below a half: one now and then
+            own = round(share) or int(random.Random(f"{options.seed} {step}").random() < share)
             asked = [prompts[order.pack(state["next_prompt"] + i)[0]].prompt for i in range(own)]
             state["next_prompt"] += own
             with weights_kept(model, own and kept > 0):

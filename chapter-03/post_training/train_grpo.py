@@ -7,6 +7,7 @@
 New in chapter 3's loop are the rollout, a group of answers to each prompt, and their rewards."""
 
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -86,6 +87,9 @@ class Options(LoopOptions):
     def __post_init__(self):
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
+        file, colon, function = self.reward.rpartition(":")
+        if colon:  # absolute, as the other names of files are
+            self.reward = f"{os.path.abspath(file)}:{function}"
 
     @property
     def needs_reference(self):

@@ -29,7 +29,7 @@ def read_options(doc, argv, adapters=True):
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--seed", type=int, default=0, help="for temperatures above 0")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
-        help="of the weights; auto: bfloat16 where it is faster than float32")
+        help="to compute in; auto: bfloat16 where it is faster than float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="auto: a GPU if there is one")
     parser.set_defaults(adapter=None, chat=False, compare=False, top_k=0, top_p=1.0)
@@ -45,6 +45,8 @@ def read_options(doc, argv, adapters=True):
         raise UserError("give --model or --adapter")
     if bool(options.prompt) == options.chat:
         raise UserError("give --prompt or --chat (one of them, not both)")
+    if "" in (options.prompt or ()):
+        raise UserError("--prompt: a prompt is empty")
     if options.raw and options.no_thinking:
         raise UserError("--raw does without the chat template, so --no-thinking has no meaning")
     if options.compare and (options.chat or not options.adapter):
@@ -53,6 +55,8 @@ def read_options(doc, argv, adapters=True):
                               ("temperature", 0, 1e300), ("top_p", 5e-324, 1)):
         if not least <= getattr(options, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is out of range")
+    if options.temperature == 0 and (options.top_k or options.top_p < 1):
+        raise UserError("--top-k and --top-p are for drawing: give --temperature above 0")
     return options
 
 

@@ -225,7 +225,7 @@ def new_run_folder(chapter, out=None):
                 with contextlib.suppress(FileExistsError):  # another run was faster
                     (folder / f"{number:03d}").mkdir()
                     return number
-        of_a_run = r"train_config\.json|metrics\.jsonl|(step-\d{6,}|final)(\..*)?"
+        of_a_run = r"(train_config|profile|trace)\.json.*|metrics\.jsonl|(step-\d{6,}|final)(\..*)?"
         if any(re.fullmatch(of_a_run, name) for name in names):
             raise UserError(f"{out}: a run is there already: go on with it by --resume {out}, or"
                             " choose another --out")

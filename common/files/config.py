@@ -123,7 +123,8 @@ def model_fields(cls, config, not_supported):
                          " with chapter-03/train.py and ask it with chapter-03/generate.py")
     for name, neutral in {**not_supported, "is_causal": (True,)}.items():
         if config.get(name, neutral[0]) not in neutral:
-            raise ValueError(f"{name}={config[name]!r} is not supported here")
+            raise ValueError(f"{name}={config[name]!r} is not supported here"
+                             + "; chapters 2 and 3 know more of them" * (name == "model_type"))
     values = read_fields(cls, config)
     if values["num_attention_heads"] % values["num_key_value_heads"]:
         raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")

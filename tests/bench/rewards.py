@@ -281,14 +281,14 @@ def step_figures(options):
 
 # --- memory of a step ---
 
-QWEN = ["--model", "qwen3-0.6b", "--init", "random", "--data", "tiny", "--prompts", "4", "--group",
-        "4", "--max-new-tokens", "64"]
+QWEN = ["--dry-run", "--model", "qwen3-0.6b", "--init", "random", "--data", "tiny", "--prompts",
+        "4", "--group", "4", "--max-new-tokens", "64"]
 RUNS = {  # name: the options of train_grpo.py, or of train_distill.py
     "GRPO, QLoRA": QWEN,
     "GRPO, LoRA": [*QWEN, "--quantize", "none"],
     "GRPO, LoRA, --kl, checkpointing": [*QWEN, "--quantize", "none", "--kl", "0.05",
                                         "--activation-checkpointing", "full"],
-    "distillation, QLoRA, by itself": QWEN[:6],
+    "distillation, QLoRA, by itself": QWEN[:7],
 }
 
 

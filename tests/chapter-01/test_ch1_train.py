@@ -177,6 +177,24 @@ def test_resume_reports_changes_and_wants_permission(tmp_path, data, capsys):
         train.main(["--resume", str(run), "--lr", "1e-4", "--grad-accum", "2"])
     assert "lr 0.0" in capsys.readouterr().out
     assert train.main(["--resume", str(run), "--log-every", "1"]) == 0  # harmless
+    assert train.main(["--resume", str(run), "--out", str(run)]) == 0
+    for more, message in ((("--out", str(tmp_path / "other")), "leave out --out"),
+                          (("--min-lr", "1", "--allow-changes"), "--min-lr 1 is above --lr"),
+                          (("--keep-best",), "--eval-every must not be 0")):
+        with pytest.raises(UserError, match=message):
+            train.main(["--resume", str(run), *more])
+    assert not (tmp_path / "other").exists()
+
+
+def test_epochs_on_a_resume_put_the_steps_aside(tmp_path, data):
+    run = trained(tmp_path, "run", *on(data), "--steps", "1", "--batch-tokens", "64",
+                  "--save-every", "1", "--eval-every", "0", "--schedule", "constant")
+    with pytest.raises(UserError, match="changing steps, epochs alters the result"):
+        train.main(["--resume", str(run), "--epochs", "1"])
+    assert train.main(["--resume", str(run), "--epochs", "1", "--allow-changes"]) == 0
+    assert len(metrics(run)) > 1
+    saved = json.loads((run / "train_config.json").read_text())["options"]
+    assert (saved["steps"], saved["epochs"]) == (None, 1)
 
 
 def test_resume_wants_the_documents_that_the_run_began_with(tmp_path):
@@ -209,7 +227,8 @@ def test_bf16_compute_on_float32_masters_follows_float32(tmp_path, model, steps)
     """lr 3e-4, means over a tenth of the steps within 2 %; pure-bf16 AdamW is off by 5 % or more."""
     common = [*TINY, "--init", "random", "--batch-tokens", "512"]
     if model == "small":  # whose weights are larger, so that bfloat16 loses more of a step
-        common = [*small_runs.write_inputs(tmp_path, documents=40), "--batch-tokens", "128"]
+        common = [*small_runs.write_inputs(tmp_path, documents=40), "--init", "random",
+                  "--batch-tokens", "128"]
         config = {**small_runs.CONFIG, "initializer_range": 0.3}
         (tmp_path / "model/config.json").write_text(json.dumps(config))
     common += ["--lr", "3e-4", "--warmup", "0", "--schedule", "constant", "--steps", str(steps),
@@ -298,6 +317,8 @@ def test_bad_flags(tmp_path):
     assert "did you mean cosine" in bad(tmp_path, "--schedule", "cosinus")
     assert "the least is 1" in bad(tmp_path, "--steps", "0")
     assert "a finite number" in bad(tmp_path, "--lr", "nan")
+    assert "below 2^63" in bad(tmp_path, "--seed", str(2**64))
+    assert "--eval-every must not be 0" in bad(tmp_path, "--keep-best", "--eval-every", "0")
     assert "--data" in bad(tmp_path, "--model", "qwen3-0.6b")
     assert "no such" in bad(tmp_path, "--model", "tiny", "--data", "missing.jsonl").lower()
     for flag in ("--eval-data", "--columns"):  # neither is ignored in silence
@@ -323,7 +344,7 @@ def test_bad_data(tmp_path):
 def test_bad_models(tmp_path):
     config = json.loads((ROOT / "common/tiny/config.json").read_text())
     changes = {
-        "type": ({"model_type": "gpt2"}, "model_type"),
+        "type": ({"model_type": "llama"}, "chapters 2 and 3 know more"),
         "vocabulary": ({"vocab_size": 40}, "vocab_size"),
         "rope": ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
                  "rope"),

@@ -107,10 +107,18 @@ def test_refusals(tmp_path, data):
         (("--method", "delta-lora", "--dropout", "0.1"), "dropout"),
         (("--target-modules", "qq_proj"), "q_proj"),
         (("--method", "pissa", "--rank", "100000"), "rank"),
+        (("--method", "vera", "--vera-d", "inf"), "--vera-d: inf"),
+        (("--init", "random"), "not the random weights that it fits; say --method full"),
     ):
         with pytest.raises(UserError, match=message):
             train.main([*arguments(data, *more), "--out", str(tmp_path / "run")])
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [("--data", "virtual"), ("--method", "full"), ("--dry-run",)])
+def test_random_weights_are_for_what_saves_them_or_is_not_kept(tmp_path, data, more):
+    assert train.main([*arguments(data, "--init", "random", *more, "--steps", "1"),
+                       "--out", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize("name, rows", {

@@ -34,7 +34,7 @@ def inputs(folder, **changes):
     """The options of a run of 4 steps on a model with weights in `folder`."""
     options = small_runs.write_inputs(folder, 4)
     write_model(folder / "model", **changes)
-    return [*options, "--init", "pretrained", "--warmup", "0", "--batch-tokens", "300", "--rank",
+    return [*options, "--warmup", "0", "--batch-tokens", "300", "--rank",
             "2", "--log-every", "1", "--max-new-tokens", "6", "--schedule", "constant"]
 
 

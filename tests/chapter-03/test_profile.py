@@ -252,9 +252,10 @@ def test_quantised_base_is_told_from_the_rest():
 
 def test_it_leaves_what_it_says(tmp_path, capsys, quick_ceilings):
     out = tmp_path / "out"
-    assert profile_step.main([
+    arguments = [
         "--model", str(write_half(tmp_path)), "--data", "virtual", "--init", "random", "--device",
-        "cpu", "--dtype", "float32", "--batch-tokens", "256", "--out", str(out)]) == 0
+        "cpu", "--dtype", "float32", "--batch-tokens", "256", "--out", str(out)]
+    assert profile_step.main(arguments) == 0
     printed = capsys.readouterr().out
     trace = json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))
     names = {event.get("name") for event in trace["traceEvents"]}
@@ -273,6 +274,8 @@ def test_it_leaves_what_it_says(tmp_path, capsys, quick_ceilings):
                   "perfetto", *buckets.BUCKETS, *anatomy.CATEGORIES):
         assert words in printed
     assert os.listdir(out) and "snapshot" not in printed
+    with pytest.raises(UserError, match="choose another --out"):
+        profile_step.main(arguments)
 
 
 def test_script_refuses_what_is_no_step():

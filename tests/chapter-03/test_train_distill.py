@@ -207,6 +207,23 @@ def documents_of(packs):
             for ids in pack["input_ids"].split(pack["cu_seqlens"].diff().tolist())]
 
 
+def test_a_teacher_is_found_from_another_folder(options, teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(teacher.parent)
+    folder = run(options, tmp_path, "--teacher", teacher.name, "--steps", 1, "--schedule",
+                 "constant")
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--resume", str(folder), "--steps", "2"]) == 0
+
+
+def test_a_share_of_less_than_half_a_document_is_one_now_and_then(
+        options, teacher, tmp_path, packs):
+    run(options, tmp_path, "--teacher", teacher, "--on-policy", 0.1, "--eval-every", 0,
+        "--batch-tokens", 64, "--steps", 40)
+    steps = [[len(documents_of(part)) for part in packs.of(step)] for step in range(1, 41)]
+    given, written = map(sum, zip(*steps))
+    assert max(map(sum, steps)) < 5 and 0.05 < written / (given + written) < 0.2
+
+
 @pytest.mark.parametrize("share", [0, 0.25, 1])
 def test_a_share_of_the_documents_gives_way(options, teacher, tmp_path, packs, share, monkeypatch):
     sizes, real = [], train.PackSampler.pack
@@ -446,7 +463,7 @@ def test_a_step_that_is_not_finite_is_skipped(options, teacher, tmp_path, capsys
     (("--kd-temperature", "0"), ["--kd-temperature"]),
     (("--teacher", "nowhere"), ["--teacher nowhere: no such folder"]),
     (("--teacher", "EMPTY"), ["EMPTY", "no config.json"]),
-    (("--teacher", "OTHER"), ["--teacher OTHER: its tokenizer is another one", "'Q'",
+    (("--teacher", "OTHER"), ["OTHER: its tokenizer is another one", "'Q'",
                               "take a teacher of the same family"]),
     (("--teacher", "ADAPTER"), ["ADAPTER", "an adapter, not a model"]),
     (("--data", "TEXTS", *ON_POLICY), ["no prompt is left to answer"]),

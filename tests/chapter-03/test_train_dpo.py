@@ -58,10 +58,7 @@ def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dpo")
     options = small_runs.write_inputs(folder)
     write_pairs(folder / "data.jsonl")
-    torch.manual_seed(0)
-    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(small_runs.CONFIG))
-    save_weights(model, small_runs.CONFIG, folder / "model", torch.float32)
-    return [*options, "--init", "pretrained", "--warmup", "0", "--batch-tokens", "300", "--steps",
+    return [*options, "--warmup", "0", "--batch-tokens", "300", "--steps",
             "4", "--rank", "2", "--log-every", "1"]
 
 
@@ -321,6 +318,17 @@ def ranks(count, *arguments, patch=lambda: None):
     printed = "".join(text for _, text in ended)
     assert not any(code for code, _ in ended), printed[-6000:]
     return printed
+
+
+def test_another_loss_on_a_resume_brings_its_own_values(options, tmp_path, capsys):
+    folder = run(options, tmp_path, "--loss", "simpo", "--steps", 1, "--schedule", "constant")
+    for loss, values in (("robust", (0.1, 0.1, None)), ("simpo", (2.0, None, 1.0))):
+        steps = 2 if loss == "robust" else 3
+        assert train.main(["--resume", str(folder), "--loss", loss, "--steps", str(steps),
+                           "--allow-changes"]) == 0
+        saved = json.loads((folder / "train_config.json").read_text())["options"]
+        assert tuple(saved[name] for name in ("beta", "label_smoothing", "gamma")) == values
+        assert f"loss        {loss}, β {values[0]:g}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [

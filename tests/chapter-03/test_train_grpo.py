@@ -653,7 +653,7 @@ FILES = {
     (("--divisor", "token"), ["--divisor", "did you mean tokens?"]),
     (("--baseline", "median"), ["--baseline", "'mean', 'others'"]),
     (("--reward", "exakt"), ["--reward exakt", "did you mean exact?"]),
-    (("--reward", "missing.py:f"), ["--reward missing.py:f", "of a file that is there"]),
+    (("--reward", "missing.py:f"), ["/missing.py:f: neither exact", "of a file that is there"]),
     (("--reward", "OWN.py"), ["FILE.py:function"]),
     (("--reward", "OWN.py:nothing"), ["OWN.py:nothing", "AttributeError", "nothing"]),
     (("--reward", "BROKEN.py:f"), ["BROKEN.py:f", "SyntaxError"]),
