@@ -16,7 +16,7 @@ from common.data.trained_spans import USER, any_of, learn, regions, tokens_in
 from common.errors import UserError, one_line, writing
 from common.files.json_files import read_json
 
-TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *parts.THOUGHTS}
+TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *parts.THOUGHTS}
 HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs: not characters
 HALVES_AND_MARKS = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")
 NOT_ASKED = "messages", "where", "example"  # keys of a record that no template gets
@@ -182,8 +182,9 @@ class Chat:
         return Layout(text, spans or None, not (bos and text.startswith(bos)), False, (), notes)
 
     def _notes(self, messages):
+        keys = {key for one in messages for key in one if (one["role"], key) != ("tool", "name")}
         notes = [f"with a key {one_line(repr(key), 40)} in their turns, which the chat template "
-                 "does not use" for key in sorted(set().union(*messages) - TURN_KEYS)
+                 "does not use" for key in sorted(keys - TURN_KEYS)
                  if not re.search(rf"\b{re.escape(key)}\b", self.template or "")]
         if messages[0]["role"] == "assistant":
             notes.append("in which the assistant speaks first")

@@ -246,8 +246,8 @@ def split(encoded, seed, share=0.02, most=200):
     _, groups, copies = np.unique(encoded.documents["digest"], return_inverse=True,
                                   return_counts=True)
     if len(copies) == 1:
-        raise UserError(f"nothing can be held out, as all {encoded.unit} ({count:,}) are the same:"
-                        " give others with --eval-data")
+        all_one = f"all {encoded.unit} ({count:,}) are the same" if count > 1 else "it is only one"
+        raise UserError(f"nothing can be held out, as {all_one}: give others with --eval-data")
     order = np.random.default_rng((seed, 1)).permutation(count)
     single = copies[groups[order]] == 1
     held = order[single][:min(most, max(1, int(share * count)))]

@@ -3,7 +3,7 @@
     OpenAI             {"messages": [{"role", "content", ...}], "tools"? or "functions"?}
     ShareGPT           {"conversations": [{"from": "human" | "gpt" | "system" | ..., "value"}]}
     Alpaca             {"instruction", "input"?, "output", "history"?}
-    prompt/completion  {"prompt", "completion"}, each a text or a list of messages
+    prompt/completion  {"prompt", "input"?, "completion"}; both may be a list of messages
     text               {"text"}: all of it is trained
 
 A key with a meaning is honoured or refused; other keys are noted."""
@@ -34,10 +34,11 @@ def convert(value, where, ignored, rendered=False):
     Messages are as OpenAI has them, but the arguments of calls are objects, and "train": False
     marks what is not to be trained on. Unused keys are added to the dict `ignored`, with the place.
     Raises Refused for an example that can be left out, UserError for what a file must not hold."""
-    value = present(value, "an example", where)  # what is read is taken out
+    given, value = value, present(value, "an example", where)  # what is read is taken out
     keys = next((keys for keys in FORMATS if value.keys() >= {*keys}), None)
     if keys is None:
-        raise UserError(f"{where}: {_no_format(value)}")
+        nulls = "".join(f"{quoted(key)} is null; " for key in given if key not in value)
+        raise UserError(f"{where}: {nulls}{_no_format(value)}")
     if not _trains(value, "an example", where):
         raise Refused("its weight is 0")
     if keys == ("text",):

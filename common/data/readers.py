@@ -170,7 +170,8 @@ def table(path, wanted):
     header = next((line for _, line, _ in _lines(path) if line.strip()), "")
     said = re.match("sep=(.)\\s*$", header)  # a first line that Excel writes
     comma = ";" if ";" in header and "," not in header else ","  # Excel's, where 0,5 is a half
-    separator = said[1] if said else "\t" if suffix(path) == ".tsv" else comma
+    tabs = suffix(path) == ".tsv" or "\t" in header and comma not in header
+    separator = said[1] if said else "\t" if tabs else comma
 
     def text():
         nonlocal done

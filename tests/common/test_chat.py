@@ -161,6 +161,8 @@ def test_nothing_that_a_template_drops_is_dropped_silently(tmp_path):
     odd = [{**one, "mood": "b"} for one in talk("a", "b")]
     assert chat.layout({"messages": odd}).notes == (
         "with a key 'mood' in their turns, which the chat template does not use",)
+    assert "'name'" in chat.layout({"messages": [
+        {**talk("a", "b")[0], "name": "Bob"}, talk("a", "b")[1]]}).notes[0]
     call = {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]}
     with pytest.raises(Refused, match="leaves out a tool call"):
         chat.encode_messages([*talk("a"), call])

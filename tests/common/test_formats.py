@@ -204,7 +204,7 @@ def test_null_is_absent():
     assert messages({"instruction": "a", "input": None, "output": "b", "text": None}) == (
         said("a", "b"))
     assert messages({"messages": [{**USER, "value": None, "from": None}, HELLO]}) == [USER, HELLO]
-    with pytest.raises(UserError, match="fit no known format"):
+    with pytest.raises(UserError, match="f:1: 'text' is null; .*fit no known format"):
         convert({"text": None, "prompt": "p"}, "f:1", {})
     nan = float("nan")  # pandas' word for it
     assert messages({"instruction": "a", "input": nan, "output": "b", "id": nan}) == said("a", "b")
