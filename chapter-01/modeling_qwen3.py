@@ -92,7 +92,7 @@ class RMSNorm(nn.Module):
 
 def rotary_tables(position_ids, head_dim, theta):
     """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d) (RoFormer,
-    3.2.2), in float32: in bfloat16 the angle of position 4095 would be off by over four radians."""
+    3.2.2), in float32: in bfloat16 the angle of position 4095 would be off by radians."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids.float()[:, None] / theta**exponents  # (T, d/2)
     return angles.cos()[:, None, :], angles.sin()[:, None, :]

@@ -4,8 +4,8 @@
     python chapter-02/train.py --model Qwen/Qwen3-0.6B --data my.jsonl --method dora --rank 8
     torchrun --nproc-per-node 8 chapter-02/train.py ...         the same on eight GPUs
 
-The loop is chapter 1's. What a method adds is in lora.py and is called at four places here:
-`apply_adapter`, `optimizer_groups`, `before_step`, `after_step`."""
+The loop is chapter 1's. What a method adds is in lora.py and is called at five places here:
+`apply_adapter`, `optimizer_groups`, `state_names`, `before_step`, `after_step`."""
 
 import math
 import sys

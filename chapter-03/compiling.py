@@ -1,4 +1,4 @@
-"""`--compile`: each decoder layer as one graph, compiled once for all layers and all packs."""
+"""`--compile`: each decoder layer as one graph, made for all packs; see `compile_model`."""
 
 import functools
 

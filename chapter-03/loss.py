@@ -1,8 +1,8 @@
 """Cross-entropy of the output head without the (T, V) logits: one chunk of tokens after another.
 
-The plain loss holds the logits in 16 bits and three float32 arrays of their size: 14 bytes for
-each of T · V, 8.7 GB at T = 4096 and V = 151,936. Here a chunk's softmax is followed at once, in
-the forward, by its share of both gradients. So nothing of size (T, V) ever exists and nothing is
+The plain loss holds three float32 arrays of the logits' size at a time: 12 bytes for each of T · V,
+7.5 GB at T = 4096 and V = 151,936. Here a chunk's softmax is followed at once, in the forward, by
+its share of both gradients. So nothing of size (T, V) ever exists and nothing is
 computed twice; the backward only multiplies by the gradient of the loss. Tokens without a label
 are left out, which for instructions with short answers saves most of the head's work."""
 

@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 # Copied from chapter-02/modeling_llama.py
 def rotary_tables(position_ids, config):
     """cos and sin of mθ_i, each (T, 1, d/2), for positions m and θ_i = theta^(-2i/d) (RoFormer,
-    3.2.2), in float32: in bfloat16 the angle of position 4095 would be off by over four radians.
+    3.2.2), in float32: in bfloat16 the angle of position 4095 would be off by radians.
 
     A model that was trained on short documents first, then on longer ones, may have pairs that turn
     slower, down to 1/factor of their speed: which ones depends on the kind of its `rope_scaling`

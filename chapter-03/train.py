@@ -64,7 +64,7 @@ class Options(TrainOptions):
                                choices=("nf4", "none"))
     double_quant: bool = option(False, "quantise the scales of NF4 too: 4.13 bits per weight "
                                     "instead of 4.5")
-    compile: bool = option(False, "compile the layers; every pack is then filled up to "
+    compile: bool = option(False, "compile (train.py only): packs are then filled up to "
                                "--batch-tokens")
     activation_checkpointing: str = option(
         "none", "what the backward computes again instead of keeping it; selective: all but "
