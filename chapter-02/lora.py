@@ -167,8 +167,9 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x):
         dropped = self.drop(x)
-        plain, (A, B) = self.base(dropped), (factor.to(x.dtype) for factor in self.factors())
-        y = (self.add(plain, x, A, B) if dropped is x else  # `plain` is needed again below
+        plain = self.base(dropped)
+        A, B = (factor.to(x.dtype) for factor in self.factors())
+        y = (self.add(plain, x, A, B) if dropped is x else  # in place only if `plain` is done with
              torch.addmm(plain, F.linear(dropped, A), B.t()))
         # m/‖V‖ is near 1 and stays float32: in bfloat16 the next number after 1 is 1.0078.
         gain = self.lora_magnitude_vector / self.row_norms()
