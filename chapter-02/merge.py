@@ -2,9 +2,8 @@
 
     python chapter-02/merge.py --adapter runs/chapter-02/001/final --out merged
 
-The sum W + ΔW is formed in float32 and rounded once, to --dtype. bfloat16 keeps 8 significant bits
-of it, and ΔW is small beside W, so much of ΔW can be lost; the report says how much. Needs 4 bytes
-of main memory per parameter."""
+W + ΔW is formed in float32, 4 bytes of memory per parameter, and rounded once, to --dtype. bfloat16
+keeps 8 significant bits, and ΔW is small beside W: much of it can be lost, as the report says."""
 
 import sys
 from pathlib import Path
@@ -25,9 +24,8 @@ import lora
 def merge(adapter, out, model=None, dtype="auto"):
     """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
 
-    `model` is the base, if not the one that the adapter names; `dtype` is what to store (auto: the
-    dtype in the base's config.json). Returns `merging.report`, which compares the merged model with
-    the adapter in float32. Raises UserError if `out` exists or anything is wrong with a file."""
+    `model` and `dtype` are as the flags. Returns `merging.report`, which compares the merged model
+    with the adapter in float32. UserError if `out` exists or anything is wrong with a file."""
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")
     network, base = load_model(model, "cpu", torch.float32, adapter)

@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
 
 from common import hub, weights
 from common.adapters import merging
@@ -30,7 +29,7 @@ def dequantize(network):
     for name, layer in list(network.named_modules()):
         if isinstance(layer, NF4Linear):
             dense = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(layer.weight.float(), requires_grad=False)
+            dense.weight = torch.nn.Parameter(layer.weight.float(), requires_grad=False)
             dense.bias = layer.bias
             network.set_submodule(name, dense)
 
@@ -61,10 +60,9 @@ def merge(adapter, out, model=None, dtype="auto", original=False, trained_on="au
           requantize=False):
     """Write folder `out`: the base model with the adapter of folder `adapter` merged into it.
 
-    As chapter 2's, but into the base as it was in training, dequantised, or the `original` weights,
-    and `dtype` may be "nf4": quantised anew, which needs `requantize`. `trained_on` is one of
-    `BASES`, or "auto", as the adapter's file says. Adds to `merging.report` the `choices`, the
-    largest logit difference by base, and `left`, the share of ΔW after quantising, or None."""
+    As chapter 2's, but into the base as it was in training, dequantised, or the `original` weights;
+    the rest as the flags. Adds to `merging.report` the `choices`, the largest logit difference by
+    base, and `left`, the share of ΔW after quantising, or None."""
     merging.check_new(out)
     adapter = hub.resolve(adapter, "--adapter")
 

@@ -2,12 +2,11 @@
 without storage and filled tensor by tensor: the 16-bit model of an NF4 base never exists whole."""
 
 import torch
-from torch import nn
 
 from common import hub, weights
 from common.adapters import peft
 from common.errors import UserError, located
-from common.files.checkpoint import MARK, verify
+from common.files.checkpoint import MARK
 from common.files.tensors import iter_tensors, tensor_problems
 from bnb_files import DTYPES, is_bnb, iter_bnb
 from lora import apply_adapter
@@ -102,7 +101,7 @@ def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quan
         _check({name: header}, {name: awaited.pop(name)} if name in awaited else {})
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        linear = isinstance(module, nn.Linear) and leaf == "weight" and ".layers." in name
+        linear = isinstance(module, torch.nn.Linear) and leaf == "weight" and ".layers." in name
         if linear and quantize and not isinstance(tensor, NF4Weight):
             try:
                 tensor = quantize_nf4(tensor.to(device, dtype), double_quant)
@@ -110,7 +109,7 @@ def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quan
                 raise ValueError(f"{name} cannot be quantised: {error}") from error
         if not isinstance(tensor, NF4Weight):
             tensor = tensor.to(device, dtype, copy=True)  # the one read is backed by its file
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
         elif linear:
             layer = NF4Linear(tensor).to(device)
             layer.bias = module.bias  # whose values may come later
@@ -122,8 +121,7 @@ def load_base(model, tensors, double_quant=False, dtype=None, device="cpu", quan
 
 def _check(found, wanted):
     """Raise ValueError if the tensors `found` (headers) are not the `wanted` ones (shapes)."""
-    problems = tensor_problems(found, wanted, ("float64", "float32", "float16", "bfloat16"))
-    if problems:
+    if problems := tensor_problems(found, wanted, ("float64", "float32", "float16", "bfloat16")):
         raise ValueError(f"the tensors do not fit config.json: {problems}")
 
 
@@ -133,10 +131,8 @@ def load_model(name, device, dtype, adapter=None, base="auto"):
     model that the adapter in folder `adapter` was trained on. With `base` "nf4" or "nf4-double" its
     layers are quantised, if they are not yet; "auto" is what the adapter's file says, or "none"."""
     folder = hub.resolve(name or peft.base_model_name(adapter))
-    verify(folder)
     metadata = peft.metadata(adapter) if adapter else {}
-    if base == "auto":
-        base = metadata.get("trained_on", "none")
+    base = metadata.get("trained_on", "none") if base == "auto" else base
     if base not in BASES:
         raise UserError(f"{adapter}: trained on {base!r}, which is not known here")
     config_json = weights.read_config(folder)

@@ -74,7 +74,7 @@ def memory_advice(options, predicted):
         if not out_of_memory(error):
             raise
         largest = sorted(predicted.items(), key=lambda item: -item[1])[:3]
-        shares = ", ".join(f"{name} {readable_bytes(size)}" for name, size in largest if size)
+        parts = ", ".join(f"{name} {readable_bytes(size)}" for name, size in largest if size)
         smaller = options.batch_tokens // 2
         cut = f"; documents over {smaller} tokens are too long" * (options.max_seq_len > smaller)
         advice = (f"try --batch-tokens {smaller} --grad-accum {2 * options.grad_accum} (as many"
@@ -82,6 +82,5 @@ def memory_advice(options, predicted):
                   "--batch-tokens is small already: take a smaller model, or chapter 3 with"
                   " --quantize nf4 and --activation-checkpointing")
         # PyTorch's message goes on for a paragraph about its allocator.
-        raise UserError(f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak"
-                        f" {readable_bytes(sum(predicted.values()))} ({shares}); {advice}"
-                        ) from error
+        raise UserError(f"out of memory: {one_line(error).split('. GPU')[0]}; predicted peak "
+                        f"{readable_bytes(sum(predicted.values()))} ({parts}); {advice}") from error

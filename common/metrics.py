@@ -105,8 +105,7 @@ class Metrics:
     def _cut(self, start_step):
         """Drop the lines after `start_step` from the file, and unreadable ones with a message."""
         kept = []
-        lines = read_bytes(self.path, sys.maxsize).splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_bytes(self.path, sys.maxsize).splitlines(True), 1):
             try:
                 content = json.loads(line if line.endswith(b"\n") else "")
                 if content["step"] <= start_step:

@@ -28,7 +28,6 @@ ANSWER = ("content", "tool_calls", *THOUGHTS)  # keys under which an assistant's
 @dataclass(frozen=True)
 class Question:
     """What is asked of the model, as `generate.py` would ask it."""
-
     text: str       # for people: the last thing that was said
     prompt: list    # token ids
     expected: list  # token ids: how the document goes on, up to its end-of-turn token
@@ -39,7 +38,6 @@ class Question:
 @dataclass(frozen=True)
 class Data:
     """What a run works on. `quizzes` are lists of questions on held-out documents, by name."""
-
     source: Path  # the model's folder
     train: encode.Encoded
     held_out: encode.Encoded

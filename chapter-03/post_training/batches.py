@@ -41,9 +41,8 @@ def add_rollout(predicted, config, options, answers, longest, kept=0):
     # Of a token, keys and values; of a row, logits, as drawn too; a layer's cache is copied.
     row = 2 * config.num_key_value_heads * config.head_dim * c * (config.num_hidden_layers + 1)
     row = row * longest + c * config.vocab_size
-    stays = sum(predicted.get(name, 0) for name in (
+    stays = kept + sum(predicted.get(name, 0) for name in (
         "weights", "optimizer moments", "reference model", "teacher"))
-    stays += kept
     free = predicted.peak - stays
     if options.device == "cuda":
         free = max(free, int(SHARE * torch.cuda.get_device_properties(0).total_memory) - stays)

@@ -5,6 +5,7 @@
     GSM8K           {"question", "answer"}; if the answer has a "####", the question asks for one
     prompt alone    {"prompt"}, or a conversation that ends with the user's turn"""
 
+from contextlib import suppress
 from random import Random
 from typing import NamedTuple
 
@@ -25,7 +26,6 @@ MARK = '\n\nEnd with a line that has only "#### " and the number.'
 
 class Problem(NamedTuple):
     """A question, and all that is known of it."""
-
     prompt: list  # token ids, as generate.py would ask
     text: str  # for people: the last thing that was said
     record: dict  # the example as the file has it, and "expected": its answer's text, or ""
@@ -72,20 +72,17 @@ def problems(chat, documents, records, limit, **variables):
                         "--batch-tokens and the model's positions")
     numbers = None if documents is None else {*documents.documents["record"].tolist()}
     found, left_out = [], 0
-    for number, record in enumerate(tqdm(
-            records, "prompts", delay=2, leave=False, disable=None)):
+    for number, record in enumerate(tqdm(records, "prompts", delay=2, leave=False, disable=None)):
         if numbers is not None and number not in numbers:
             continue
         messages, prompt = record.get("messages", []), []
         turns = [n for n, one in enumerate(messages)
                  if one["role"] == "assistant" and one.get("train") is not False]
         more = {name: value for name, value in record.items() if name not in NOT_ASKED}
-        try:
+        with suppress(Refused):  # counted below
             if turns:
                 prompt = chat.encode_prompt(messages[:turns[-1]], strftime_now=fixed_date,
                                             **more, **variables)
-        except Refused:
-            pass  # counted below
         if not 0 < len(prompt) <= limit:
             left_out += 1
             continue

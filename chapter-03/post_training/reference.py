@@ -17,8 +17,7 @@ MOVES_W = ("full", "delta-lora")  # methods that leave nothing of the original
 @contextlib.contextmanager
 def adapters_off(model):
     """Within it the model computes what it did before it was adapted: each adapted layer is its
-    base, which may have four bits. PiSSA has taken a part out of W, and gives it back. The
-    adapters are on again afterwards, also after an error."""
+    base, which may have four bits. The adapters are on again afterwards, also after an error."""
     layers = [layer for _, layer in adapter_modules(model)]
     for layer in layers:
         layer.forward = unadapted(layer)
@@ -33,8 +32,7 @@ def unadapted(layer):
     """The function that an adapted layer was before: x (T, in) to x Wᵀ + bias (T, out). PiSSA's
     base is W - s B₀ A₀; adding x (s B₀ A₀)ᵀ is what it computes itself before the first step."""
     if isinstance(layer, PiSSALinear):
-        return lambda x: layer.add(
-            layer.base(x), x, layer.initial_A, layer.scale * layer.initial_B)
+        return lambda x: layer.add(layer.base(x), x, layer.initial_A, layer.scale * layer.initial_B)
     return lambda x: layer.base(x)
 
 
@@ -82,8 +80,7 @@ def add_reference(predicted, model, options):
 
 @torch.no_grad()
 def reference_log_probs(model, pack, reference=None):
-    """log ρ of each token of `pack`, (T,), by the frozen copy or, without one, by `model` with its
-    adapters off. It leaves no gradient."""
+    """log ρ of each token of `pack`, (T,), by the frozen copy or else by `model`, adapters off."""
     if reference is not None:
         return reference(**pack)
     with adapters_off(model):
@@ -92,7 +89,5 @@ def reference_log_probs(model, pack, reference=None):
 
 def scored(model, reference, pack, options):
     """`preference_loss` of a pack from `collate_pairs`."""
-    frozen = None
-    if options.needs_reference:
-        frozen = reference_log_probs(model, pack, reference)
+    frozen = reference_log_probs(model, pack, reference) if options.needs_reference else None
     return preference_loss(PairLogProbs.of(pack, model(**pack), frozen), options)

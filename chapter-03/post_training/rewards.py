@@ -55,8 +55,7 @@ BESIDE = {"letters": {"exact": exact}, "gsm8k": {"last_number": last_number, "ma
 
 
 def load_reward(name):
-    """(the reward, {name: what to count beside it}) for a name of REWARDS, or FILE.py:function, a
-    file of one's own, which is run."""
+    """(reward, {name: what to count too}) for a name of REWARDS or FILE.py:function, which runs."""
     if name in REWARDS:
         return REWARDS[name], BESIDE.get(name, {})
     file, _, function = name.rpartition(":")

@@ -52,16 +52,15 @@ def rollout(model, prompts, group, limit, stop_ids, temperature=1.0, seed=(0,), 
     draws = torch.tensor(np.concatenate([
         np.random.default_rng((*seed, n)).random((group, limit), dtype=np.float32)
         for n in range(len(prompts))]), device=next(model.parameters()).device)  # (answers, limit)
-    answers, was_training = [None] * len(draws), model.training
+    answers, was_training = {}, model.training
     model.eval()
     try:
         for rows in batches([*map(len, prompts)], group, limit, room):
             asked = [prompts[row // group] for row in rows]
-            for row, answer in zip(rows, grow(model, asked, stop_ids, temperature, draws[rows])):
-                answers[row] = answer
+            answers.update(zip(rows, grow(model, asked, stop_ids, temperature, draws[rows])))
     finally:
         model.train(was_training)
-    return answers
+    return [answers[row] for row in range(len(draws))]
 
 
 def grow(model, prompts, stop_ids, temperature, draws):

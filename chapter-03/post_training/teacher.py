@@ -23,9 +23,8 @@ def teacher_shapes(options, shapes):
 
 
 def add_teacher(predicted, shapes, teacher, options, chat):
-    """Add to `predicted`, of the model `shapes`, what the `teacher` needs, shapes too. Gives the
-    vocabulary that both heads are cut to, None if they are equally large. UserError if its
-    tokenizer is not that of `chat`."""
+    """Add to `predicted`, of the model `shapes`, what the `teacher` (shapes too) needs. Gives the
+    vocabulary that both heads are cut to, None if equally large. UserError if tokenizers differ."""
     if teacher is shapes:
         add_reference(predicted, shapes, options)
     else:

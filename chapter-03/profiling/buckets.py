@@ -9,15 +9,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import profile, record_function
 
 BUCKETS = ("matrix products", "attention", "loss", "element-wise", "optimizer", "idle")
 
 open_regions = []  # their names, outermost first
 
-
-# --- which bucket ---
 
 @contextlib.contextmanager
 def region(name):
@@ -59,8 +56,6 @@ def bucket(names, kernels=False):
         return "loss"
     return "element-wise"
 
-
-# --- measured ---
 
 def duration(function, device, prepare=lambda: None, repeats=5):
     """Seconds of a call: the median of `repeats` (on CUDA ten calls each), `prepare` left out."""
@@ -109,7 +104,7 @@ def measure(step, device, trace, repeats=3):
 def sum_up(events, device):
     """Seconds by bucket of the profiler's events within the region "step"."""
     on_gpu = device.type == "cuda"
-    events = [event for event in events if event.device_type == DeviceType.CPU]
+    events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     times = dict.fromkeys(BUCKETS, 0.0)
     for event in events:
         names, above = [event.name], event.cpu_parent

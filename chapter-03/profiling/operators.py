@@ -29,9 +29,8 @@ from common.predict import mean_attended
 # √ 8, / 8, + ε 8, p - lr·m/… 16. Clipping reads g for its norm, then reads and writes it.
 ADAMW_BYTES = {True: 28, False: 80}  # whether it is fused
 CLIP_BYTES = 12
+larger_than_caches = functools.cache(lambda: torch.ones(2**24))
 
-
-# --- what this device can do ---
 
 @functools.cache
 def ceilings(device, dtype):
@@ -59,9 +58,6 @@ def attention(model, pack, window):
     grad = torch.ones_like(output)
     return duration(forward, labels.device), duration(
         lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True), labels.device)
-
-
-larger_than_caches = functools.cache(lambda: torch.ones(2**24))
 
 
 class Layout(NamedTuple):
@@ -97,8 +93,6 @@ def alone(device, function, leaves, tree):
 
     return duration(lambda: function(*args, **kwargs), device, prepare)
 
-
-# --- the operators of a step ---
 
 class Op(NamedTuple):
     """An operator on shapes: what it computes, reads and writes."""
@@ -186,8 +180,6 @@ def fused(ops, kinds=("element-wise",)):
         result += group
     return result
 
-
-# --- how long they will take ---
 
 def predict(model, pack, compiled=False, fused_optimizer=True):
     """Seconds of a step by bucket: {bucket: (roofline, alone)}, before it has run. Alone adds up

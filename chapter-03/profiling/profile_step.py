@@ -61,15 +61,13 @@ def first_packs(options, data, count):
 
 def step_of(model, optimizer, pack, adapter, clip):
     """A function that takes one optimizer step on `pack`, its parts in named regions."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
     def step():
         loss = buckets.loss_of(model, pack)
         with buckets.region("backward"):
             (loss / max(1, len(pack["labelled"]))).backward()  # one pack is the step
         with buckets.region("optimizer"):
             before_step(model, adapter)
-            torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
             optimizer.step()
             after_step(model, adapter, 1)
             optimizer.zero_grad(set_to_none=True)
@@ -132,8 +130,7 @@ def main(argv=None):
     print(f"explained {share:.1%}: bucket by bucket {1e3 * rest:.1f} ms are not\nwithout the "
           f"profiler a step takes {1e3 * plain:.1f} ms: {tokens / plain:,.0f} tokens a second")
     mfu = prediction.mfu(tokens / plain)
-    flops = prediction.flops["total"] * tokens / plain
-    print(f"{flops / 1e9:,.0f} GFLOP/s, " + (
+    print(f"{prediction.flops['total'] * tokens / plain / 1e9:,.0f} GFLOP/s, " + (
         f"MFU {mfu:.1%} ({prediction.mfu(tokens / plain, full=True):.1%} if attention counts S²)"
         if mfu is not None else "and no peak is known for this device, so no MFU"))
     show("memory", ("predicted", "measured", "difference"),

@@ -166,9 +166,8 @@ def _copies(model, headers):
     embedding = own["model.embed_tokens.weight"]
     head = own.get("lm_head.weight", own.get("lm_head.base.weight", embedding))
     both = {"model.embed_tokens": embedding, "lm_head": head}
-    keys = {f"{PREFIX}{name}{part}.weight": base for name, base in both.items()
-            for part in ("", ".base_layer")}
-    return {key: base for key, base in keys.items() if key in headers}
+    return {key: base for name, base in both.items() for part in ("", ".base_layer")
+            if (key := f"{PREFIX}{name}{part}.weight") in headers}
 
 
 def _read_options(path):

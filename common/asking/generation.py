@@ -32,7 +32,7 @@ def choose_tokens(logits, temperature, top_k, top_p, draws):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=0, top_k=0,
-             top_p=1.0, on_token=None):
+             top_p=1.0, on_token=lambda document, token: None):
     """Continue `prompts`, lists of token ids, until a stop token, `max_new_tokens` or the model's
     last position; gives the new tokens of each, without the stop token. They are drawn by
     `choose_tokens`; the draws depend on `seed` and the place in the list alone. Each new token
@@ -72,8 +72,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=
             if token in stop_ids:
                 continue
             answers[n].append(token)
-            if on_token is not None:
-                on_token(n, token)
+            on_token(n, token)
             if len(answers[n]) < limits[n]:
                 rows.append(row)
         if 0 < len(rows) < len(growing):

@@ -23,7 +23,7 @@ class KVCache:
         if max_seqlen > 1 and not self.first_pass:
             raise ValueError("after its first pass a cache takes one token of each document")
         rows = torch.arange(self.documents, device=position_ids.device)
-        self.where = rows.repeat_interleave(cu_seqlens.diff()), position_ids  # row, column
+        self.where = rows.repeat_interleave(cu_seqlens.diff()), slice(None), position_ids
         if not self.first_pass:
             columns = torch.arange(self.length, device=position_ids.device)
             self.ages = position_ids[:, None, None, None] - columns  # (N, 1, 1, C); 0: new
@@ -34,9 +34,8 @@ class KVCache:
             # Zeros: a masked value is multiplied by zero, and 0 · NaN would still be NaN.
             shape = self.documents, k.shape[1], self.room, k.shape[2]
             self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        row, column = self.where
         keys, values = self.layers[layer]
-        keys[row, :, column], values[row, :, column] = k, v
+        keys[self.where], values[self.where] = k, v  # of a row and a column each, all heads
 
     def attention(self, layer, q, window=None):
         """softmax(q kᵀ / √d) v, (N, H, d), of one new token per document with all of its row, or,
