@@ -125,10 +125,9 @@ def read_flags(options_class, description, argv):
     typed = vars(parser.parse_args(argv))
     for one in fields(options_class):
         least, value = one.metadata["least"], typed.get(one.name)
-        least = -2**63 if least is None else least
-        if isinstance(value, (int, float)) and not least <= value < 2**63:
-            parser.error(f"{_flag(one.name)}: {value}: the least is {least}, and it must be a "
-                         "finite number below 2^63")
+        low, said = (-2**63, "") if least is None else (least, f"the least is {least}, and ")
+        if isinstance(value, (int, float)) and not low <= value < 2**63:
+            parser.error(f"{_flag(one.name)}: {value}: {said}it must be a finite number below 2^63")
     return typed
 
 
