@@ -181,7 +181,8 @@ class DoRALinear(LoRALinear):
         return y if dropped is x else self.base(x) + (y - plain)
 
     def cost(self):
-        return super().cost()._replace(keeps_output=True)  # before it is scaled, for m's gradient
+        return super().cost()._replace(  # y before it is scaled, for m's gradient
+            keeps_output=True, products=3 if self.dropout else 1)
 
     @torch.no_grad()
     def merged(self):

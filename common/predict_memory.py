@@ -22,6 +22,7 @@ class LinearCost(NamedTuple):
     keeps_input: bool = False  # x, for the gradient of W or of A
     keeps: int = 0  # other numbers per token: an adapter's x Aᵀ; with dropout its result and mask
     keeps_output: bool = False  # y, if a trained operation on it follows, as in DoRA
+    products: int = 1  # of y's size, which selective checkpointing keeps
 
     def flops(self):
         """Of one token in forward and backward: 6 for each trained number, 4 for a frozen one."""
@@ -94,7 +95,7 @@ def memory(model, tokens, dtype, *, grad_accum=1, checkpointing="none", chunk=No
         # last one's only if DoRA needs it). The layer at work, computed again, has the others too.
         again = 0
         if checkpointing == "selective":
-            again = q.shape[0] + sum(cost.shape[0] for cost in first)
+            again = q.shape[0] + sum(cost.shape[0] * cost.products for cost in first)
             again += sum(len(cost.factors[0]) for cost in first if cost.factors)  # x Aᵀ
             again -= down.shape[0] * (compiled and not down.keeps_output)
             again = c * again + FLOAT32 * q.shape[0] // d
