@@ -69,8 +69,6 @@ def rates_of(method, options):
     with contextlib.redirect_stdout(None):
         usual = parse(train.Options, train.CHAPTER, "", train.TINY, train.REAL,
                       ["--method", method, *options.extra])
-        if usual.dry_run or usual.resume:
-            raise UserError("after `--`: compare.py needs whole runs, so no --dry-run or --resume")
         settle(usual, train.LlamaConfig.from_dict(read_config(hub.resolve(usual.model))), 0)
     return [float(f"{usual.lr * factor:.2g}") for factor in options.factors]
 
@@ -136,6 +134,8 @@ def main(argv=None):
         parser.error(f"unrecognized arguments: {' '.join(options.extra)}")
     if options.seeds < 1 or min(options.factors) <= 0:
         raise UserError("--seeds must be 1 or more, and --factors above 0")
+    if {"--dry-run", "--resume"} & {word.partition("=")[0] for word in options.extra}:
+        raise UserError("after `--`: compare.py needs whole runs, so no --dry-run or --resume")
     rates = {method: rates_of(method, options) for method in options.methods}
     out = Path(options.out)
     plan_file = out / "plan.json"

@@ -641,6 +641,20 @@ FILES = {
     "KEYS": [{"prompt": 3}]}
 
 
+def test_a_resume_finds_the_reward_from_elsewhere_and_epsilon_takes_the_other_along(
+        options, tmp_path, monkeypatch):
+    (tmp_path / "OWN.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    folder = run(options, tmp_path, "--reward", "OWN.py:odd", "--steps", 1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train.main(["--resume", str(folder), "--steps", "2"]) == 0
+    assert train.main(["--resume", str(folder), "--steps", "3", "--epsilon", "0.1",
+                       "--allow-changes"]) == 0
+    saved = json.loads((folder / "train_config.json").read_text())["options"]
+    assert (saved["epsilon"], saved["epsilon_high"]) == (0.1, 0.1)
+
+
 @pytest.mark.parametrize("more, parts", [
     (("--dropout", "0.1"), ["--dropout must be 0"]),
     (("--compile",), ["--compile", "left out"]),

@@ -346,7 +346,8 @@ def test_arbitrary_bytes_give_values_or_one_line(tmp_path, kind, request):
 
 
 @pytest.mark.parametrize("text", [
-    "prompt;completion\na;b, c\n", "prompt\tcompletion\na\tb, c\n", "sep=|\nprompt|completion\na|b, c\n",
+    "prompt;completion\na;b, c\n", "prompt\tcompletion\na\tb, c\n",
+    "sep=|\nprompt|completion\na|b, c\n",
     " prompt,completion ,,\na,\"b, c\",,\n"])
 def test_tables_as_spreadsheets_write_them(tmp_path, text):
     path = write(tmp_path / "a.csv", b"\xef\xbb\xbf" + text.encode())
