@@ -259,7 +259,8 @@ def _choose_model_and_data(options, device, tiny, real):
     big = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 16e9  # bytes
     model, data = options.model, " ".join(options.data)
     if data == "auto" and model not in ("auto", "tiny"):
-        raise UserError(f"--model {model} needs --data: your own, or virtual for random tokens")
+        raise UserError(f"--model {model}{nearest(model, ['tiny'])} needs --data: your own, or "
+                        "virtual for random tokens")
     if model == "auto" and data not in ("auto", "tiny") and not big:
         raise UserError(f"--data {data} needs --model: tiny, a folder or a Hub id ({GPU_MODEL})")
     small = not big or "tiny" in (model, data) or data == "auto" and options.gpu_data is None

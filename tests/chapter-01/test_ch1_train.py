@@ -319,7 +319,8 @@ def test_bad_flags(tmp_path):
     assert "a finite number" in bad(tmp_path, "--lr", "nan")
     assert "below 2^63" in bad(tmp_path, "--seed", str(2**64))
     assert "--eval-every must not be 0" in bad(tmp_path, "--keep-best", "--eval-every", "0")
-    assert "--data" in bad(tmp_path, "--model", "qwen3-0.6b")
+    assert "--model qwen3-0.6b needs --data" in bad(tmp_path, "--model", "qwen3-0.6b")
+    assert "tinny (did you mean tiny?)" in bad(tmp_path, "--model", "tinny")
     assert "no such" in bad(tmp_path, "--model", "tiny", "--data", "missing.jsonl").lower()
     for flag in ("--eval-data", "--columns"):  # neither is ignored in silence
         for data in ("tiny", "virtual"):
